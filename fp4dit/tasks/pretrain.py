@@ -1,0 +1,163 @@
+"""Train the shipped model: its autoencoder, then its text encoder with a small CLIP, then its transformer."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import lightning as L
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransformer2DModel
+from jaxtyping import Float
+from open_clip import CLIP
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import PreTrainedTokenizerBase, T5EncoderModel
+
+Batch = Sequence  # (pictures (n, 3, h, w) in [-1, 1], n captions)
+
+
+def trapezoid(optimizer: Optimizer, steps: int, warmup: int = 100, decay: float = 0.2) -> LambdaLR:
+    """Rise over `warmup` steps, hold, fall linearly to 0 over the last `decay` of all steps."""
+    return LambdaLR(optimizer, lambda i: min((i + 1) / warmup, 1.0, max((steps - i) / (decay * steps), 0.0)))
+
+
+class AutoencoderTask(L.LightningModule):
+    """Learn to compress pictures. The latents' spread is measured at the end, for `scaling_factor`."""
+
+    def __init__(self, model: AutoencoderKL, lr: float, steps: int, kl: float = 1e-6) -> None:
+        super().__init__()
+        self.model, self.lr, self.steps, self.kl = model, lr, steps, kl
+        nn.init.constant_(model.quant_conv.bias[model.config.latent_channels :], -6.0)  # begin with little noise
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        image = batch[0]
+        posterior = self.model.encode(image).latent_dist
+        restored = self.model.decode(posterior.sample()).sample
+        error = F.mse_loss(restored.float(), image)
+        self.log("psnr", 10 * torch.log10(4 / error.detach()), prog_bar=True)
+        # A share of absolute error keeps flat areas flat and edges sharp.
+        return error + 0.1 * F.l1_loss(restored.float(), image) + self.kl * posterior.kl().mean()
+
+    def configure_optimizers(self):
+        optimizer = AdamW(self.model.parameters(), self.lr, betas=(0.9, 0.99), weight_decay=0)
+        return [optimizer], [{"scheduler": trapezoid(optimizer, self.steps, decay=0.5), "interval": "step"}]
+
+
+def contrastive(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], scale: Tensor) -> Tensor:
+    """CLIP's symmetric cross-entropy (arXiv:2103.00020)."""
+    logits = scale * F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+class ContrastiveTask(L.LightningModule):
+    """A small CLIP, and beside its text tower the T5 encoder that the transformer will read, frozen."""
+
+    def __init__(
+        self, clip: CLIP, text_encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, lr: float, steps: int
+    ) -> None:
+        super().__init__()
+        self.clip, self.text_encoder, self.tokenizer = clip, text_encoder, tokenizer
+        self.head = nn.Linear(text_encoder.config.d_model, clip.text_projection.shape[1], bias=False)
+        self.lr, self.steps = lr, steps
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        images, captions = batch
+        tokens = tokens_of(self.tokenizer, captions).to(self.device)
+        features, scale = self.clip.encode_image(images), self.clip.logit_scale.exp().clamp(max=100)
+        mask = tokens["attention_mask"].unsqueeze(-1)
+        states = self.text_encoder(**tokens).last_hidden_state
+        pooled = self.head((states * mask).sum(1) / mask.sum(1))
+        clip = contrastive(features, self.clip.encode_text(tokens["input_ids"]), scale)
+        t5 = contrastive(features, pooled, scale)
+        self.log_dict({"clip": clip, "t5": t5}, prog_bar=True)
+        return clip + t5
+
+    def configure_optimizers(self):
+        optimizer = AdamW(self.parameters(), self.lr, weight_decay=0.01)
+        return [optimizer], [{"scheduler": trapezoid(optimizer, self.steps), "interval": "step"}]
+
+
+class DenoisingTask(L.LightningModule):
+    """Learn v = sqrt(a) noise - sqrt(1 - a) x at every noise level (arXiv:2202.00512), captions dropped at times.
+
+    Hidden matrices learn with Muon, which needs about half of Adam's samples here; all else with AdamW.
+    Every picture is used at `levels` noise levels, since encoding it costs a third of a training pass.
+    """
+
+    automatic_optimization = False
+
+    def __init__(
+        self,
+        transformer: PixArtTransformer2DModel,
+        vae: AutoencoderKL,
+        text_encoder: T5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        scheduler: DPMSolverMultistepScheduler,
+        steps: int,
+        lr: float = 1e-3,
+        muon_lr: float = 2e-3,
+        levels: int = 2,
+        drop: float = 0.1,
+        decay: float = 0.999,
+    ) -> None:
+        super().__init__()
+        self.transformer, self.steps, self.lr, self.muon_lr = transformer, steps, lr, muon_lr
+        self.average = AveragedModel(transformer, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
+        self.vae, self.text_encoder = vae.requires_grad_(False), text_encoder.requires_grad_(False)
+        self.tokenizer, self.levels, self.drop = tokenizer, levels, drop
+        self.register_buffer("signal", scheduler.alphas_cumprod.clone(), persistent=False)
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        images, captions = batch
+        captions = ["" if torch.rand(()) < self.drop else c for c in captions]
+        tokens = tokens_of(self.tokenizer, captions).to(self.device)
+        latents = self.vae.encode(images).latent_dist.mode()
+        states = self.text_encoder(**tokens).last_hidden_state
+        repeat = lambda x: x.float().repeat(self.levels, *[1] * (x.ndim - 1))
+        return repeat(latents * self.vae.config.scaling_factor), repeat(states), repeat(tokens["attention_mask"])
+
+    def training_step(self, batch: Batch, _: int) -> None:
+        latents, states, mask = self.encode(batch)
+        # Stratified over the whole schedule: each batch sees all noise levels.
+        n = len(latents)
+        timestep = ((torch.randperm(n) + torch.rand(n)) / n * len(self.signal)).long().to(self.device)
+        signal, noise = self.signal[timestep].view(-1, 1, 1, 1), torch.randn_like(latents)
+        with sdpa_kernel(SDPBackend.MATH):  # on a CPU twice as fast as flash at 64 tokens
+            answer = self.transformer(
+                signal.sqrt() * latents + (1 - signal).sqrt() * noise,
+                encoder_hidden_states=states,
+                encoder_attention_mask=mask,
+                timestep=timestep,
+                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+                return_dict=False,
+            )[0]
+            loss = F.mse_loss(answer.chunk(2, 1)[0].float(), signal.sqrt() * noise - (1 - signal).sqrt() * latents)
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+        nn.utils.clip_grad_norm_(self.transformer.parameters(), 1.0)
+        for optimizer, schedule in zip(self.optimizers(), self.lr_schedulers(), strict=True):
+            optimizer.step()
+            schedule.step()
+        self.average.update_parameters(self.transformer)
+        self.log("loss", loss, prog_bar=True)
+
+    def configure_optimizers(self):
+        hidden, rest = [], []
+        for name, p in self.transformer.named_parameters():
+            (hidden if "transformer_blocks" in name and name.endswith("weight") and p.ndim == 2 else rest).append(p)
+        optimizers = [
+            Muon(hidden, self.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            AdamW(rest, self.lr, betas=(0.9, 0.99), weight_decay=0),
+        ]
+        return optimizers, [trapezoid(o, self.steps) for o in optimizers]
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, captions: Iterable[str]):
+    """Padded to one length, as the pipeline does it."""
+    return tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
