@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from itertools import islice
 from random import Random
 
+import lightning as L
+import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from fp4dit.models.shapes.world import Scene, render, scenes, variant
 
@@ -35,3 +37,26 @@ class Scenes(IterableDataset[tuple[Tensor, list[str]]]):
             if not other.held_out and other.caption != scene.caption:
                 yield scene
                 yield other
+
+
+class SceneData(L.LightningDataModule):
+    """Scenes for a Trainer: each process, and each resumption, has a stream and noise of its own.
+
+    `batch` is the number of scenes per process.
+    """
+
+    def __init__(self, batch: int, seed: int = 0, contrast: bool = False) -> None:
+        super().__init__()
+        self.batch, self.seed, self.contrast = batch, seed, contrast
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        # Lightning asks for this after it has restored the step.
+        seed = stream_seed(self.seed, self.trainer.global_rank, self.trainer.global_step)
+        torch.manual_seed(seed)
+        return DataLoader(Scenes(self.batch, seed, self.contrast), batch_size=None)
+
+
+def stream_seed(seed: int, rank: int, step: int) -> int:
+    """One seed for each (seed, process, first step), far from all others."""
+    return Random(f"{seed} {rank} {step}").getrandbits(62)

@@ -1,0 +1,43 @@
+# make demo    run the main experiments on the shipped model and print their table
+# make test    check, then all tests
+# make check   lint, format and types
+# Each sets up .venv first if need be. PYTHON=/a/python chooses the interpreter, JOBS=4 how many jobs run side by side.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+JOBS ?= 2
+BIN := .venv/bin
+STAMP := .venv/installed
+
+# One thread for each job: spinning threads of two jobs on two cores slow both down many times over.
+export OMP_NUM_THREADS := 1
+
+.PHONY: demo test check
+.DEFAULT_GOAL := demo
+
+# The table is printed even if a job failed: it says what is missing and how to make it.
+demo: $(STAMP)
+	@status=0; \
+	$(BIN)/python -m pipelines.run -m experiment='glob(demo_*)' logger=wandb logger.group=demo progress=lines \
+		hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) hydra.launcher.batch_size=1 || status=$$?; \
+	$(BIN)/python -m pipelines.table table=demo && exit $$status
+
+test: check
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# hpsv2 pins an old pytest and protobuf that break the rest, and needs neither for what it is used for here.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
+		echo "Could not make a virtual environment. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install -c constraints.txt -e '.[dev]' && \
+	$(BIN)/python -m pip install -c constraints.txt --no-deps hpsv2==1.2.0 || { \
+		echo; echo "The install failed; the error is above. It needs the package registry (see pip config list, and"; \
+		echo "HTTPS_PROXY behind a proxy), about 6 GB of free disk, and Linux with Python 3.11-3.13. Then run make again:"; \
+		echo "it goes on where it stopped. If .venv itself looks broken, delete it first: rm -rf .venv"; exit 1; }
+	@touch $@

@@ -1,0 +1,45 @@
+"""What this project needs of a text-to-image model."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fp4dit.calls import Call
+from fp4dit.stream import State, Unit
+
+OnCall = Callable[[Call], None]
+
+
+class Pipeline(Protocol):
+    """A pipeline whose transformer `dit` can be run whole (`sample`) and unit by unit (`begin`, `units`)."""
+
+    dit: nn.Module
+
+    def to(self, device: torch.device | str) -> None: ...
+    @property
+    def device(self) -> torch.device: ...
+    def sample(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
+    ) -> Float[Tensor, "n 3 h w"]:
+        """Images in [0, 1]. Each prompt's noise comes from its own seed alone."""
+        ...
+
+    def begin(self, call: Call) -> State:
+        """The tensors of one call of `dit`, a row for each of its samples."""
+        ...
+
+    def units(self) -> list[Unit]:
+        """All of `dit` that can be quantized, in execution order."""
+        ...
+
+
+class Source(Protocol):
+    """Where a pipeline is: light, so that a plan can hold it."""
+
+    def load(self) -> Pipeline: ...
+    def skeleton(self) -> nn.Module:
+        """The transformer on the meta device."""
+        ...

@@ -1,0 +1,112 @@
+"""PixArt-alpha and PixArt-Sigma, from any folder or hub id that diffusers loads."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline, PixArtTransformer2DModel
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fp4dit.calls import Call
+from fp4dit.errors import UserError
+from fp4dit.resources import locate
+from fp4dit.stream import State, Unit
+
+Columns = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PixArt:
+    """Where a PixArt is and how to load it. `tokens` is the length that prompts are padded to."""
+
+    path: str
+    dtype: str = "float32"
+    tokens: int = 300
+
+    def load(self) -> "PixArtPipeline":
+        pipe = DiffusionPipeline.from_pretrained(self.folder(), dtype=getattr(torch, self.dtype))
+        if not isinstance(pipe.transformer, PixArtTransformer2DModel):
+            raise UserError(f"{self.path} holds a {type(pipe).__name__}; this adapter is for PixArt pipelines")
+        return PixArtPipeline(pipe, self.tokens)
+
+    def skeleton(self) -> nn.Module:
+        """The transformer without its weights, to check rules on before anything is loaded."""
+        config = PixArtTransformer2DModel.load_config(self.folder(), subfolder="transformer")
+        with init_empty_weights():
+            return PixArtTransformer2DModel.from_config(config)
+
+    def folder(self) -> str:
+        folder = locate(self.path)
+        if Path(folder).is_dir() and not (Path(folder) / "model_index.json").is_file():
+            raise UserError(f"{self.path} is not a diffusers pipeline: the folder has no model_index.json")
+        return folder
+
+
+class PixArtPipeline:
+    """A diffusers pipeline seen as a chain of units."""
+
+    def __init__(self, pipe: DiffusionPipeline, tokens: int) -> None:
+        self.pipe, self.tokens = pipe, tokens
+        self.pipe.set_progress_bar_config(disable=True)
+        self.dit: PixArtTransformer2DModel = pipe.transformer.eval().requires_grad_(False)
+
+    def to(self, device: torch.device | str) -> None:
+        self.pipe.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.dit.device
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
+    ) -> Float[Tensor, "n 3 h w"]:
+        return self.pipe(
+            list(prompts),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            max_sequence_length=self.tokens,
+            use_resolution_binning=False,
+            clean_caption=False,
+            output_type="pt",
+        ).images.float()
+
+    def begin(self, call: Call) -> State:
+        latent, given = call.args[0], call.kwargs
+        conditions = {k: v for k, v in (given["added_cond_kwargs"] or {}).items() if v is not None}
+        mask = given["encoder_attention_mask"]
+        state = {
+            "latent": latent,
+            "timestep": given["timestep"].expand(len(latent)),
+            "text": given["encoder_hidden_states"],
+            "bias": ((1 - mask.to(latent.dtype)) * -10000.0).unsqueeze(1),
+        }
+        return state | conditions
+
+    def units(self) -> list[Unit]:
+        dit, dtype = self.dit, self.dit.dtype
+
+        def embed_time(s: Columns) -> Call:
+            conditions = {name: s.get(name) for name in ("resolution", "aspect_ratio")}
+            return Call((s["timestep"], conditions), {"batch_size": len(s["timestep"]), "hidden_dtype": dtype})
+
+        def block(s: Columns) -> Call:
+            given = {"encoder_hidden_states": s["text"], "encoder_attention_mask": s["bias"], "timestep": s["modulation"]}
+            return Call((s["hidden"],), given)
+
+        def project(s: Columns) -> Call:
+            shift, scale = (dit.scale_shift_table[None] + s["time"][:, None]).chunk(2, dim=1)
+            return Call((dit.norm_out(s["hidden"]) * (1 + scale) + shift,), {})
+
+        return [
+            Unit("pos_embed", lambda s: Call((s["latent"],), {}), ("hidden",)),
+            Unit("adaln_single", embed_time, ("modulation", "time")),
+            Unit("caption_projection", lambda s: Call((s["text"],), {}), ("text",)),
+            *(Unit(f"transformer_blocks.{i}", block, ("hidden",)) for i in range(len(dit.transformer_blocks))),
+            Unit("proj_out", project, ("hidden",)),
+        ]
+

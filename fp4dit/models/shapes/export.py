@@ -1,0 +1,53 @@
+"""Write the trained parts as the model that ships: a diffusers pipeline and an open_clip model, in 16 bits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from diffusers import AutoencoderKL, PixArtSigmaPipeline
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
+
+from fp4dit.models.shapes import build
+from fp4dit.models.shapes.clip import save_clip
+from fp4dit.models.shapes.recipe import part
+
+AVERAGE = "average.module."
+CURRENT = "transformer."
+
+
+def export(parts: str, out: str) -> None:
+    """`parts` is the folder of the trainings; those not trained there stay as they ship."""
+    root, folder = Path(parts), Path(out)
+    checkpoint = torch.load(root / "transformer/last.ckpt", map_location="cpu", weights_only=True, mmap=True)
+    state = checkpoint["state_dict"]
+    average, current = ({k.removeprefix(p): v for k, v in state.items() if k.startswith(p)} for p in (AVERAGE, CURRENT))
+    layers = len({name.split(".")[1] for name in current if name.startswith("transformer_blocks.")})
+    transformer = build.transformer(layers)
+    transformer.load_state_dict(average)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(part(root, "text/tokenizer"))
+    clip = open_clip.create_model(f"local-dir:{part(root, 'text/clip')}")
+    pipeline = PixArtSigmaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=T5EncoderModel.from_pretrained(part(root, "text/text_encoder")),
+        vae=AutoencoderKL.from_pretrained(part(root, "autoencoder/vae")),
+        transformer=transformer,
+        scheduler=build.scheduler(),
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    # transformers computes in the dtype it finds here, diffusers in float32 unless told otherwise: let them agree.
+    amend(folder / "text_encoder/config.json", dtype="float32")
+    # The name that every version of transformers knows.
+    amend(folder / "model_index.json", tokenizer=["transformers", "PreTrainedTokenizerFast"])
+    amend(folder / "tokenizer/tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    save_clip(clip, tokenizer, folder / "clip", torch.float16)
+    amend(folder / "clip/tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    (folder / "training").mkdir(exist_ok=True)
+    half = {name: value.half().contiguous() for name, value in current.items()}
+    save_file(half, folder / "training/transformer.safetensors", metadata={"format": "pt"})
+
+
+def amend(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}, indent=2) + "\n")

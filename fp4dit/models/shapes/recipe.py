@@ -1,0 +1,78 @@
+"""How the shipped model comes about: each part's training task, and the folders in which parts wait for the next.
+
+A part that was not trained here is taken from the weights that ship, so that any part can be trained further.
+"""
+
+from itertools import islice
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, PixArtTransformer2DModel
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
+
+from fp4dit.models.shapes import build
+from fp4dit.models.shapes.clip import save_clip
+from fp4dit.models.shapes.world import render, scenes
+from fp4dit.tasks.pretrain import AutoencoderTask, ContrastiveTask, DenoisingTask
+
+SHIPPED = Path(__file__).parent / "weights"
+
+
+def part(parts: Path, path: str) -> Path:
+    """Where `path` ("autoencoder/vae", "text/tokenizer", ...) was trained, or else ships."""
+    trained = parts / path
+    return trained if trained.exists() else SHIPPED / Path(path).name
+
+
+def autoencoder(lr: float, steps: int) -> AutoencoderTask:
+    return AutoencoderTask(build.autoencoder(), lr, steps)
+
+
+@torch.no_grad()
+def save_autoencoder(task: AutoencoderTask, folder: Path, n: int = 1024) -> None:
+    """With the `scaling_factor` that gives the latents of `n` scenes a standard deviation of 1."""
+    vae, stream = task.model.eval(), scenes(seed=1, held_out=False)
+    images = [render(list(islice(stream, min(n, 64)))).to(vae.device) for _ in range(max(1, n // 64))]
+    latents = torch.cat([vae.encode(image).latent_dist.mode() for image in images])
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    vae.save_pretrained(folder / "vae")
+
+
+def text(lr: float, steps: int) -> ContrastiveTask:
+    tokenizer = build.tokenizer()
+    return ContrastiveTask(build.clip(len(tokenizer)), build.text_encoder(len(tokenizer)), tokenizer, lr, steps)
+
+
+def save_text(task: ContrastiveTask, folder: Path) -> None:
+    task.text_encoder.save_pretrained(folder / "text_encoder")
+    task.tokenizer.save_pretrained(folder / "tokenizer")
+    save_clip(task.clip, task.tokenizer, folder / "clip")
+
+
+def transformer(
+    parts: str, steps: int, lr: float, muon_lr: float, levels: int, drop: float, decay: float, layers: int, further: bool
+) -> DenoisingTask:
+    """`further` goes on from the weights that ship, if they exist; the optimizers' moments restart."""
+    root = Path(parts)
+    net, average = build.transformer(layers), None
+    if further and (SHIPPED / "training").exists():
+        net.load_state_dict(load_file(SHIPPED / "training/transformer.safetensors"))
+        average = PixArtTransformer2DModel.from_pretrained(SHIPPED / "transformer", torch_dtype=torch.float32)
+    task = DenoisingTask(
+        net,
+        AutoencoderKL.from_pretrained(part(root, "autoencoder/vae"), torch_dtype=torch.float32),
+        T5EncoderModel.from_pretrained(part(root, "text/text_encoder"), dtype=torch.float32),
+        PreTrainedTokenizerFast.from_pretrained(part(root, "text/tokenizer")),
+        build.scheduler(),
+        steps,
+        lr,
+        muon_lr,
+        levels,
+        drop,
+        decay,
+    )
+    if average is not None:
+        task.average.module.load_state_dict(average.state_dict())
+        task.average.n_averaged.fill_(1)  # else the first update would copy `net`
+    return task

@@ -1,0 +1,118 @@
+"""From captured calls to hard weights: both models advanced side by side, one unit reconstructed after another."""
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from jaxtyping import Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fp4dit import calls, policy
+from fp4dit.health import not_finite
+from fp4dit.layer import QuantLayer
+from fp4dit.models.base import Pipeline
+from fp4dit.policy import Rule
+from fp4dit.stream import State, Unit, advance, relative_error
+from fp4dit.tasks.reconstruct import Examples, Fit
+
+TrainerFactory = Callable[..., L.Trainer]
+
+
+def load_calls(folder: Path) -> State:
+    """Every captured call as a row, by file and step. Column `prompt` says whose it is."""
+    states = [state for path in sorted(folder.glob("*.safetensors")) for state in calls.load(path)]
+    return {name: torch.cat([state[name] for state in states]) for name in states[0]}
+
+
+def split(state: State, trained: int) -> tuple[Int[Tensor, "n"], Int[Tensor, "m"]]:
+    """The rows of the first `trained` prompts, and those of the others."""
+    first = state["prompt"] < trained
+    return first.nonzero().flatten(), (~first).nonzero().flatten()
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """One model's reconstruction into the folder `out`; units found there are taken, not made again.
+
+    `trained` and `held_out` are rows of the calls: to learn from, and to measure on. The models are advanced
+    `size` rows at a time.
+    """
+
+    pipeline: Pipeline
+    rules: Mapping[str, Rule]
+    fit: Fit
+    trained: Int[Tensor, "n"]
+    held_out: Int[Tensor, "m"]
+    size: int
+    out: Path
+
+    def run(self, state: State, trainer: Callable[[str], TrainerFactory]) -> list[dict]:
+        """The units' reports, in order. `trainer` makes the Trainers for what it is told is being done."""
+        original, quantized, reports = state, dict(state), []
+        units = self.pipeline.units()
+        for number, unit in enumerate(units, 1):
+            teacher = copy.deepcopy(self.pipeline.dit.get_submodule(unit.module))
+            target = self.forward(teacher, unit, original)
+            layers = policy.quantize_weights_(self.pipeline.dit, within(self.rules, unit))
+            module = self.pipeline.dit.get_submodule(unit.module)
+            path = self.out / f"{number:03}_{unit.module}.json"
+            if path.exists():
+                load_layers(layers, path.with_suffix(".safetensors"))
+                report = json.loads(path.read_text())
+            else:
+                examples = Examples(unit, quantized, target, self.trained)
+                curve = self.fit(module, list(layers.values()), examples, trainer(f"{number}/{len(units)} {unit.module}"))
+                report = {"unit": unit.module, "error": None, "curve": curve}
+            answer = self.forward(module, unit, quantized)
+            if not path.exists():
+                report["error"] = relative_error(answer, target, self.held_out)
+                save_layers(layers, path.with_suffix(".safetensors"))
+                publish(path, json.dumps(report))
+            reports.append(report)
+            original, quantized = original | target, quantized | answer
+        return reports
+
+    def forward(self, module: nn.Module, unit: Unit, state: State) -> State:
+        answer = advance(module, unit, state, self.size, self.pipeline.device)
+        for value in answer.values():
+            bad = ~value.isfinite().flatten(1).all(1)
+            if bad.any():
+                raise not_finite(unit.module, state["timestep"][bad][0].item())
+        return answer
+
+
+def within(rules: Mapping[str, Rule], unit: Unit) -> dict[str, Rule]:
+    """The rules of the layers inside a unit."""
+    return {n: rule for n, rule in rules.items() if n == unit.module or n.startswith(f"{unit.module}.")}
+
+
+def publish(path: Path, text: str) -> None:
+    draft = path.with_suffix(".part")
+    draft.write_text(text)
+    draft.rename(path)
+
+
+def save_layers(layers: Mapping[str, QuantLayer], path: Path) -> None:
+    tensors = {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
+    draft = path.with_suffix(".part")
+    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, draft)
+    draft.rename(path)
+
+
+def load_layers(layers: Mapping[str, QuantLayer], path: Path) -> None:
+    """Raises RuntimeError if the file does not hold exactly these layers."""
+    tensors = load_file(path)
+    for name, layer in layers.items():
+        layer.load_state_dict({key: tensors[f"{name}.{key}"] for key in layer.state_dict()})
+
+
+def load_weights_(pipeline: Pipeline, rules: Mapping[str, Rule], folder: Path) -> None:
+    """Quantize the model in place to what a reconstruction left in `folder`."""
+    for number, unit in enumerate(pipeline.units(), 1):
+        layers = policy.quantize_weights_(pipeline.dit, within(rules, unit))
+        load_layers(layers, folder / f"{number:03}_{unit.module}.safetensors")

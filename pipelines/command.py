@@ -1,0 +1,90 @@
+"""What our commands have in common: a mistake gets one clear message and an exit code, not a traceback."""
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fp4dit.errors import UserError
+from pipelines.resolvers import CONF, nearest, options, register
+
+
+def command(main: Callable[[], Any]) -> Callable[[], None]:
+    """A hydra.main that explains errors. With HYDRA_FULL_ERROR=1 in the environment they are shown in full."""
+
+    def run() -> None:
+        register()
+        in_full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints the error itself and exits
+        try:
+            main()
+        except Exception as error:
+            message = explain(error)
+            if in_full or message is None:
+                raise
+            sys.exit(f"error: {message}\n(HYDRA_FULL_ERROR=1 shows where)")
+
+    return run
+
+
+def explain(error: Exception) -> str | None:
+    """One message for what the user can mend; None for what only a developer can."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"the disk is full{where}. What was finished is kept: free some space and give the same command again."
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" in error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group}={name}: {group!r} has no option {name!r}; {nearest(name, options(group))}"
+    if isinstance(error, HydraException) and (found := re.match(r"Could not override '(.+?)'", str(error))):
+        name = found[1].split("=")[0]
+        return f"{name!r} is not in the configuration; {nearest(name, names())}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} cannot be read: {error.message}"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        cause = error.__cause__
+        return str(error) + (f"\n{cause}" if isinstance(cause, OmegaConfBaseException | ValueError) else "")
+    return None
+
+
+def names() -> list[str]:
+    """Everything that can stand before `=` in an override of a run."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("run")
+    return list(dict.fromkeys([*(path.name for path in CONF.iterdir() if path.is_dir()), *paths(config)]))
+
+
+def paths(config: DictConfig, prefix: str = "") -> list[str]:
+    found = []
+    for key in map(str, config):
+        name = f"{prefix}{key}"
+        found.append(name)
+        if name != "stages" and not OmegaConf.is_interpolation(config, key) and OmegaConf.is_dict(config[key]):
+            found += paths(config[key], f"{name}.")
+    return found
+
+
+class RefuseEmptySweep(Callback):
+    """A pattern that matches nothing would otherwise launch 0 jobs and look like success."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        for override in parser.parse_overrides(list(config.hydra.overrides.task)):
+            discrete = override.is_sweep_override() and override.is_discrete_sweep()
+            if discrete and not list(override.sweep_string_iterator()):
+                group = override.key_or_group
+                there = f"; {group} has {', '.join(options(group))}" if options(group) else ""
+                # Hydra turns a callback's exceptions into warnings, but not this one.
+                sys.exit(f"error: 0 jobs: {override.input_line} matches nothing{there}")

@@ -1,0 +1,83 @@
+"""Train the model that ships: `python -m pipelines.pretrain part=all`, or one part at a time. See conf/pretrain.yaml."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two processes share a small machine
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import signal
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import hydra
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig
+
+from pipelines.training import Losses, Stop
+
+TRAINED = ("autoencoder", "text", "transformer")
+
+
+def train(cfg: DictConfig) -> None:
+    """Up to `steps` batches, from the last checkpoint on, then save what the next parts need."""
+    node, folder = cfg[cfg.part], Path(cfg.folder) / cfg.part
+    last = folder / "last.ckpt"
+    folder.mkdir(parents=True, exist_ok=True)
+    L.seed_everything(cfg.seed, verbose=False)
+    task, stop = instantiate(node.task), Stop()
+    keep = ModelCheckpoint(
+        folder,
+        save_last=True,
+        save_top_k=0,
+        train_time_interval=timedelta(minutes=cfg.minutes),
+        enable_version_counter=False,
+    )
+    trainer = L.Trainer(
+        accelerator=cfg.accelerator,
+        precision=cfg.precision,
+        max_epochs=-1,
+        max_steps=node.steps * node.optimizers,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[keep, stop, Losses(folder / "loss.csv", cfg.part, node.steps)],
+        **node.trainer,
+    )
+    trainer.fit(task, instantiate(node.data), ckpt_path=last if last.exists() else None, weights_only=True)
+    trainer.save_checkpoint(last)
+    if trainer.is_global_zero and stop.stopped:
+        print(f"stopped; the same command goes on from {last}")
+    elif trainer.is_global_zero and "save" in node:
+        instantiate(node.save, _partial_=True)(task, folder)
+    trainer.strategy.barrier()
+    if stop.stopped:
+        sys.exit(128 + signal.SIGTERM)
+
+
+def run_all() -> None:
+    """Each part in its own process: a data-parallel part starts copies of the command that called it."""
+    given = [o for o in HydraConfig.get().overrides.task if not o.startswith("part=")]
+    for part in (*TRAINED, "export", "evaluate"):
+        child = subprocess.Popen([sys.executable, "-m", "pipelines.pretrain", f"part={part}", *given])
+        signal.signal(signal.SIGTERM, lambda *_, child=child: child.terminate())
+        if child.wait():
+            sys.exit(child.returncode)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="pretrain")
+def main(cfg: DictConfig) -> None:
+    if cfg.part == "all":
+        run_all()
+    elif cfg.part in TRAINED:
+        train(cfg)
+    else:
+        instantiate(cfg[cfg.part])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Interpolations of our own: what lies in a model's folder is part of the identity of what is made from it."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from fp4dit.errors import UserError
+from fp4dit.resources import locate
+from fp4dit.store import checksum, fingerprint, whole
+
+CONF = Path(__file__).parents[1] / "conf"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+WEIGHTS_AND_CONFIGS = (".safetensors", ".json", ".txt", ".model")
+
+
+def content(node: str | DictConfig, marker: str | None = None, *, _root_: DictConfig) -> str | dict[str, str]:
+    """`${content:path}` or `${content:path,marker}`: hash of a file, or of the files in a model's folder.
+
+    A hub id stands for itself. `marker` is the file by which a folder is known to be the right kind of model. Given
+    a part of the config, `${content:${metrics}}`, the same for every `path` in it. Checksums are kept by size and
+    mtime in the store, so that large weights are read once.
+
+    Raises:
+        UserError: if there is nothing there, or it is not such a model.
+    """
+    outputs = _root_.get("outputs")
+    memory = Path(outputs) / "store" / ".checksums.json" if outputs else None
+    if isinstance(node, str):
+        return of_path(node, marker, memory)
+    return {name: of_path(path, marker, memory) for name, path in sorted(paths(node))}
+
+
+def paths(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in node.items():
+        if isinstance(value, DictConfig):
+            yield from paths(value, f"{prefix}{key}.")
+        elif key == "path":
+            yield prefix.removesuffix(".") or "path", value
+
+
+def of_path(path: str, marker: str | None, memory: Path | None) -> str:
+    place = Path(locate(path)).expanduser()
+    if not place.exists():
+        if HUB_ID.fullmatch(path):
+            return f"hub:{path}"
+        raise UserError(f"there is nothing at {path!r}: no such folder or file, and no hub id (owner/name)")
+    if marker and not (place / marker).is_file():
+        kind = "a diffusers pipeline" if marker == "model_index.json" else "such a model"
+        what = f"the folder has no {marker}" if place.is_dir() else "this is a file"
+        raise UserError(f"{path!r} is not {kind}: {what}")
+    return fingerprint(checksums(place, memory))
+
+
+def checksums(place: Path, memory: Path | None) -> dict[str, str]:
+    """SHA-256 of every file that can change what the model computes, by name."""
+    try:
+        known = json.loads(memory.read_text()) if memory else {}
+    except (OSError, ValueError):
+        known = {}
+    found, fresh = {}, {}
+    for path in [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.suffix in WEIGHTS_AND_CONFIGS):
+        stat = path.stat()
+        state = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        if state not in known:
+            fresh[state] = checksum(path)
+        found[path.relative_to(place).as_posix()] = known.get(state) or fresh[state]
+    if memory and fresh:
+        with whole(memory) as part:
+            part.write_text(json.dumps({**known, **fresh}, indent=0))
+    return found
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """What to say after an unknown name: the closest known ones first, else all."""
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"there are {', '.join(name for name in names if '.' not in name)}"
+
+
+def register() -> None:
+    OmegaConf.register_new_resolver("content", content, replace=True)
+    OmegaConf.register_new_resolver("options", lambda group: ", ".join(options(group)), replace=True)

@@ -1,0 +1,47 @@
+"""What a stage is given to run with, and what cannot change its result: devices, and where progress is shown."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+
+
+@dataclass
+class Clock:
+    """When a line of progress was last printed; shared by the many short fits of one job."""
+
+    last: float = 0.0
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """`devices` holds accelerator, devices and strategy; `progress` is bar, lines, none or auto (bar on a terminal)."""
+
+    devices: Mapping[str, Any] = field(default_factory=dict)
+    progress: str = "auto"
+    job: str = ""
+    clock: Clock = field(default_factory=Clock)
+
+    def trainer(self, label: str, **kw: Any) -> "Trainer":
+        """A Trainer that computes and shows progress under `label`, and keeps nothing. `kw` goes to the Trainer."""
+        import lightning  # here, because a job whose results are all in the store should not wait for torch
+
+        from pipelines.progress import Progress
+
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no "GPU available: False" per fit
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        shown = ("bar" if sys.stderr.isatty() else "lines") if self.progress == "auto" else self.progress
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        if shown == "none":
+            quiet["enable_progress_bar"] = False
+        else:
+            name = f"{self.job}  {label}" if self.job else label
+            kw["callbacks"] = [*kw.get("callbacks", []), Progress(name, shown == "bar", self.clock)]
+        if "max_steps" in kw:
+            kw.setdefault("max_epochs", -1)
+        return lightning.Trainer(**{**quiet, **self.devices, **kw})

@@ -1,0 +1,201 @@
+"""The five stages: load, hand to a task, save. What each depends on stands in conf/stages."""
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+from fp4dit import calls, policy
+from fp4dit.models.base import Source
+from fp4dit.policy import Rule
+from fp4dit.reconstruction import Reconstruction, TrainerFactory, load_calls, load_weights_, split
+from fp4dit.statistics import interval
+from fp4dit.tasks.activate import Measure, Observe, load_scales_, save_scales
+from fp4dit.tasks.capture import CaptureTask, chunked
+from fp4dit.tasks.generate import GenerateTask
+from fp4dit.tasks.reconstruct import Fit
+from fp4dit.tasks.score import Pairs, ScoreTask
+from pipelines.runtime import Runtime
+
+Prompts = Callable[[int], list[str]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`trained` prompts to learn from and `held_out` more to measure on, denoised `chunk` at a time."""
+
+    prompts: Prompts
+    trained: int
+    held_out: int
+    chunk: int
+    seed: int
+    steps: int
+    guidance: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    steps: int
+    guidance: float
+    chunk: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The calls that the transformer gets while the sampler runs."""
+
+    model: Source
+    calibration: Calibration
+
+    def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        c = self.calibration
+        (out / "calls").mkdir(exist_ok=True)
+        task = CaptureTask(self.model.load(), out / "calls", c.steps, c.guidance)
+        runtime.trainer("capture").predict(task, whole(chunked(c.prompts(c.trained + c.held_out), c.chunk, c.seed)))
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Hard weights and their scales, unit by unit."""
+
+    model: Source
+    weight: Sequence[Rule]
+    rounding: Fit
+    calibration: Calibration
+
+    def check(self) -> None:
+        policy.check_weights(self.model.skeleton(), self.weight)
+
+    def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        c, pipeline = self.calibration, self.model.load()
+        audit = policy.check_weights(pipeline.dit, self.weight)
+        size = policy.checkpoint_bytes(pipeline.dit, audit)
+        rules = policy.assign(policy.layers(pipeline.dit), self.weight)
+        (out / "units").mkdir(exist_ok=True)
+        state = load_calls(needs["calls"] / "calls")
+        trained, held_out = split(state, c.trained)
+        work = Reconstruction(pipeline, rules, self.rounding, trained, held_out, 2 * c.chunk, out / "units")
+        reports = work.run(state, lambda label: partial(runtime.trainer, f"reconstruct {label}"))
+        blocks = [{"unit": r["unit"], "error": r["error"]} for r in reports]
+        write_csv(out / "curve.csv", [{"unit": r["unit"], **point} for r in reports for point in r["curve"]])
+        write_json(out / "blocks.json", blocks)
+        error = sum(block["error"] for block in blocks) / len(blocks)
+        bits = {"bits_weight": policy.effective_bits(audit), "checkpoint_bytes": size, "block_error": error}
+        write_json(out / "audit.json", {"layers": policy.as_rows(audit), **bits})
+
+
+@dataclass(frozen=True)
+class Activate:
+    """Activation quantizers on the quantized weights: static ones fixed, all of them measured."""
+
+    model: Source
+    weight: Sequence[Rule]
+    activation: Sequence[Rule]
+    calibration: Calibration
+
+    def check(self) -> None:
+        policy.check_activations(self.model.skeleton(), self.weight, self.activation)
+
+    def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        pipeline = self.model.load()
+        load_weights_(pipeline, policy.assign(policy.layers(pipeline.dit), self.weight), needs["weights"] / "units")
+        activations, rules = policy.quantize_activations_(pipeline.dit, self.activation)
+        observed = {name: rule.observe for name, rule in rules.items() if rule.observe}
+        trained, held_out = by_chunk(needs["calls"] / "calls", self.calibration)
+        if observed:
+            observe = Observe(pipeline, activations, observed)
+            runtime.trainer("activate: observe").test(observe, whole(trained), verbose=False)
+            observe.fix()
+        measure = Measure(pipeline, activations)
+        runtime.trainer("activate: measure").test(measure, whole(held_out), verbose=False)
+        save_scales(activations, out / "scales.safetensors")
+        write_csv(out / "sqnr.csv", measure.sqnr())
+        audit = measure.audit(rules)
+        bits = policy.effective_bits(audit) if audit else 16.0
+        write_json(out / "audit.json", {"layers": policy.as_rows(audit), "bits_activation": bits})
+
+
+@dataclass(frozen=True)
+class Generate:
+    """One image per prompt. Without rules for the weights it is the full-precision reference."""
+
+    model: Source
+    weight: Sequence[Rule]
+    activation: Sequence[Rule]
+    generation: Generation
+    prompts: Prompts
+    count: int
+
+    def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        g, pipeline, prompts = self.generation, self.model.load(), self.prompts(self.count)
+        if "weights" in needs:
+            load_weights_(pipeline, policy.assign(policy.layers(pipeline.dit), self.weight), needs["weights"] / "units")
+            activations, _ = policy.quantize_activations_(pipeline.dit, self.activation)
+            load_scales_(activations, needs["activations"] / "scales.safetensors")
+        (out / "images").mkdir(exist_ok=True)
+        chunks = chunked(prompts, g.chunk, g.seed)
+        runtime.trainer("generate").predict(GenerateTask(pipeline, out / "images", g.steps, g.guidance), whole(chunks))
+        seeded = [(prompt, seed) for chunk in chunks for prompt, seed in zip(chunk.prompts, chunk.seeds, strict=True)]
+        write_json(out / "images.json", [{"prompt": prompt, "seed": seed} for prompt, seed in seeded])
+
+
+@dataclass(frozen=True)
+class Score:
+    """Every metric for every image, and what the weights and activations cost."""
+
+    metrics: Mapping[str, Metric]
+
+    def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        prompts = [entry["prompt"] for entry in read_json(needs["images"] / "images.json")]
+        pairs = Pairs(needs["images"] / "images", needs["reference"] / "images", prompts)
+        task = ScoreTask(self.metrics)
+        runtime.trainer("score", devices=1).test(task, DataLoader(pairs, batch_size=16), verbose=False)
+        means = {name: asdict(interval(values)) for name, values in task.values.items()}
+        report = {"n": len(prompts), "metrics": means, "scalars": costs(needs), "per_image": task.values}
+        write_json(out / "metrics.json", report)
+
+
+def costs(needs: Mapping[str, Path]) -> dict[str, float]:
+    if "weights" not in needs:
+        return {}
+    weights, activations = (read_json(needs[role] / "audit.json") for role in ("weights", "activations"))
+    names = ("block_error", "bits_weight", "checkpoint_bytes")
+    seconds = read_json(needs["weights"] / "manifest.json")["seconds"]
+    return {name: weights[name] for name in names} | {
+        "bits_activation": activations["bits_activation"],
+        "calibration_seconds": seconds,
+    }
+
+
+def whole(items: Iterable[Any]) -> DataLoader:
+    """Items as they are, one at a time."""
+    return DataLoader(list(items), batch_size=None, collate_fn=lambda item: item)
+
+
+def by_chunk(folder: Path, calibration: Calibration) -> tuple[list[dict], list[dict]]:
+    """The captured steps of the trained and of the held-out prompts."""
+    steps = [step for path in sorted(folder.glob("*.safetensors")) for step in calls.load(path)]
+    trained = [step for step in steps if step["prompt"].max() < calibration.trained]
+    return trained, [step for step in steps if step["prompt"].min() >= calibration.trained]
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1))
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0] if rows else ())
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,73 @@
+"""What a long training needs from its Trainer: a way to stop it, and a record of its losses."""
+
+import csv
+import signal
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from pipelines.progress import EVERY, span
+
+
+class Stop(Callback):
+    """SIGTERM or Ctrl-C to any process ends the training of all after the batch, so that it can be saved.
+
+    Lightning's own handler communicates at once, amid whatever the processes are exchanging.
+    """
+
+    asked = stopped = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask)
+
+    def ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.stopped = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
+        trainer.should_stop = trainer.should_stop or self.stopped
+
+
+class Losses(Callback):
+    """Means over `every` batches, appended to a CSV (batch, seconds, ...), and shown with the time left."""
+
+    def __init__(self, path: Path, label: str, total: int, every: int = 20) -> None:
+        self.path, self.label, self.total, self.every = path, label, total, every
+        self.values: defaultdict[str, list[float]] = defaultdict(list)
+        self.start = self.shown = 0.0
+        self.first = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start = self.shown = time.monotonic()
+        self.first = trainer.fit_loop.total_batch_idx + 1
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        done = trainer.fit_loop.total_batch_idx + 1
+        if not trainer.is_global_zero:
+            return
+        for name, value in trainer.callback_metrics.items():
+            self.values[name].append(value.item())
+        if done % self.every and done < self.total:
+            return
+        row = {name: round(fmean(values), 5) for name, values in self.values.items()}
+        self.values.clear()
+        now = time.monotonic()
+        self.write({"batch": done, "seconds": round(now - self.start, 1), **row})
+        if now - self.shown >= EVERY or done >= self.total:
+            self.shown = now
+            left = (now - self.start) / (done - self.first) * (self.total - done)
+            losses = "  ".join(f"{name} {value:.4f}" for name, value in row.items())
+            print(f"{self.label}  {done}/{self.total}  {losses}  {span(left)} left", flush=True)
+
+    def write(self, row: dict[str, float]) -> None:
+        fresh = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if fresh:
+                writer.writeheader()
+            writer.writerow(row)

@@ -1,0 +1,37 @@
+"""What every test runs with: one thread, no network, no W&B account."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from pipelines.resolvers import CONF, register
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+TOY = ["stages=toy", f"hydra.searchpath=[file://{Path(__file__).parent}/conf]"]
+
+Compose = Callable[..., DictConfig]
+
+
+@pytest.fixture
+def composed(tmp_path: Path) -> Iterator[Compose]:
+    """Composes conf/run.yaml with its outputs under tmp_path."""
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield lambda *overrides: compose("run", [*overrides, f"outputs={tmp_path}"])
+    GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder that looks like a diffusers pipeline, as far as its identity goes."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+    (folder / "weights.safetensors").write_bytes(b"first")
+    return folder

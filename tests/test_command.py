@@ -1,0 +1,132 @@
+"""What a user sees: our commands run as a user runs them, on stages that take no time."""
+
+import csv
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+import pipelines.run
+import pipelines.table
+from pipelines.command import command, explain
+from tests.conftest import TOY
+
+ROOT = Path(__file__).parents[1]
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command in this process and returns its exit code."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.chdir(ROOT)
+
+    def call(*arguments: str, main: Callable = pipelines.run.main) -> int:
+        GlobalHydra.instance().clear()
+        os.environ["HYDRA_FULL_ERROR"] = "0"
+        monkeypatch.setattr(sys, "argv", ["command", *arguments, f"outputs={tmp_path}"])
+        try:
+            command(main)()
+        except SystemExit as stop:
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+                return 1
+            return stop.code or 0
+        return 0
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["weight=fp4dlt"], "'weight' has no option 'fp4dlt'; did you mean fp4dit?"),
+        (["wieght=e2m1"], "'wieght' is not in the configuration; did you mean weight?"),
+        (["generation.step=3"], "did you mean generation.steps"),
+        (["experiment=demo_4_fp4dit"], "did you mean demo_4_fp4dit_w4a8"),
+        (["zzz=1"], "there are generation, model"),
+        (["-m", "weight=e2m1,e2m2"], "'weight' has no option 'e2m2'; did you mean e2m1?"),
+        (["-m", "experiment=glob(demoo*)"], "0 jobs: experiment=glob(demoo*) matches nothing; experiment has abl"),
+        (["generation.steps=[1"], "'generation.steps=[1' cannot be read"),
+        (["model.path=/nowhere"], "there is nothing at '/nowhere'"),
+        (["model.path=conf"], "'conf' is not a diffusers pipeline: the folder has no model_index.json"),
+        (["model.path=Makefile"], "'Makefile' is not a diffusers pipeline: this is a file"),
+        ([*TOY, "generation.seed=-1"], "generate: a seed cannot be negative"),
+        ([*TOY, "targets=[scores]"], "no stage is called 'scores'; this method has capture"),
+    ],
+)
+def test_a_mistake_gets_one_message_and_no_traceback(run: Run, capfd, tmp_path: Path, arguments, message: str):
+    assert run(*arguments) == 1
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.count("error:") == 1
+    assert "Traceback" not in error
+    assert not (tmp_path / "store" / "capture").exists()
+
+
+def test_a_full_disk_is_told_in_plain_words():
+    message = explain(OSError(errno.ENOSPC, "No space left on device", "outputs/x"))
+    assert message == (
+        "the disk is full while writing outputs/x. What was finished is kept: "
+        "free some space and give the same command again."
+    )
+
+
+def test_an_error_of_ours_is_not_hidden(run: Run):
+    with pytest.raises(RuntimeError, match="halfway"):
+        run(*TOY, "generation.seed=13")
+
+
+def test_help_lists_groups_with_their_options(run: Run, capfd):
+    assert run("--help") == 0
+    text = capfd.readouterr().out
+    assert "  weight       format, scales and granularity of weights    e2m1, fp4dit, int4_affine" in text
+
+
+class TestTable:
+    @pytest.fixture
+    def conf(self, tmp_path: Path) -> str:
+        """A table with two rows of toy stages."""
+        (tmp_path / "conf" / "table").mkdir(parents=True)
+        (tmp_path / "conf" / "table" / "toy.yaml").write_text(
+            "# @package _global_\npicture_prompts: 2\nrows:\n"
+            "  - {label: One, overrides: [stages=toy]}\n"
+            "  - {label: Seven, overrides: [stages=toy, generation.seed=7]}\n"
+        )
+        return f"hydra.searchpath=[file://{ROOT}/tests/conf,file://{tmp_path}/conf]"
+
+    def test_prints_what_is_there_and_how_to_make_the_rest(self, run: Run, conf: str, capfd, tmp_path: Path):
+        assert run(*TOY) == 0
+        assert run("table=toy", conf, main=pipelines.table.main) == 0
+        text = capfd.readouterr().out
+        assert "36.0 [35.4, 36.6]" in text
+        assert f"missing: Seven. To make it:\n  python -m pipelines.run stages=toy generation.seed=7 outputs={tmp_path}" in text
+        tables = tmp_path / "tables"
+        assert sorted(p.name for p in tables.iterdir()) == ["toy.csv", "toy.md", "toy.png", "toy.tex"]
+        first, second = csv.DictReader((tables / "toy.csv").read_text().splitlines())
+        assert (first["psnr"], first["ssim"], first["n"], first["checkpoint_bytes"]) == ("36.0", "", "10", "5250000")
+        assert set(second.values()) == {"Seven", ""}
+        assert (tables / "toy.md").read_text() in text
+
+    def test_overrides_are_added_to_every_row(self, run: Run, conf: str, capfd):
+        assert run(*TOY, "calibration.seed=3") == 0
+        assert run("table=toy", conf, main=pipelines.table.main) == 0
+        assert "missing: One" in capfd.readouterr().out
+        assert run("table=toy", conf, "overrides=[calibration.seed=3]", main=pipelines.table.main) == 0
+        assert "missing: One" not in capfd.readouterr().out
+
+
+def test_jobs_side_by_side_share_stages_and_one_that_fails_stops_no_other(tmp_path: Path):
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.launcher.batch_size=1"]
+    sweep = ["-m", "generation.seed=1,-1,2", *TOY, f"outputs={tmp_path}", *launcher]
+    done = subprocess.run([sys.executable, "-m", "pipelines.run", *sweep], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "error: generate: a seed cannot be negative" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    count = lambda stage: len(list((tmp_path / "store" / stage).glob("*/manifest.json")))
+    assert [count(stage) for stage in ("capture", "reconstruct", "generate", "score")] == [1, 1, 2, 2]

@@ -1,0 +1,92 @@
+"""Every option composes, plans and names code that exists; experiments and tables say what they are."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from pipelines.plan import plan
+from pipelines.resolvers import CONF, options
+from tests.conftest import Compose
+
+NOT_OF_A_RUN = {"hydra", "table"}
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in NOT_OF_A_RUN)
+OPTIONS = [f"{group}={name}" for group in GROUPS if group != "experiment" for name in options(group)]
+FILES = sorted(CONF.rglob("*.yaml"))
+EXPERIMENTS, TABLES = options("experiment"), options("table")
+
+
+def targets(node: Any) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield node["_target_"]
+        node = list(node.values())
+    if isinstance(node, Sequence) and not isinstance(node, str):
+        for part in node:
+            yield from targets(part)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: str(path.relative_to(CONF)))
+def test_every_file_names_real_code(file: Path):
+    for target in targets(OmegaConf.to_container(OmegaConf.load(file), resolve=False)):
+        assert get_object(target)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes(composed: Compose, option: str):
+    assert composed(option).stages.score
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_plans_on_the_shipped_model(composed: Compose, experiment: str):
+    steps = plan(composed(f"experiment={experiment}"))
+    assert steps["score"].needs["images"] in steps
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_only_overrides_and_says_how_to_run_it(experiment: str):
+    lines = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].startswith(f"# python -m pipelines.run experiment={experiment}    ")
+    assert len(lines) <= 15
+    assert all(list(line)[0].startswith("override /") for line in yaml.safe_load("\n".join(lines))["defaults"])
+
+
+@pytest.mark.parametrize("group", ["trainer", "logger"])
+def test_a_stage_node_names_no_group_that_changes_no_result(group: str):
+    for name in options("stages"):
+        text = (CONF / "stages" / f"{name}.yaml").read_text()
+        for word in (group, "outputs", "progress"):
+            assert f"${{{word}" not in text
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_has_every_experiment_of_its_name_once(table: str):
+    rows = yaml.safe_load((CONF / "table" / f"{table}.yaml").read_text())["rows"]
+    named = [override.removeprefix("experiment=") for row in rows for override in row["overrides"]]
+    assert sorted(named) == [name for name in EXPERIMENTS if name.startswith(f"{table}_")]
+    assert len({row["label"] for row in rows}) == len(rows)
+
+
+def test_help_explains_every_group():
+    text = (Path(CONF) / "hydra" / "help" / "run.yaml").read_text()
+    assert [group for group in GROUPS if f"${{options:{group}}}" not in text] == []
+
+
+def test_rows_of_the_demo_share_stages(composed: Compose, model: Path):
+    def keys(experiment: str) -> dict[str, str]:
+        fixed = [f"model.path={model}", f"metrics.clip.path={model}"]
+        return {s.name: s.key for s in plan(composed(f"experiment={experiment}", *fixed)).values()}
+
+    rows = {name.removeprefix("demo_")[0]: keys(name) for name in EXPERIMENTS if name.startswith("demo_")}
+    quantized = [keys for row, keys in rows.items() if row != "1"]
+    assert len({keys["reference"] for keys in rows.values()}) == 1
+    assert len({keys["capture"] for keys in quantized}) == 1
+    assert rows["3"]["reconstruct"] == rows["6"]["reconstruct"]  # INT4 AdaRound, static and online
+    assert rows["4"]["reconstruct"] == rows["7"]["reconstruct"] == rows["8"]["reconstruct"]  # FP4DiT
+    assert len({keys["reconstruct"] for keys in quantized}) == 4
+    assert len({keys["score"] for keys in rows.values()}) == 8

@@ -1,0 +1,82 @@
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import pipelines.progress
+from pipelines.progress import span
+from pipelines.runtime import Runtime
+
+
+class Task(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        return self.layer(batch).square().mean()
+
+    def predict_step(self, batch: Tensor, _: int) -> Tensor:
+        return self.layer(batch)
+
+    def test_step(self, batch: Tensor, _: int) -> None:
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.fixture
+def data() -> DataLoader:
+    return DataLoader(torch.ones(6, 2).split(1), batch_size=2)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pipelines.progress, "EVERY", -1.0)
+
+
+CPU = {"accelerator": "cpu", "devices": 1, "strategy": "auto"}
+
+
+def test_lines_count_over_epochs_and_tell_the_time_left(data: DataLoader, capfd):
+    Runtime(CPU, "lines", job="demo_4").trainer("reconstruct block 1", max_steps=7).fit(Task(), data)
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split("  ")[2] for line in lines] == [f"{i}/7" for i in range(1, 8)]
+    assert lines[-1] == "demo_4  reconstruct block 1  7/7  0:00 elapsed  0:00 left"
+
+
+@pytest.mark.parametrize("verb", ["predict", "test"])
+def test_lines_count_batches(verb: str, data: DataLoader, capfd):
+    trainer = Runtime(CPU, "lines").trainer("generate")
+    trainer.predict(Task(), data) if verb == "predict" else trainer.test(Task(), data, verbose=False)
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split("  ")[1] for line in lines] == ["1/3", "2/3", "3/3"]
+
+
+def test_short_fits_do_not_flood_the_screen(data: DataLoader, capfd, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pipelines.progress, "EVERY", 60.0)
+    runtime = Runtime(CPU, "lines")
+    runtime.clock.last = float("-inf")
+    for _ in range(3):
+        runtime.trainer("reconstruct", max_steps=3).fit(Task(), data)
+    assert len(capfd.readouterr().out.splitlines()) == 1
+
+
+def test_a_bar_is_labelled(data: DataLoader, capfd):
+    Runtime(CPU, "bar").trainer("capture", max_steps=3).fit(Task(), data)
+    assert "capture: " in capfd.readouterr().err
+
+
+def test_none_says_nothing_and_keeps_nothing(data: DataLoader, capfd, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Runtime(CPU, "none").trainer("capture", max_steps=3, precision="32-true").fit(Task(), data)
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (75, "1:15"), (3723, "1:02:03")])
+def test_a_span_reads_like_a_clock(seconds: float, text: str):
+    assert span(seconds) == text
