@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ Blocks = Float[Tensor, "blocks block"]  # one row shares a scale
 Column = Float[Tensor, "blocks 1"]
 
 
+@runtime_checkable
 class Scaling(Protocol):
     """An invertible map onto the grid and back."""
 
@@ -61,6 +62,7 @@ def from_parts(found: Mapping[str, Tensor]) -> Scaling:
     return kind(**found)
 
 
+@runtime_checkable
 class ScaleRule(Protocol):
     """Chooses a scaling for each block."""
 

@@ -78,9 +78,7 @@ def latex(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     head = " & ".join(["", *(escape(c.title) for c in columns)])
     body = "".join(" & ".join([escape(r.label), *(tex(c, r.values) for c in columns)]) + r" \\" + "\n" for r in rows)
     shape = "l" + "r" * len(columns)
-    return (
-        f"\\begin{{tabular}}{{{shape}}}\n\\toprule\n{head} \\\\\n\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n"
-    )
+    return f"\\begin{{tabular}}{{{shape}}}\n\\toprule\n{head} \\\\\n\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n"
 
 
 def tex(column: Column, values: Mapping[str, Value]) -> str:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from pipelines.training import Losses, Stop
 
-TRAINED = ("autoencoder", "text", "transformer")
+TRAINED = ("autoencoder", "text", "clip", "transformer")
 
 
 def train(cfg: DictConfig) -> None:

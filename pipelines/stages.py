@@ -14,7 +14,7 @@ from torchmetrics import Metric
 from fp4dit import calls, policy
 from fp4dit.models.base import Source
 from fp4dit.policy import Rule
-from fp4dit.reconstruction import Reconstruction, TrainerFactory, load_calls, load_weights_, split
+from fp4dit.reconstruction import Reconstruction, load_calls, load_weights_, split
 from fp4dit.statistics import interval
 from fp4dit.tasks.activate import Measure, Observe, load_scales_, save_scales
 from fp4dit.tasks.capture import CaptureTask, chunked

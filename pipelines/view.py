@@ -6,6 +6,7 @@ It can be thrown away and drawn again, for a job that finds everything in the st
 import csv
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -41,8 +42,12 @@ class WandbView:
             log.warning("W&B shows nothing of this job: %r. Its results are in the store.", error)
 
     def draw(self, cfg: DictConfig, steps: Mapping[str, Step], store: Store) -> None:
+        # The pictures of an offline run are kept here until it is synced; by default that is the home directory.
+        for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+            os.environ.setdefault(name, str(Path(self.dir).absolute() / "wandb"))
         import wandb  # here, for it takes half a second and a job without a logger does not need it
 
+        logging.getLogger("wandb").setLevel(logging.CRITICAL)  # its errors come back as exceptions, told once
         config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # pyright: ignore[reportAssignmentType]
         folders = {step.name: store.path(step.name, step.key) for step in steps.values()}
         run = wandb.init(

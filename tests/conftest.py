@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -13,6 +14,9 @@ from pipelines.resolvers import CONF, register
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 TOY = ["stages=toy", f"hydra.searchpath=[file://{Path(__file__).parent}/conf]"]
+
+if TYPE_CHECKING:
+    from fp4dit.models.pixart import PixArt, PixArtPipeline
 
 Compose = Callable[..., DictConfig]
 
@@ -35,3 +39,25 @@ def model(tmp_path: Path) -> Path:
     (folder / "model_index.json").write_text("{}")
     (folder / "weights.safetensors").write_bytes(b"first")
     return folder
+
+
+@pytest.fixture(scope="session")
+def pixart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random PixArt in diffusers' layout."""
+    from tests import tiny  # here, because most tests of orchestration do without torch
+
+    folder = tmp_path_factory.mktemp("pixart")
+    tiny.save(folder)
+    return folder
+
+
+@pytest.fixture
+def source(pixart_folder: Path) -> "PixArt":
+    from fp4dit.models.pixart import PixArt
+
+    return PixArt(str(pixart_folder), tokens=20)
+
+
+@pytest.fixture
+def pipeline(source: "PixArt") -> "PixArtPipeline":
+    return source.load()

@@ -105,7 +105,8 @@ class TestTable:
         assert run("table=toy", conf, main=pipelines.table.main) == 0
         text = capfd.readouterr().out
         assert "36.0 [35.4, 36.6]" in text
-        assert f"missing: Seven. To make it:\n  python -m pipelines.run stages=toy generation.seed=7 outputs={tmp_path}" in text
+        command = f"python -m pipelines.run stages=toy generation.seed=7 '{conf}' outputs={tmp_path}"
+        assert f"missing: Seven. To make it:\n  {command}" in text
         tables = tmp_path / "tables"
         assert sorted(p.name for p in tables.iterdir()) == ["toy.csv", "toy.md", "toy.png", "toy.tex"]
         first, second = csv.DictReader((tables / "toy.csv").read_text().splitlines())
@@ -117,7 +118,7 @@ class TestTable:
         assert run(*TOY, "calibration.seed=3") == 0
         assert run("table=toy", conf, main=pipelines.table.main) == 0
         assert "missing: One" in capfd.readouterr().out
-        assert run("table=toy", conf, "overrides=[calibration.seed=3]", main=pipelines.table.main) == 0
+        assert run("table=toy", conf, 'overrides=["calibration.seed=3"]', main=pipelines.table.main) == 0
         assert "missing: One" not in capfd.readouterr().out
 
 

@@ -53,7 +53,7 @@ def test_an_experiment_only_overrides_and_says_how_to_run_it(experiment: str):
     assert lines[0] == "# @package _global_"
     assert lines[1].startswith(f"# python -m pipelines.run experiment={experiment}    ")
     assert len(lines) <= 15
-    assert all(list(line)[0].startswith("override /") for line in yaml.safe_load("\n".join(lines))["defaults"])
+    assert all(next(iter(line)).startswith("override /") for line in yaml.safe_load("\n".join(lines))["defaults"])
 
 
 @pytest.mark.parametrize("group", ["trainer", "logger"])

@@ -20,7 +20,7 @@ class Task(L.LightningModule):
     def predict_step(self, batch: Tensor, _: int) -> Tensor:
         return self.layer(batch)
 
-    def test_step(self, batch: Tensor, _: int) -> None:
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
         pass
 
     def configure_optimizers(self):

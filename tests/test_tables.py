@@ -34,7 +34,8 @@ def test_markdown_shows_intervals_units_and_what_is_missing():
 
 def test_csv_holds_plain_numbers_and_empty_cells():
     assert as_csv([FP4, FULL, MISSING], [PSNR, SIZE]) == (
-        "label,psnr,psnr_low,psnr_high,checkpoint_bytes\nFP4 & co,36.04,35.44,36.6,5250000\nFull,,,,5250000\nLater,,,,\n"
+        "label,psnr,psnr_low,psnr_high,checkpoint_bytes\n"
+        "FP4 & co,36.04,35.44,36.6,5250000\nFull,,,,5250000\nLater,,,,\n"
     )
 
 
@@ -46,7 +47,7 @@ def test_latex_is_a_booktabs_tabular_with_escaped_text():
 
 
 def test_the_columns_of_our_tables_are_those_of_the_issue():
-    columns = instantiate(OmegaConf.load(CONF / "table.yaml")).columns
+    columns = [instantiate(column) for column in OmegaConf.load(CONF / "table.yaml").columns]
     header = next(csv.reader(io.StringIO(as_csv([], columns))))
     means = [f"{m}{end}" for m in ("psnr", "ssim", "oracle", "clip") for end in ("", "_low", "_high")]
     scalars = ["block_error", "bits_weight", "bits_activation", "checkpoint_bytes", "calibration_seconds", "n"]

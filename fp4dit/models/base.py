@@ -1,7 +1,7 @@
 """What this project needs of a text-to-image model."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from fp4dit.stream import State, Unit
 OnCall = Callable[[Call], None]
 
 
+@runtime_checkable
 class Pipeline(Protocol):
     """A pipeline whose transformer `dit` can be run whole (`sample`) and unit by unit (`begin`, `units`)."""
 
@@ -36,6 +37,7 @@ class Pipeline(Protocol):
         ...
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where a pipeline is: light, so that a plan can hold it."""
 

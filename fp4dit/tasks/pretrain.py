@@ -1,12 +1,11 @@
-"""Train the shipped model: its autoencoder, then its text encoder with a small CLIP, then its transformer."""
+"""Train the shipped model: its autoencoder, its text encoder, its transformer, and the small CLIP that scores it."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 import lightning as L
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransformer2DModel
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from open_clip import CLIP
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-Batch = Sequence  # (pictures (n, 3, h, w) in [-1, 1], n captions)
+from fp4dit.models.shapes.data import ATTRIBUTES, SLOTS, Batch
 
 
 def trapezoid(optimizer: Optimizer, steps: int, warmup: int = 100, decay: float = 0.2) -> LambdaLR:
@@ -33,7 +32,7 @@ class AutoencoderTask(L.LightningModule):
         nn.init.constant_(model.quant_conv.bias[model.config.latent_channels :], -6.0)  # begin with little noise
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        image = batch[0]
+        image = batch.pictures
         posterior = self.model.encode(image).latent_dist
         restored = self.model.decode(posterior.sample()).sample
         error = F.mse_loss(restored.float(), image)
@@ -46,39 +45,61 @@ class AutoencoderTask(L.LightningModule):
         return [optimizer], [{"scheduler": trapezoid(optimizer, self.steps, decay=0.5), "interval": "step"}]
 
 
-def contrastive(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], scale: Tensor) -> Tensor:
+def told(logits: Float[Tensor, "*n c"], answers: Int[Tensor, "*n q"], choices: Sequence[int]) -> Float[Tensor, ""]:
+    """Mean cross-entropy over questions with so many choices each, their logits side by side; -100 is no answer."""
+    parts = logits.float().flatten(0, -2).split(list(choices), -1)
+    answers = answers.flatten(0, -2)
+    return torch.stack([F.cross_entropy(part, answers[:, i]) for i, part in enumerate(parts)]).mean()
+
+
+class TextTask(L.LightningModule):
+    """The text encoder that the transformer will read, frozen: each word must know the object it belongs to.
+
+    With that, a caption whose colours or objects are exchanged reads differently at every word.
+    """
+
+    def __init__(self, text_encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, lr: float, steps: int) -> None:
+        super().__init__()
+        self.text_encoder, self.tokenizer, self.lr, self.steps = text_encoder, tokenizer, lr, steps
+        self.head = nn.Linear(text_encoder.config.d_model, sum(ATTRIBUTES))
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        states = self.text_encoder(**tokens_of(self.tokenizer, batch.captions).to(self.device)).last_hidden_state
+        loss = told(self.head(states), batch.words, ATTRIBUTES)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = AdamW(self.parameters(), self.lr, betas=(0.9, 0.98), weight_decay=0.01)
+        return [optimizer], [{"scheduler": trapezoid(optimizer, self.steps, decay=0.4), "interval": "step"}]
+
+
+def contrastive(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], scale: Tensor) -> Float[Tensor, ""]:
     """CLIP's symmetric cross-entropy (arXiv:2103.00020)."""
     logits = scale * F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-class ContrastiveTask(L.LightningModule):
-    """A small CLIP, and beside its text tower the T5 encoder that the transformer will read, frozen."""
+class ClipTask(L.LightningModule):
+    """A small CLIP. Either feature must also tell what is where, for contrast alone is slow to teach that."""
 
-    def __init__(
-        self, clip: CLIP, text_encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, lr: float, steps: int
-    ) -> None:
+    def __init__(self, clip: CLIP, tokenizer: PreTrainedTokenizerBase, lr: float, steps: int) -> None:
         super().__init__()
-        self.clip, self.text_encoder, self.tokenizer = clip, text_encoder, tokenizer
-        self.head = nn.Linear(text_encoder.config.d_model, clip.text_projection.shape[1], bias=False)
-        self.lr, self.steps = lr, steps
+        self.clip, self.tokenizer, self.lr, self.steps = clip, tokenizer, lr, steps
+        self.head = nn.Linear(clip.text_projection.shape[1], sum(SLOTS))
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        images, captions = batch
-        tokens = tokens_of(self.tokenizer, captions).to(self.device)
-        features, scale = self.clip.encode_image(images), self.clip.logit_scale.exp().clamp(max=100)
-        mask = tokens["attention_mask"].unsqueeze(-1)
-        states = self.text_encoder(**tokens).last_hidden_state
-        pooled = self.head((states * mask).sum(1) / mask.sum(1))
-        clip = contrastive(features, self.clip.encode_text(tokens["input_ids"]), scale)
-        t5 = contrastive(features, pooled, scale)
-        self.log_dict({"clip": clip, "t5": t5}, prog_bar=True)
-        return clip + t5
+        tokens = tokens_of(self.tokenizer, batch.captions).to(self.device)
+        image, text = self.clip.encode_image(batch.pictures), self.clip.encode_text(tokens["input_ids"])
+        contrast = contrastive(image, text, self.clip.logit_scale.exp().clamp(max=100))
+        slots = told(self.head(image), batch.slots, SLOTS) + told(self.head(text), batch.slots, SLOTS)
+        self.log_dict({"contrast": contrast, "slots": slots}, prog_bar=True)
+        return contrast + slots
 
     def configure_optimizers(self):
-        optimizer = AdamW(self.parameters(), self.lr, weight_decay=0.01)
-        return [optimizer], [{"scheduler": trapezoid(optimizer, self.steps), "interval": "step"}]
+        optimizer = AdamW(self.parameters(), self.lr, betas=(0.9, 0.98), weight_decay=0.01)
+        return [optimizer], [{"scheduler": trapezoid(optimizer, self.steps, decay=0.4), "interval": "step"}]
 
 
 class DenoisingTask(L.LightningModule):
@@ -113,10 +134,9 @@ class DenoisingTask(L.LightningModule):
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        images, captions = batch
-        captions = ["" if torch.rand(()) < self.drop else c for c in captions]
+        captions = ["" if torch.rand(()) < self.drop else c for c in batch.captions]
         tokens = tokens_of(self.tokenizer, captions).to(self.device)
-        latents = self.vae.encode(images).latent_dist.mode()
+        latents = self.vae.encode(batch.pictures).latent_dist.mode()
         states = self.text_encoder(**tokens).last_hidden_state
         repeat = lambda x: x.float().repeat(self.levels, *[1] * (x.ndim - 1))
         return repeat(latents * self.vae.config.scaling_factor), repeat(states), repeat(tokens["attention_mask"])

@@ -4,31 +4,84 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
+from typing import NamedTuple
 
 import lightning as L
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from fp4dit.models.shapes.world import Scene, render, scenes, variant
+from fp4dit.models.shapes.build import TOKENS
+from fp4dit.models.shapes.world import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    RADII,
+    SHAPES,
+    Scene,
+    Thing,
+    render,
+    scenes,
+    variant,
+)
+
+SHAPE, COLOUR, RADIUS, BACKGROUND = map(list, (SHAPES, COLOURS, RADII, BACKGROUNDS))
+ATTRIBUTES = (len(SHAPE), len(COLOUR), len(RADIUS), len(PLACES), len(BACKGROUND))  # answers to what `words` asks
+SLOTS = (len(SHAPE) + 1, len(COLOUR) + 1, len(RADIUS) + 1) * len(PLACES) + (len(BACKGROUND),)  # ... and `slots`
+
+
+class Batch(NamedTuple):
+    """Pictures in [-1, 1], their captions, and what a reader of either should be able to say."""
+
+    pictures: Float[Tensor, "n 3 h w"]
+    captions: list[str]
+    words: Int[Tensor, "n t a"]
+    slots: Int[Tensor, "n s"]
+
+
+def attributes(thing: Thing) -> list[int]:
+    return [SHAPE.index(thing.shape), COLOUR.index(thing.colour), RADIUS.index(thing.size)]
+
+
+def words(scene: Scene) -> Int[Tensor, "t a"]:
+    """For each word of an object, that object's shape, colour, size and place; for each of the background, its colour.
+
+    -100 where there is nothing to say.
+    """
+    answers, at = torch.full((TOKENS, len(ATTRIBUTES)), -100), 0
+    for thing, place in zip(scene.things, scene.places, strict=True):
+        length = len(str(thing).split())
+        answers[at : at + length, :4] = torch.tensor([*attributes(thing), place])
+        at += length + len((scene.relation or "").split())
+    end = len(scene.caption.split())
+    answers[end - len(f"on a {scene.background} background".split()) : end, 4] = BACKGROUND.index(scene.background)
+    return answers
+
+
+def slots(scene: Scene) -> Int[Tensor, "s"]:
+    """For each place, the shape, colour and size of what is there, 0 for nothing; last, the background."""
+    answers = torch.zeros(len(PLACES), 3, dtype=torch.long)
+    for thing, place in zip(scene.things, scene.places, strict=True):
+        answers[place] = torch.tensor(attributes(thing)) + 1
+    return torch.cat([answers.flatten(), torch.tensor([BACKGROUND.index(scene.background)])])
 
 
 @dataclass
-class Scenes(IterableDataset[tuple[Tensor, list[str]]]):
-    """Batches (pictures (n, 3, 64, 64) in [-1, 1], their n captions), never of a held-out combination.
-
-    With `contrast`, every other scene is its neighbour with one word changed.
-    """
+class Scenes(IterableDataset[Batch]):
+    """Endless batches, never of a held-out combination. With `contrast`, every other scene is its neighbour with
+    one word changed."""
 
     batch: int
     seed: int = 0
     contrast: bool = False
 
-    def __iter__(self) -> Iterator[tuple[Tensor, list[str]]]:
+    def __iter__(self) -> Iterator[Batch]:
         stream = self.pairs() if self.contrast else scenes(self.seed, held_out=False)
         while True:
             batch = list(islice(stream, self.batch))
-            yield render(batch), [scene.caption for scene in batch]
+            labels = (torch.stack([label(scene) for scene in batch]) for label in (words, slots))
+            yield Batch(render(batch), [scene.caption for scene in batch], *labels)
 
     def pairs(self) -> Iterator[Scene]:
         rng = Random(self.seed)

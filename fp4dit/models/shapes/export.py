@@ -28,7 +28,7 @@ def export(parts: str, out: str) -> None:
     transformer = build.transformer(layers)
     transformer.load_state_dict(average)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(part(root, "text/tokenizer"))
-    clip = open_clip.create_model(f"local-dir:{part(root, 'text/clip')}")
+    clip = open_clip.create_model(f"local-dir:{part(root, 'clip/clip')}")
     pipeline = PixArtSigmaPipeline(
         tokenizer=tokenizer,
         text_encoder=T5EncoderModel.from_pretrained(part(root, "text/text_encoder")),

@@ -27,6 +27,7 @@ from fp4dit.models.shapes.world import (
 UNKNOWN = "something"  # an object like none of the shapes
 VISIBLE = 0.12  # distance from the background's colour, in RGB of [0, 1], at which a pixel belongs to an object
 SMALLEST = 30.0  # pixels; the smallest object of the world covers 95
+APART = 14.0  # pixels between the centres of two things that touch
 ALIKE = 0.6  # intersection over union with the best shape, below which an object is unknown
 CAPTION = re.compile(r"a (\w+) (\w+) (\w+)(?: (.+) a (\w+) (\w+) (\w+))? on a (\w+) background")
 
@@ -104,24 +105,33 @@ def inspect(pixels: np.ndarray, ground: np.ndarray, where: np.ndarray) -> list[T
     contrast = np.linalg.norm(pixels - ground, axis=-1) * where
     solid = where & ndimage.binary_erosion(where)
     solid = solid if solid.sum() >= SMALLEST / 3 else where
-    names = np.array([nearest(p, COLOURS) for p in pixels[solid]])
-    found = [name for name in COLOURS if (names == name).mean() >= 0.3] or [nearest(np.median(pixels[solid], 0), COLOURS)]
+    owners = split(pixels, solid)
     things = []
-    for name in found:
-        own = solid.copy()
-        own[solid] = names == name if len(found) > 1 else True
+    for own in owners:
         core = own & (contrast >= 0.8 * np.quantile(contrast[own], 0.9))
         colour = np.median(pixels[core], axis=0)
         # How far each pixel is on the way from the background to the colour: what the object covers of it.
         way = colour - ground
         alpha = ((pixels - ground) @ way / (way @ way)).clip(0, 1)
-        alpha *= ndimage.binary_dilation(own, iterations=2) if len(found) > 1 else ndimage.binary_dilation(where)
+        alpha *= ndimage.binary_dilation(own, iterations=2) if len(owners) > 1 else ndimage.binary_dilation(where)
         parts, n = ndimage.label(alpha > 0.5)
         for i in range(1, n + 1):
             part = alpha * ndimage.binary_dilation(parts == i)
             if part.sum() >= SMALLEST:
                 things.append(recognise(part, nearest(colour, COLOURS)))
     return things
+
+
+def split(pixels: np.ndarray, solid: np.ndarray) -> list[np.ndarray]:
+    """The region's parts of different colours, if their centres are apart: a blurred rim surrounds its own object."""
+    palette = np.array(list(COLOURS.values())) / 255
+    names = np.full(solid.shape, -1)
+    names[solid] = np.linalg.norm(pixels[solid][:, None] - palette, axis=-1).argmin(1)
+    masks = sorted(((names == i) for i in range(len(COLOURS))), key=np.sum, reverse=True)[:2]
+    if masks[1].sum() < SMALLEST / 2:
+        return [solid]
+    first, second = (np.array(ndimage.center_of_mass(mask)) for mask in masks)
+    return masks if np.linalg.norm(first - second) > APART else [solid]
 
 
 def recognise(alpha: np.ndarray, colour: str) -> Thing:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, T5EncoderModel
 from fp4dit.models.shapes import build
 from fp4dit.models.shapes.clip import save_clip
 from fp4dit.models.shapes.world import render, scenes
-from fp4dit.tasks.pretrain import AutoencoderTask, ContrastiveTask, DenoisingTask
+from fp4dit.tasks.pretrain import AutoencoderTask, ClipTask, DenoisingTask, TextTask
 
 SHIPPED = Path(__file__).parent / "weights"
 
@@ -39,14 +39,22 @@ def save_autoencoder(task: AutoencoderTask, folder: Path, n: int = 1024) -> None
     vae.save_pretrained(folder / "vae")
 
 
-def text(lr: float, steps: int) -> ContrastiveTask:
+def text(lr: float, steps: int) -> TextTask:
     tokenizer = build.tokenizer()
-    return ContrastiveTask(build.clip(len(tokenizer)), build.text_encoder(len(tokenizer)), tokenizer, lr, steps)
+    return TextTask(build.text_encoder(len(tokenizer)), tokenizer, lr, steps)
 
 
-def save_text(task: ContrastiveTask, folder: Path) -> None:
+def save_text(task: TextTask, folder: Path) -> None:
     task.text_encoder.save_pretrained(folder / "text_encoder")
     task.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def clip(lr: float, steps: int) -> ClipTask:
+    tokenizer = build.tokenizer()
+    return ClipTask(build.clip(len(tokenizer)), tokenizer, lr, steps)
+
+
+def save_trained_clip(task: ClipTask, folder: Path) -> None:
     save_clip(task.clip, task.tokenizer, folder / "clip")
 
 

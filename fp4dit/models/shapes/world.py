@@ -29,6 +29,7 @@ BACKGROUNDS = {"white": (242, 242, 242), "gray": (135, 135, 135), "black": (22, 
 RADII = {"small": 6.5, "large": 11.0}  # pixels
 # Unit vector from the second object to the first; y points down, as in the picture.
 RELATIONS = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+PLACES = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))  # where an object can be, the middle last
 
 # Signed distance to each shape of radius 1, from (x, y): negative inside. Areas are alike, so that none looks larger.
 SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -68,6 +69,14 @@ class Scene:
     @property
     def caption(self) -> str:
         return f" {self.relation} ".join(map(str, self.things)) + f" on a {self.background} background"
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """For each thing, the index of its place in PLACES."""
+        if self.relation is None:
+            return (PLACES.index((0, 0)),)
+        dx, dy = RELATIONS[self.relation]
+        return PLACES.index((dx, dy)), PLACES.index((-dx, -dy))
 
     @property
     def held_out(self) -> bool:

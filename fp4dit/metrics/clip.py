@@ -1,0 +1,46 @@
+"""CLIP score: how well an image and its prompt agree, in the eyes of any open_clip model."""
+
+from collections.abc import Sequence
+
+import open_clip
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize
+
+from fp4dit.metrics.base import Images, PerImage
+from fp4dit.resources import locate
+
+
+class ClipScore(PerImage):
+    """100 max(cos, 0), as torchmetrics defines it (arXiv:2104.08718 up to its factor).
+
+    `path` is a folder in open_clip's layout, `pkg://package/folder`, or `hf-hub:owner/name`.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        name = path if path.startswith("hf-hub:") else f"local-dir:{locate(path)}"
+        self.model, _ = open_clip.create_model_from_pretrained(name)
+        self.model.eval().requires_grad_(False)
+        self.tokenizer = open_clip.get_tokenizer(name)
+        self.preprocess = preprocessing(self.model)
+
+    @torch.no_grad()
+    def score(self, images: Images, reference: Images, prompts: Sequence[str]) -> Float[Tensor, " n"]:
+        text = self.tokenizer(list(prompts)).to(images.device)
+        pair = self.model.encode_image(self.preprocess(images)), self.model.encode_text(text)
+        return 100 * F.cosine_similarity(*pair).clamp(min=0)
+
+
+def preprocessing(model: open_clip.CLIP) -> Compose:
+    """open_clip's own for inference, on tensors in [0, 1] instead of PIL images: no loss by way of 8 bits."""
+    config = open_clip.get_model_preprocess_cfg(model)
+    size = config["size"] if not isinstance(config["size"], int) else (config["size"],) * 2
+    mode = InterpolationMode(config.get("interpolation", "bicubic"))
+    squash = config.get("resize_mode", "shortest") == "squash"
+    resize = Resize(list(size) if squash else min(size), mode, antialias=True)
+    return Compose([resize, CenterCrop(list(size)), Normalize(config["mean"], config["std"])])
