@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fp4dit.calls import Call
 from fp4dit.errors import UserError
-from fp4dit.stream import answers
 
 
 def finite(output: Any) -> bool:
-    return all(bool(value.isfinite().all()) for value in answers(output) if isinstance(value, Tensor))
+    return all(bool(value.isfinite().all()) for value in tree_leaves(output) if isinstance(value, Tensor))
 
 
 def not_finite(layer: str, timestep: float) -> UserError:
@@ -25,12 +25,16 @@ def not_finite(layer: str, timestep: float) -> UserError:
 
 @torch.no_grad()
 def first_bad(model: nn.Module, call: Call) -> str:
-    """The name of the first module whose answer holds NaN or infinity when `call` is made again."""
+    """The name of the first module whose answer holds NaN or infinity when `call` is made again.
+
+    All modules are asked, not the innermost alone: a quantized layer computes with its source's weight, and a
+    block with parameters of its own. The inner ones answer first.
+    """
     found: list[str] = []
     handles = [
         module.register_forward_hook(lambda _m, _a, out, name=name: None if finite(out) else found.append(name))
         for name, module in model.named_modules()
-        if not any(module.children())
+        if name
     ]
     try:
         call(model)
@@ -51,7 +55,7 @@ def guarded(model: nn.Module) -> Iterator[None]:
             return
         busy = True  # finding the layer calls the model again
         layer = first_bad(module, Call(args, kwargs))
-        timestep = kwargs["timestep"].flatten()[0].item()
+        timestep = float(kwargs["timestep"].flatten()[0])
         raise not_finite(layer, timestep)
 
     handle = model.register_forward_hook(hook, with_kwargs=True)

@@ -1,7 +1,7 @@
 """Which quantizer each layer gets, by name, and an audit of what happened."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -81,11 +81,16 @@ def entry(name: str, layer: nn.Module, rule: Rule | None) -> Entry:
     weight: Tensor = layer.weight  # pyright: ignore[reportAssignmentType]
     if rule is None or rule.quantizer is None:
         return Entry(name, rule.match if rule else "-", "fp16", 16.0, weight.numel())
-    try:
-        bits = rule.quantizer.bits(torch.Size([len(weight), weight[0].numel()]))
-    except ValueError as error:
-        raise UserError(f"{name} (rule {rule.match!r}): {error}") from error
+    bits = bits_of(name, rule.match, rule.quantizer, torch.Size([len(weight), weight[0].numel()]))
     return Entry(name, rule.match, rule.quantizer.format.name, bits, weight.numel())
+
+
+def bits_of(name: str, rule: str, quantizer: Quantizer, shape: torch.Size) -> float:
+    """Bits per value, scales counted; a granularity that does not fit is an error that names the layer."""
+    try:
+        return quantizer.bits(shape)
+    except ValueError as error:
+        raise UserError(f"{name} (rule {rule!r}): {error}") from error
 
 
 def quantize_weights_(model: nn.Module, rules: Mapping[str, Rule], check: bool = True) -> dict[str, QuantLayer]:
@@ -101,35 +106,51 @@ def quantize_weights_(model: nn.Module, rules: Mapping[str, Rule], check: bool =
     return made
 
 
-def inputs(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """What can be quantized while it flows: (name, owner, attribute) of each layer's input and attention's q, k, v."""
+@dataclass(frozen=True)
+class Place:
+    """Where an activation can be quantized: an attribute of a module. `row` is the number of values of one token."""
+
+    owner: nn.Module
+    attribute: str
+    row: int
+
+
+def places(model: nn.Module) -> dict[str, Place]:
+    """What can be quantized while it flows, by name: each layer's input and attention's q, k, v."""
+    found = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantLayer):
-            yield name, module, "activation"
-        if isinstance(getattr(module, "processor", None), QuantProcessor):
-            for operand in "qkv":
-                yield f"{name}.{operand}", module.processor, operand  # pyright: ignore[reportReturnType]
+            found[name] = Place(module, "activation", module.rows.shape[1])
+        processor: Any = getattr(module, "processor", None)
+        if isinstance(processor, QuantProcessor):
+            head: int = module.inner_dim // module.heads  # pyright: ignore[reportOperatorIssue, reportAssignmentType]
+            found |= {f"{name}.{operand}": Place(processor, operand, head) for operand in "qkv"}
+    return found
 
 
 def quantize_activations_(model: nn.Module, rules: Sequence[Rule]) -> tuple[dict[str, Activation], dict[str, Rule]]:
     """Put an `Activation` before every quantized layer and attention operand that the rules name, in place.
 
     Raises:
-        UserError: as `assign`, or if a static rule asks for more than one scale per tensor.
+        UserError: as `assign`, or if a static rule asks for more than one scale per tensor, or a granularity
+            does not fit.
     """
     for module in list(model.modules()):
         if hasattr(module, "set_processor") and not isinstance(module.processor, QuantProcessor):
             module.set_processor(QuantProcessor(module.processor))  # pyright: ignore[reportCallIssue]
-    places = {name: (owner, attribute) for name, owner, attribute in inputs(model)}
-    chosen = {name: rule for name, rule in assign(places, rules).items() if rule.quantizer is not None}
+    found = places(model)
+    chosen = {name: rule for name, rule in assign(found, rules).items() if rule.quantizer is not None}
     if rules and not chosen:
         raise UserError("no activation is quantized: give `activation` a rule with a quantizer, or use activation=none")
+    made = {}
     for name, rule in chosen.items():
-        if rule.observe and rule.quantizer.granularity.unit != "tensor":
+        quantizer, place = rule.quantizer, found[name]
+        if rule.observe and quantizer.granularity.unit != "tensor":
             raise UserError(f"the activation rule {rule.match!r} is static, so it needs one scale per tensor (unit: tensor)")
-        owner, attribute = places[name]
-        setattr(owner, attribute, Activation(rule.quantizer))
-    return {name: getattr(*places[name]) for name in chosen}, chosen
+        bits_of(name, rule.match, quantizer, torch.Size([1, place.row]))
+        made[name] = Activation(quantizer)
+        setattr(place.owner, place.attribute, made[name])
+    return made, chosen
 
 
 def check_activations(skeleton: nn.Module, weights: Sequence[Rule], activations: Sequence[Rule]) -> None:

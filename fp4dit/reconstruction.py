@@ -66,7 +66,9 @@ class Reconstruction:
                 report = json.loads(path.read_text())
             else:
                 examples = Examples(unit, quantized, target, self.trained)
-                curve = self.fit(module, list(layers.values()), examples, trainer(f"{number}/{len(units)} {unit.module}"))
+                label = f"{number}/{len(units)} {unit.module}"
+                # A unit that the rules leave alone has nothing to learn.
+                curve = self.fit(module, list(layers.values()), examples, trainer(label)) if layers else []
                 report = {"unit": unit.module, "error": None, "curve": curve}
             answer = self.forward(module, unit, quantized)
             if not path.exists():
@@ -82,7 +84,7 @@ class Reconstruction:
         for value in answer.values():
             bad = ~value.isfinite().flatten(1).all(1)
             if bad.any():
-                raise not_finite(unit.module, state["timestep"][bad][0].item())
+                raise not_finite(unit.module, float(state["timestep"][bad][0]))
         return answer
 
 

@@ -81,7 +81,10 @@ def stored(scale: Column, fmt: NumberFormat | None) -> Column:
 
 @dataclass(frozen=True)
 class AbsMax:
-    """The smallest symmetric scale that clips nothing. `store` is the format it is kept in, fp32 if None."""
+    """The smallest symmetric scale that clips nothing. `store` is the format it is kept in, fp32 if None.
+
+    Kept in fp16 it may come out too small by 2^-11 of itself, and clip by as much.
+    """
 
     store: NumberFormat | None = None
 
@@ -94,7 +97,10 @@ class AbsMax:
 
 @dataclass(frozen=True)
 class MinMax:
-    """The smallest affine scaling that clips nothing; the range always holds zero, which stays exact."""
+    """The smallest affine range that holds all values and zero, which stays exact.
+
+    The zero point is whole, so one end may be clipped by up to half a step.
+    """
 
     store: NumberFormat | None = None
 

@@ -1,4 +1,4 @@
-"""Train the model that ships: `python -m pipelines.pretrain part=all`, or one part at a time. See conf/pretrain.yaml."""
+"""Train the model that ships: `python -m pipelines.pretrain part=all`, or part by part. See conf/pretrain.yaml."""
 
 import os
 
@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from pipelines.training import Losses, Stop
 
-TRAINED = ("autoencoder", "text", "clip", "transformer")
+TRAINED = ("autoencoder", "decoder", "text", "clip", "transformer")
 
 
 def train(cfg: DictConfig) -> None:

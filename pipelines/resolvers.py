@@ -13,7 +13,7 @@ from fp4dit.resources import locate
 from fp4dit.store import checksum, fingerprint, whole
 
 CONF = Path(__file__).parents[1] / "conf"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"(hf-hub:)?[A-Za-z0-9][\w.-]*/[\w.-]+")
 WEIGHTS_AND_CONFIGS = (".safetensors", ".json", ".txt", ".model")
 
 

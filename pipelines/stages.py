@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Capture:
         c = self.calibration
         (out / "calls").mkdir(exist_ok=True)
         task = CaptureTask(self.model.load(), out / "calls", c.steps, c.guidance)
-        runtime.trainer("capture").predict(task, whole(chunked(c.prompts(c.trained + c.held_out), c.chunk, c.seed)))
+        runtime.trainer("capture").predict(task, one_by_one(chunked(c.prompts(c.trained + c.held_out), c.chunk, c.seed)))
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,10 @@ class Activate:
         trained, held_out = by_chunk(needs["calls"] / "calls", self.calibration)
         if observed:
             observe = Observe(pipeline, activations, observed)
-            runtime.trainer("activate: observe").test(observe, whole(trained), verbose=False)
+            runtime.trainer("activate: observe").test(observe, one_by_one(trained), verbose=False)
             observe.fix()
         measure = Measure(pipeline, activations)
-        runtime.trainer("activate: measure").test(measure, whole(held_out), verbose=False)
+        runtime.trainer("activate: measure").test(measure, one_by_one(held_out), verbose=False)
         save_scales(activations, out / "scales.safetensors")
         write_csv(out / "sqnr.csv", measure.sqnr())
         audit = measure.audit(rules)
@@ -135,13 +136,16 @@ class Generate:
 
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         g, pipeline, prompts = self.generation, self.model.load(), self.prompts(self.count)
-        if "weights" in needs:
+        if "weights" not in needs:
+            size = policy.checkpoint_bytes(pipeline.dit, [])
+            write_json(out / "audit.json", {"bits_weight": 16, "bits_activation": 16, "checkpoint_bytes": size})
+        else:
             load_weights_(pipeline, policy.assign(policy.layers(pipeline.dit), self.weight), needs["weights"] / "units")
             activations, _ = policy.quantize_activations_(pipeline.dit, self.activation)
             load_scales_(activations, needs["activations"] / "scales.safetensors")
         (out / "images").mkdir(exist_ok=True)
         chunks = chunked(prompts, g.chunk, g.seed)
-        runtime.trainer("generate").predict(GenerateTask(pipeline, out / "images", g.steps, g.guidance), whole(chunks))
+        runtime.trainer("generate").predict(GenerateTask(pipeline, out / "images", g.steps, g.guidance), one_by_one(chunks))
         seeded = [(prompt, seed) for chunk in chunks for prompt, seed in zip(chunk.prompts, chunk.seeds, strict=True)]
         write_json(out / "images.json", [{"prompt": prompt, "seed": seed} for prompt, seed in seeded])
 
@@ -157,25 +161,27 @@ class Score:
         pairs = Pairs(needs["images"] / "images", needs["reference"] / "images", prompts)
         task = ScoreTask(self.metrics)
         runtime.trainer("score", devices=1).test(task, DataLoader(pairs, batch_size=16), verbose=False)
-        means = {name: asdict(interval(values)) for name, values in task.values.items()}
-        report = {"n": len(prompts), "metrics": means, "scalars": costs(needs), "per_image": task.values}
+        means = {name: summary(values) for name, values in task.values.items()}
+        per_image = {name: [v if isfinite(v) else None for v in values] for name, values in task.values.items()}
+        report = {"n": len(prompts), "metrics": means, "scalars": costs(needs), "per_image": per_image}
         write_json(out / "metrics.json", report)
 
 
+def summary(values: list[float]) -> dict[str, float] | None:
+    """A mean and its interval; None if a value is infinite, as an image's PSNR against itself."""
+    return asdict(interval(values)) if all(map(isfinite, values)) else None
+
+
 def costs(needs: Mapping[str, Path]) -> dict[str, float]:
-    if "weights" not in needs:
-        return {}
-    weights, activations = (read_json(needs[role] / "audit.json") for role in ("weights", "activations"))
-    names = ("block_error", "bits_weight", "checkpoint_bytes")
-    seconds = read_json(needs["weights"] / "manifest.json")["seconds"]
-    return {name: weights[name] for name in names} | {
-        "bits_activation": activations["bits_activation"],
-        "calibration_seconds": seconds,
-    }
+    """Bits, bytes, block error, and the seconds that capture and reconstruction took."""
+    audits = [needs[role] / "audit.json" for role in ("weights", "activations", "images") if role in needs]
+    found = {name: value for path in audits if path.exists() for name, value in read_json(path).items()}
+    seconds = [read_json(needs[role] / "manifest.json")["seconds"] for role in ("calls", "weights") if role in needs]
+    names = ("block_error", "bits_weight", "bits_activation", "checkpoint_bytes")
+    return {name: found[name] for name in names if name in found} | ({"calibration_seconds": sum(seconds)} if seconds else {})
 
 
-def whole(items: Iterable[Any]) -> DataLoader:
-    """Items as they are, one at a time."""
+def one_by_one(items: Iterable[Any]) -> DataLoader:
     return DataLoader(list(items), batch_size=None, collate_fn=lambda item: item)
 
 

@@ -1,5 +1,6 @@
 """What every test runs with: one thread, no network, no W&B account."""
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,6 +59,14 @@ def source(pixart_folder: Path) -> "PixArt":
     return PixArt(str(pixart_folder), tokens=20)
 
 
+@pytest.fixture(scope="session")
+def loaded(pixart_folder: Path) -> "PixArtPipeline":
+    from fp4dit.models.pixart import PixArt
+
+    return PixArt(str(pixart_folder), tokens=20).load()
+
+
 @pytest.fixture
-def pipeline(source: "PixArt") -> "PixArtPipeline":
-    return source.load()
+def pipeline(loaded: "PixArtPipeline") -> "PixArtPipeline":
+    """A fresh copy, which a test may quantize."""
+    return copy.deepcopy(loaded)

@@ -1,6 +1,6 @@
 """A PixArt of 2 blocks of width 32 with random weights, in diffusers' layout: all of the structure, none of the wait."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from diffusers import AutoencoderKL, PixArtSigmaPipeline, PixArtTransformer2DModel
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import T5Config, T5EncoderModel
 
 from fp4dit.formats import NumberFormat, floating, fp16, integer
@@ -71,6 +72,10 @@ def trainer(label: str = "") -> Callable[..., L.Trainer]:
 
 def learnt(learner: Any, steps: int = 30, lr: float = 1e-2, **other: Any) -> Learnt:
     return Learnt(learner, partial(torch.optim.Adam, lr=lr), other.pop("objective", Relative()), steps, 8, **other)
+
+
+def one_by_one(items: Iterable[Any]) -> DataLoader:
+    return DataLoader(list(items), batch_size=None, collate_fn=lambda item: item)
 
 
 def count(module: nn.Module) -> list[int]:

@@ -28,5 +28,6 @@ class PerImage(Metric):
     def update(self, images: Images, reference: Images, prompts: Sequence[str]) -> None:
         self.values.append(self.score(images, reference, prompts))
 
-    def compute(self) -> Float[Tensor, " n"]:
+    def compute(self) -> Float[Tensor, " *n"]:
+        """torchmetrics makes a scalar of the value of a single image."""
         return dim_zero_cat(self.values)

@@ -1,11 +1,12 @@
 """CLIP score: how well an image and its prompt agree, in the eyes of any open_clip model."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import open_clip
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 
@@ -24,8 +25,8 @@ class ClipScore(PerImage):
     def __init__(self, path: str) -> None:
         super().__init__()
         name = path if path.startswith("hf-hub:") else f"local-dir:{locate(path)}"
-        self.model, _ = open_clip.create_model_from_pretrained(name)
-        self.model.eval().requires_grad_(False)
+        model = open_clip.create_model(name, require_pretrained=True)
+        self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(name)
         self.preprocess = preprocessing(self.model)
 
@@ -36,7 +37,7 @@ class ClipScore(PerImage):
         return 100 * F.cosine_similarity(*pair).clamp(min=0)
 
 
-def preprocessing(model: open_clip.CLIP) -> Compose:
+def preprocessing(model: nn.Module) -> Compose:
     """open_clip's own for inference, on tensors in [0, 1] instead of PIL images: no loss by way of 8 bits."""
     config = open_clip.get_model_preprocess_cfg(model)
     size = config["size"] if not isinstance(config["size"], int) else (config["size"],) * 2

@@ -43,10 +43,9 @@ class Replay(L.LightningModule):
         super().__init__()
         self.pipeline, self.activations = pipeline, activations
 
-    @torch.no_grad()
     def test_step(self, state: State) -> None:
         self.pipeline.to(self.device)
-        timestep = state["timestep"][0].item()
+        timestep = float(state["timestep"][0])
         with hooked(self.activations, lambda name, x, out: self.see(name, timestep, x, out)):
             for unit in self.pipeline.units():
                 module = self.pipeline.dit.get_submodule(unit.module)

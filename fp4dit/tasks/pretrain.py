@@ -26,9 +26,9 @@ def trapezoid(optimizer: Optimizer, steps: int, warmup: int = 100, decay: float 
 class AutoencoderTask(L.LightningModule):
     """Learn to compress pictures. The latents' spread is measured at the end, for `scaling_factor`."""
 
-    def __init__(self, model: AutoencoderKL, lr: float, steps: int, kl: float = 1e-6) -> None:
+    def __init__(self, model: AutoencoderKL, lr: float, steps: int, kl: float = 1e-6, absolute: float = 0.1) -> None:
         super().__init__()
-        self.model, self.lr, self.steps, self.kl = model, lr, steps, kl
+        self.model, self.lr, self.steps, self.kl, self.absolute = model, lr, steps, kl, absolute
         nn.init.constant_(model.quant_conv.bias[model.config.latent_channels :], -6.0)  # begin with little noise
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
@@ -38,10 +38,11 @@ class AutoencoderTask(L.LightningModule):
         error = F.mse_loss(restored.float(), image)
         self.log("psnr", 10 * torch.log10(4 / error.detach()), prog_bar=True)
         # A share of absolute error keeps flat areas flat and edges sharp.
-        return error + 0.1 * F.l1_loss(restored.float(), image) + self.kl * posterior.kl().mean()
+        return error + self.absolute * F.l1_loss(restored.float(), image) + self.kl * posterior.kl().mean()
 
     def configure_optimizers(self):
-        optimizer = AdamW(self.model.parameters(), self.lr, betas=(0.9, 0.99), weight_decay=0)
+        learnt = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = AdamW(learnt, self.lr, betas=(0.9, 0.99), weight_decay=0)
         return [optimizer], [{"scheduler": trapezoid(optimizer, self.steps, decay=0.5), "interval": "step"}]
 
 

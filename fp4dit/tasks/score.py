@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lightning as L
-import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
@@ -50,4 +49,4 @@ class ScoreTask(L.LightningModule):
             metric.update(*batch)
 
     def on_test_end(self) -> None:
-        self.values = {name: torch.as_tensor(metric.compute()).tolist() for name, metric in self.metrics.items()}
+        self.values = {name: metric.compute().reshape(-1).tolist() for name, metric in self.metrics.items()}

@@ -6,13 +6,13 @@ from typing import Any
 
 import open_clip
 import torch
-from diffusers import AutoencoderKL, PixArtSigmaPipeline
+from diffusers import PixArtSigmaPipeline
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from fp4dit.models.shapes import build
 from fp4dit.models.shapes.clip import save_clip
-from fp4dit.models.shapes.recipe import part
+from fp4dit.models.shapes.recipe import load_vae, part
 
 AVERAGE = "average.module."
 CURRENT = "transformer."
@@ -32,7 +32,7 @@ def export(parts: str, out: str) -> None:
     pipeline = PixArtSigmaPipeline(
         tokenizer=tokenizer,
         text_encoder=T5EncoderModel.from_pretrained(part(root, "text/text_encoder")),
-        vae=AutoencoderKL.from_pretrained(part(root, "autoencoder/vae")),
+        vae=load_vae(root),
         transformer=transformer,
         scheduler=build.scheduler(),
     )

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import permutations
 
@@ -58,8 +58,8 @@ def judge(images: Float[Tensor, "n 3 h w"], captions: Sequence[str]) -> dict[str
 
 
 def verdict(seen: Scene, said: Scene) -> dict[str, bool]:
-    same = lambda attribute: sorted(getattr(t, attribute) for t in seen.things) == sorted(
-        getattr(t, attribute) for t in said.things
+    same = lambda attribute: (
+        sorted(getattr(t, attribute) for t in seen.things) == sorted(getattr(t, attribute) for t in said.things)
     )
     result = {"shapes": same("shape"), "colours": same("colour"), "relation": related(seen, said)}
     return {**result, "all": all(result.values())}
@@ -93,8 +93,7 @@ def read(image: Float[Tensor, "3 h w"]) -> Scene:
     ground = np.median(border, axis=0)
     background = nearest(ground, BACKGROUNDS)
     distance = np.linalg.norm(pixels - ground, axis=-1)
-    label, n = ndimage.label(distance > VISIBLE)
-    things = [thing for i in range(1, n + 1) for thing in inspect(pixels, ground, label == i)]
+    things = [thing for where in regions(distance > VISIBLE) for thing in inspect(pixels, ground, where)]
     return Scene(tuple(things), relation(*things) if len(things) == 2 else None, background)
 
 
@@ -114,9 +113,8 @@ def inspect(pixels: np.ndarray, ground: np.ndarray, where: np.ndarray) -> list[T
         way = colour - ground
         alpha = ((pixels - ground) @ way / (way @ way)).clip(0, 1)
         alpha *= ndimage.binary_dilation(own, iterations=2) if len(owners) > 1 else ndimage.binary_dilation(where)
-        parts, n = ndimage.label(alpha > 0.5)
-        for i in range(1, n + 1):
-            part = alpha * ndimage.binary_dilation(parts == i)
+        for region in regions(alpha > 0.5):
+            part = alpha * ndimage.binary_dilation(region)
             if part.sum() >= SMALLEST:
                 things.append(recognise(part, nearest(colour, COLOURS)))
     return things
@@ -130,18 +128,18 @@ def split(pixels: np.ndarray, solid: np.ndarray) -> list[np.ndarray]:
     masks = sorted(((names == i) for i in range(len(COLOURS))), key=np.sum, reverse=True)[:2]
     if masks[1].sum() < SMALLEST / 2:
         return [solid]
-    first, second = (np.array(ndimage.center_of_mass(mask)) for mask in masks)
-    return masks if np.linalg.norm(first - second) > APART else [solid]
+    return masks if math.dist(centroid(masks[0]), centroid(masks[1])) > APART else [solid]
 
 
 def recognise(alpha: np.ndarray, colour: str) -> Thing:
     """The shape whose picture of the same area and centroid overlaps most with `alpha` (h, w)."""
-    y, x = ndimage.center_of_mass(alpha)
-    best, overlap = Thing(UNKNOWN, colour, size(np.sqrt(alpha.sum() / 3)), x + 0.5, y + 0.5), ALIKE
+    x, y = centroid(alpha)
+    total = float(alpha.sum())
+    best, overlap = Thing(UNKNOWN, colour, size(math.sqrt(total / 3)), x, y), ALIKE
     for shape in SHAPES:
         area, cx, cy = moments(shape)
-        radius = math.sqrt(alpha.sum() / area)
-        centre = x + 0.5 - radius * cx, y + 0.5 - radius * cy
+        radius = math.sqrt(total / area)
+        centre = x - radius * cx, y - radius * cy
         template = coverage(shape, *(torch.tensor([v]) for v in (*centre, radius)))[0].numpy()
         ratio = np.minimum(alpha, template).sum() / np.maximum(alpha, template).sum()
         if ratio > overlap:
@@ -154,8 +152,22 @@ def moments(shape: str) -> tuple[float, float, float]:
     """Area and centroid (x, y) of the shape of radius 1."""
     radius, middle = 20.0, SIZE / 2
     mask = coverage(shape, *(torch.tensor([v]) for v in (middle, middle, radius)))[0].numpy()
-    y, x = ndimage.center_of_mass(mask)
-    return float(mask.sum()) / radius**2, (x + 0.5 - middle) / radius, (y + 0.5 - middle) / radius
+    x, y = centroid(mask)
+    return float(mask.sum()) / radius**2, (x - middle) / radius, (y - middle) / radius
+
+
+def centroid(alpha: np.ndarray) -> tuple[float, float]:
+    """(x, y) in pixels, as things have it: the centre of the first pixel is at 0.5."""
+    mass = alpha / alpha.sum()
+    return float((np.arange(alpha.shape[1]) + 0.5) @ mass.sum(0)), float(
+        (np.arange(alpha.shape[0]) + 0.5) @ mass.sum(1)
+    )
+
+
+def regions(mask: np.ndarray) -> Iterator[np.ndarray]:
+    """Connected ones, neighbours sharing an edge."""
+    label, n = ndimage.label(mask)  # pyright: ignore[reportGeneralTypeIssues]
+    return (label == i for i in range(1, n + 1))
 
 
 def size(radius: float) -> str:

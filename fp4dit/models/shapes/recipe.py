@@ -39,6 +39,25 @@ def save_autoencoder(task: AutoencoderTask, folder: Path, n: int = 1024) -> None
     vae.save_pretrained(folder / "vae")
 
 
+def decoder(parts: str, lr: float, steps: int, absolute: float) -> AutoencoderTask:
+    """The autoencoder's decoder further, its latents unchanged: a trained transformer still fits."""
+    vae = load_vae(Path(parts))
+    task = AutoencoderTask(vae, lr, steps, absolute=absolute)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    return task
+
+
+def save_decoder(task: AutoencoderTask, folder: Path) -> None:
+    task.model.save_pretrained(folder / "vae")
+
+
+def load_vae(parts: Path) -> AutoencoderKL:
+    trained = [parts / name / "vae" for name in ("decoder", "autoencoder")]
+    folder = next((path for path in trained if path.exists()), SHIPPED / "vae")
+    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+
+
 def text(lr: float, steps: int) -> TextTask:
     tokenizer = build.tokenizer()
     return TextTask(build.text_encoder(len(tokenizer)), tokenizer, lr, steps)
@@ -59,7 +78,15 @@ def save_trained_clip(task: ClipTask, folder: Path) -> None:
 
 
 def transformer(
-    parts: str, steps: int, lr: float, muon_lr: float, levels: int, drop: float, decay: float, layers: int, further: bool
+    parts: str,
+    steps: int,
+    lr: float,
+    muon_lr: float,
+    levels: int,
+    drop: float,
+    decay: float,
+    layers: int,
+    further: bool,
 ) -> DenoisingTask:
     """`further` goes on from the weights that ship, if they exist; the optimizers' moments restart."""
     root = Path(parts)
@@ -69,7 +96,7 @@ def transformer(
         average = PixArtTransformer2DModel.from_pretrained(SHIPPED / "transformer", torch_dtype=torch.float32)
     task = DenoisingTask(
         net,
-        AutoencoderKL.from_pretrained(part(root, "autoencoder/vae"), torch_dtype=torch.float32),
+        load_vae(root),
         T5EncoderModel.from_pretrained(part(root, "text/text_encoder"), dtype=torch.float32),
         PreTrainedTokenizerFast.from_pretrained(part(root, "text/tokenizer")),
         build.scheduler(),

@@ -1,0 +1,149 @@
+"""Rules, what is refused, and the audit."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from fp4dit import policy
+from fp4dit.errors import UserError
+from fp4dit.formats import floating, fp16, integer
+from fp4dit.layer import Activation, QuantConv, QuantLayer
+from fp4dit.models.pixart import PixArt, PixArtPipeline
+from fp4dit.policy import Rule
+from fp4dit.quantizer import Granularity, Quantizer
+from fp4dit.scales import AbsMax, MinMax
+from tests import tiny
+
+E2M1, E3M0 = floating(2, 1), floating(3, 0)
+GROUP = Quantizer(E2M1, Granularity("group", 32), AbsMax(fp16))
+ROW = Quantizer(E3M0, Granularity("row"), AbsMax(fp16))
+TOKEN = Quantizer(integer(8), Granularity("row"))
+TENSOR = Quantizer(integer(8, signed=False), Granularity("tensor"), MinMax())
+PATCH = Rule("pos_embed.proj", ROW)
+
+
+def test_first_match_wins():
+    rules = [Rule("a.x", ROW), Rule("a.*", None), Rule("*", GROUP)]
+    chosen = policy.assign(["a.x", "a.y", "b.x"], rules)
+    assert chosen == dict(zip(["a.x", "a.y", "b.x"], rules, strict=True))
+    assert policy.assign(["a", "b"], [Rule("a", ROW)]).keys() == {"a"}
+
+
+@pytest.mark.parametrize(
+    "idle",
+    [[Rule("blocks.*", ROW)], [Rule("*", GROUP), Rule("a.x", ROW)], [Rule("a.*", None), Rule("a.x", ROW)]],
+    ids=["no such name", "hidden by *", "hidden by an exception"],
+)
+def test_an_idle_rule_is_an_error_that_shows_names(idle: list[Rule]):
+    with pytest.raises(UserError, match=rf"rule {re.escape(repr(idle[-1].match))}.*'a\.x', 'b\.x'"):
+        policy.assign(["a.x", "b.x"], idle)
+
+
+def test_nothing_quantized_is_an_error(source: PixArt):
+    for rules in ([], [Rule("*", None)]):
+        with pytest.raises(UserError, match="no layer is quantized"):
+            policy.check_weights(source.skeleton(), rules)
+
+
+def test_a_group_that_does_not_divide_names_the_layer_and_the_rule(source: PixArt):
+    with pytest.raises(UserError, match=r"pos_embed\.proj \(rule '\*'\): a group of 32 does not divide a row of 16"):
+        policy.check_weights(source.skeleton(), [Rule("*", GROUP)])
+
+
+def test_audit_of_the_skeleton_in_closed_form(source: PixArt):
+    """Nothing is loaded, and the audit is that of the model itself."""
+    rules = [PATCH, Rule("*.ff.net.0.proj", ROW), Rule("proj_out", None), Rule("*", GROUP)]
+    skeleton = source.skeleton()
+    assert all(p.is_meta for p in skeleton.parameters())
+    audit = {e.name: e for e in policy.check_weights(skeleton, rules)}
+    assert audit.keys() == policy.layers(skeleton).keys()
+    assert len(audit) == 1 + 3 + 2 + 2 * 10 + 1  # patch, adaLN, caption, (2 x 4 attention + 2 FFN) a block, out
+    patch, ff, out = audit["pos_embed.proj"], audit["transformer_blocks.1.ff.net.0.proj"], audit["proj_out"]
+    query = audit["transformer_blocks.0.attn1.to_q"]
+    assert (patch.bits, patch.values, patch.format) == (4 + 16 / 16, 32 * 16, "e3m0")
+    assert (ff.bits, ff.values, ff.rule) == (4 + 16 / 32, 32 * 128, "*.ff.net.0.proj")
+    assert (query.bits, query.values, query.format) == (4 + 16 / 32, 32 * 32, "e2m1")
+    assert (out.bits, out.values, out.format) == (16, 32 * 32, "fp16")
+    assert policy.check_weights(source.load().dit, rules) == list(audit.values())
+
+
+def test_effective_bits_and_checkpoint_size_in_closed_form():
+    model = nn.Sequential(nn.Linear(32, 10), nn.Linear(10, 4, bias=False), nn.LayerNorm(4))
+    audit = policy.check_weights(model, [Rule("0", GROUP)])
+    assert policy.effective_bits(audit) == (320 * 4.5 + 40 * 16) / 360
+    assert policy.checkpoint_bytes(model, audit) == (320 * 4.5 + 40 * 16 + (10 + 8) * 16) / 8
+    policy.quantize_weights_(model, policy.assign(policy.layers(model), [Rule("0", GROUP)]))
+    assert policy.checkpoint_bytes(model, audit) == (320 * 4.5 + 40 * 16 + (10 + 8) * 16) / 8
+
+
+def test_quantizing_wraps_what_the_audit_names(pipeline: PixArtPipeline):
+    rules = [PATCH, Rule("proj_out", None), Rule("*", GROUP)]
+    expected = [e.name for e in policy.check_weights(pipeline.dit, rules) if e.format != "fp16"]
+    made = policy.quantize_weights_(pipeline.dit, policy.assign(policy.layers(pipeline.dit), rules))
+    wrapped = [name for name, module in pipeline.dit.named_modules() if isinstance(module, QuantLayer)]
+    assert wrapped == list(made) == expected
+    assert isinstance(pipeline.dit.pos_embed.proj, QuantConv)
+    assert type(pipeline.dit.proj_out) is nn.Linear
+    assert policy.layers(pipeline.dit).keys() == policy.layers(tiny.transformer()).keys()
+
+
+def test_a_damaged_weight_names_its_layer(pipeline: PixArtPipeline):
+    pipeline.dit.transformer_blocks[1].attn2.to_k.weight[3, 4] = float("nan")
+    with pytest.raises(UserError, match=r"transformer_blocks\.1\.attn2\.to_k holds NaN"):
+        policy.quantize_weights_(pipeline.dit, policy.assign(policy.layers(pipeline.dit), tiny.rules()))
+
+
+@pytest.fixture
+def quantized(pipeline: PixArtPipeline) -> nn.Module:
+    policy.quantize_weights_(pipeline.dit, policy.assign(policy.layers(pipeline.dit), tiny.rules()))
+    return pipeline.dit
+
+
+def test_activations_of_layers_and_attention_operands(quantized: nn.Module):
+    made, rules = policy.quantize_activations_(
+        quantized, [Rule("*.attn2.?", None), Rule("*.attn1.v", TENSOR, observe=8), Rule("*", TOKEN)]
+    )
+    assert len(made) == 27 + 2 * 3
+    assert made.keys() == rules.keys()
+    assert {name for name, m in made.items() if m.quantizer == TENSOR} == {
+        f"transformer_blocks.{i}.attn1.v" for i in (0, 1)
+    }
+    assert isinstance(quantized.get_submodule("transformer_blocks.0.attn1.processor.q"), Activation)
+    assert isinstance(quantized.get_submodule("transformer_blocks.0.attn2.processor.q"), nn.Identity)
+    assert all(quantized.get_submodule(n).activation is m for n, m in made.items() if n[-2:] not in (".q", ".k", ".v"))
+
+
+def test_no_activation_rules_change_no_bit(quantized: nn.Module):
+    given = {"encoder_hidden_states": torch.randn(2, 6, 32), "timestep": torch.tensor([3, 3]), "return_dict": False}
+    x = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        before = quantized(x, **given)[0]
+        assert policy.quantize_activations_(quantized, []) == ({}, {})
+        assert torch.equal(quantized(x, **given)[0], before)
+
+
+@pytest.mark.parametrize(
+    ("activations", "message"),
+    [
+        ([Rule("*", TOKEN, observe=8)], r"'\*' is static.*unit: tensor"),
+        ([Rule("*", None)], "no activation is quantized"),
+        ([Rule("transformer_blocks.9.*", TOKEN)], r"no layer is left for the rule 'transformer_blocks\.9\.\*'"),
+        (
+            [Rule("*", Quantizer(E2M1, Granularity("group", 32)))],
+            r"pos_embed\.proj \(rule '\*'\): a group of 32 does not divide a row of 16",
+        ),
+    ],
+    ids=["static token-wise", "nothing", "idle", "dividing"],
+)
+def test_bad_activation_rules_are_found_on_the_skeleton(source: PixArt, activations: list[Rule], message: str):
+    with pytest.raises(UserError, match=message):
+        policy.check_activations(source.skeleton(), tiny.rules(), activations)
+
+
+@pytest.mark.parametrize("quantizer", [TOKEN, Quantizer(E2M1, Granularity("group", 16)), TENSOR], ids=str)
+def test_good_activation_rules_pass_on_the_skeleton(source: PixArt, quantizer: Quantizer):
+    skeleton: Callable[[], nn.Module] = source.skeleton
+    assert policy.check_activations(skeleton(), tiny.rules(), [Rule("*", quantizer)]) is None

@@ -1,0 +1,153 @@
+"""The recipe of the shipped model, on tiny settings: every part trains, resumes, and what it leaves loads."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, PixArtSigmaPipeline
+from hydra import compose, initialize_config_dir
+from lightning import Callback, Trainer
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+from fp4dit.models.shapes import recipe
+from fp4dit.models.shapes.data import Scenes
+from fp4dit.models.shapes.evaluate import draw, evaluate, insert
+from fp4dit.models.shapes.export import export
+from pipelines.pretrain import train
+from pipelines.resolvers import CONF
+from pipelines.training import Stop
+
+TINY = ["transformer.trainer={devices: 1, strategy: auto}", "transformer.task.layers=1", "+autoencoder.save.n=64"]
+
+
+def run(part, folder, steps, batch=2):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("pretrain", [*TINY, f"part={part}", f"folder={folder}"])
+    cfg[part].steps, cfg[part].data.batch = steps, batch
+    train(cfg)
+    return torch.load(folder / part / "last.ckpt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """All parts after 2 steps, made as the command makes them."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    for part in ("autoencoder", "decoder", "text", "clip", "transformer"):
+        run(part, folder, 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shipped(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    export(str(parts), str(folder))
+    return folder
+
+
+def test_parts_resume_and_keep_a_record(parts, tmp_path):
+    folder = tmp_path / "again"
+    shutil.copytree(parts, folder)
+    for part, optimizers in (("text", 1), ("transformer", 2)):
+        assert run(part, folder, 5)["global_step"] == 5 * optimizers
+        with (folder / part / "loss.csv").open() as file:
+            assert [int(row["batch"]) for row in csv.DictReader(file)] == [2, 5]
+
+
+def test_latents_are_scaled_to_a_standard_deviation_of_one(parts):
+    config = json.loads((parts / "autoencoder/vae/config.json").read_text())
+    assert config["scaling_factor"] != pytest.approx(0.18215)
+
+
+def test_the_decoder_learns_further_on_the_same_latents(parts):
+    before, after = (AutoencoderKL.from_pretrained(parts / name / "vae") for name in ("autoencoder", "decoder"))
+    pictures = next(iter(Scenes(2))).pictures
+    assert torch.equal(before.encode(pictures).latent_dist.mode(), after.encode(pictures).latent_dist.mode())
+    assert before.config.scaling_factor == after.config.scaling_factor
+    assert not torch.equal(before.decoder.conv_out.weight, after.decoder.conv_out.weight)
+
+
+def test_the_text_encoder_learns():
+    torch.manual_seed(0)
+    task, losses = recipe.text(lr=3e-3, steps=200), []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            losses.append(trainer.callback_metrics["loss"].item())
+
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(accelerator="cpu", max_steps=25, max_epochs=-1, callbacks=[Keep()], **quiet)
+    trainer.fit(task, DataLoader(Scenes(8), batch_size=None))
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+
+
+def test_sigterm_ends_the_training_after_the_batch():
+    class Interrupt(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    stop = Stop()
+    trainer = Trainer(accelerator="cpu", max_steps=9, max_epochs=-1, callbacks=[stop, Interrupt()], **quiet)
+    trainer.fit(recipe.text(lr=1e-3, steps=9), DataLoader(Scenes(2), batch_size=None))
+    assert stop.stopped
+    assert trainer.global_step == 2
+
+
+def test_export_ships_the_average_in_16_bits_and_the_weights_to_go_on_from(parts, shipped):
+    state = torch.load(parts / "transformer/last.ckpt", weights_only=True)["state_dict"]
+    average = load_file(shipped / "transformer/diffusion_pytorch_model.safetensors")
+    current = load_file(shipped / "training/transformer.safetensors")
+    for name, value in average.items():
+        assert value.dtype == torch.float16
+        assert torch.equal(value, state[f"average.module.{name}"].half())
+        assert torch.equal(current[name], state[f"transformer.{name}"].half())
+
+
+def test_training_goes_on_from_what_ships(parts, shipped, monkeypatch):
+    monkeypatch.setattr(recipe, "SHIPPED", shipped)
+    settings = {"lr": 1e-3, "muon_lr": 1e-3, "levels": 1, "drop": 0.1, "decay": 0.9, "layers": 1}
+    task = recipe.transformer(str(parts / "nowhere"), 10, further=True, **settings)
+    current = load_file(shipped / "training/transformer.safetensors")
+    assert torch.equal(task.transformer.proj_out.weight.half(), current["proj_out.weight"])
+    task.average.update_parameters(task.transformer)
+    average = load_file(shipped / "transformer/diffusion_pytorch_model.safetensors")["proj_out.weight"].float()
+    expected = 0.9 * average + 0.1 * current["proj_out.weight"].float()
+    assert torch.allclose(task.average.module.proj_out.weight, expected, atol=1e-6)
+
+
+def test_diffusers_loads_and_renders_what_was_exported(shipped):
+    pipe = PixArtSigmaPipeline.from_pretrained(shipped)
+    pipe.set_progress_bar_config(disable=True)
+    assert {pipe.transformer.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}
+    images = draw(pipe, ["a small red circle on a white background"] * 2, steps=2, guidance=4.5, seed=0)
+    assert images.shape == (2, 3, 64, 64)
+    assert images.isfinite().all()
+
+
+def test_evaluation_writes_the_card(shipped: Path):
+    card = (recipe.SHIPPED / "README.md").read_text()
+    (shipped / "README.md").write_text(card)
+    for _ in range(2):
+        evaluate(str(shipped), images=4, steps=2, guidance=4.5, chunk=2, seed=0)
+    written = (shipped / "README.md").read_text()
+    assert written.count("generated images |") == 1
+    assert "4 held-out captions" in written
+    assert insert(written, "x") == insert(card, "x")
+    assert (shipped / "sample.png").exists()

@@ -1,0 +1,93 @@
+"""Fake quantization: which values share a scale, and what one code costs."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fp4dit.formats import NumberFormat, floating, fp16, integer
+from fp4dit.quantizer import Granularity, Quantizer
+from fp4dit.scales import AbsMax, MinMax
+
+E2M1, INT8, UINT4 = floating(2, 1), integer(8), integer(4, signed=False)
+GRANULARITIES = [Granularity("tensor"), Granularity("row"), Granularity("group", 16)]
+
+
+@pytest.mark.parametrize(("granularity", "scales"), zip(GRANULARITIES, [1, 12, 48], strict=True))
+def test_number_of_scales(granularity: Granularity, scales: int):
+    x = torch.randn(3, 4, 64)
+    assert Quantizer(E2M1, granularity).scaling(x).scale.shape == (scales, 1)
+
+
+def test_groups_run_along_a_row():
+    """A group's values change only with its own: not with its row's others, nor with the row above."""
+    quantizer, x = Quantizer(E2M1, Granularity("group", 16)), torch.randn(4, 64)
+    louder = x.clone()
+    louder[1, 16:32] *= 100
+    changed = (quantizer(louder) != quantizer(x)).nonzero()
+    assert set(map(tuple, changed.tolist())) <= {(1, k) for k in range(16, 32)}
+    assert len(changed) > 8
+
+
+@pytest.mark.parametrize("group", [0, 48, 128])
+def test_a_group_that_does_not_divide_says_what_to_do(group: int):
+    quantizer = Quantizer(E2M1, Granularity("group", group))
+    message = rf"group of {group} does not divide a row of 64 values.*group that divides 64.*unit: row"
+    with pytest.raises(ValueError, match=message):
+        quantizer(torch.randn(2, 64))
+    with pytest.raises(ValueError, match=message):
+        quantizer.bits(torch.Size([2, 64]))
+
+
+def test_online_scales_follow_each_token():
+    """Scaling a token by any power of two scales its result exactly: its neighbours do not matter."""
+    quantizer, x = Quantizer(INT8, Granularity("row")), torch.randn(2, 5, 32)
+    factor = 2.0 ** torch.arange(-5, 5).view(2, 5, 1)
+    assert torch.equal(quantizer(x * factor), quantizer(x) * factor)
+    alone = torch.stack([quantizer(token) for token in x.flatten(0, 1)]).view_as(x)
+    assert torch.equal(quantizer(x), alone)
+
+
+def test_a_given_scaling_is_used_instead_of_a_measured_one():
+    quantizer, x = Quantizer(INT8, Granularity("tensor")), torch.randn(6, 8)
+    scaling = quantizer.scaling(x)
+    assert torch.equal(quantizer(x, scaling), quantizer(x))
+    far = quantizer(x * 100, scaling)
+    torch.testing.assert_close(far.abs().max(), x.abs().max())  # saturates at the range it was given
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=lambda g: g.unit)
+@pytest.mark.parametrize("fmt", [E2M1, floating(3, 0), floating(3, 4), INT8, UINT4], ids=lambda f: f.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_idempotent_with_its_own_scales(granularity: Granularity, fmt: NumberFormat, dtype: torch.dtype):
+    quantizer = Quantizer(fmt, granularity, AbsMax(fp16) if fmt.min else MinMax(fp16))
+    x = torch.randn(8, 32).to(dtype)
+    scaling = quantizer.scaling(x)
+    once = quantizer(x, scaling)
+    assert once.dtype == dtype
+    assert torch.equal(quantizer(once, scaling), once)
+
+
+@given(shape=st.lists(st.integers(1, 3), min_size=3, max_size=3), seed=st.integers(0, 9))
+def test_memory_layout_does_not_matter(shape: list[int], seed: int):
+    x = torch.randn(*shape, 16, generator=torch.Generator().manual_seed(seed))
+    for granularity in GRANULARITIES:
+        quantizer = Quantizer(E2M1, granularity)
+        for order in [(0, 2, 1, 3), (1, 0, 2, 3), (0, 1, 3, 2)]:
+            view = x.permute(order).contiguous().permute(torch.tensor(order).argsort().tolist())
+            assert torch.equal(quantizer(view), quantizer(x))
+        expanded = x[:1].expand(3, *x.shape[1:])
+        assert torch.equal(quantizer(expanded), quantizer(expanded.contiguous()))
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "bits"),
+    [
+        (Quantizer(E2M1, Granularity("group", 128), AbsMax(fp16)), 4 + 16 / 128),
+        (Quantizer(UINT4, Granularity("group", 128), MinMax(fp16)), 4 + (16 + 4) / 128),
+        (Quantizer(E2M1, Granularity("row"), AbsMax(fp16)), 4 + 16 / 512),
+        (Quantizer(INT8, Granularity("tensor")), 8 + 32 / (512 * 64)),
+    ],
+)
+def test_effective_bits_count_scales(quantizer: Quantizer, bits: float):
+    assert quantizer.bits(torch.Size([64, 512])) == bits

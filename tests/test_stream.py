@@ -1,0 +1,168 @@
+"""The chain of units is the model, and costs as many passes as the design says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+from torch import Tensor
+
+from fp4dit import calls, policy
+from fp4dit.calls import Call
+from fp4dit.models.pixart import PixArtPipeline
+from fp4dit.reconstruction import Reconstruction, load_calls, split
+from fp4dit.stream import advance, answers, chunks, relative_error, rows
+from fp4dit.tasks.capture import CaptureTask, chunked
+from fp4dit.tasks.reconstruct import Nearest
+from tests import tiny
+
+
+def call(rows: int = 5, resolution: bool = False) -> Call:
+    g = torch.Generator().manual_seed(0)
+    mask = (torch.arange(7) < torch.tensor([[7], [3], [1], [5], [2]])[:rows]).long()
+    conditions = {"resolution": torch.full((rows, 2), 64.0), "aspect_ratio": torch.ones(rows, 1)}
+    given = {
+        "encoder_hidden_states": torch.randn(rows, 7, tiny.WIDTH, generator=g),
+        "timestep": torch.full((rows,), 601),
+        "added_cond_kwargs": conditions if resolution else {"resolution": None, "aspect_ratio": None},
+        "encoder_attention_mask": mask,
+        "return_dict": False,
+    }
+    return Call((torch.randn(rows, 4, 8, 8, generator=g),), given)
+
+
+def chain(pipeline: PixArtPipeline, state: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+    for unit in pipeline.units():
+        module = pipeline.dit.get_submodule(unit.module)
+        state = state | advance(module, unit, state, size, "cpu")
+    return state
+
+
+def unpatchify(dit: PixArtTransformer2DModel, hidden: Tensor) -> Tensor:
+    size, patch = 8 // dit.config.patch_size, dit.config.patch_size
+    grid = hidden.reshape(-1, size, size, patch, patch, dit.out_channels)
+    return torch.einsum("nhwpqc->nchpwq", grid).reshape(len(hidden), -1, 8, 8)
+
+
+@pytest.mark.parametrize("resolution", [False, True], ids=["sigma", "alpha-1024"])
+@torch.no_grad()
+def test_the_chain_of_units_is_the_models_own_forward(pipeline: PixArtPipeline, resolution: bool):
+    if resolution:
+        config = dict(pipeline.dit.config) | {"use_additional_conditions": True, "attention_head_dim": 24}
+        config |= {"cross_attention_dim": 48}  # three embeddings share the width
+        pipeline.dit = PixArtTransformer2DModel.from_config(config).eval()
+    given = call(resolution=resolution)
+    expected = given(pipeline.dit)[0]
+    state = chain(pipeline, pipeline.begin(given), size=5)
+    assert torch.equal(unpatchify(pipeline.dit, state["hidden"]), expected)
+
+
+@torch.no_grad()
+def test_the_chain_holds_with_quantized_weights_and_activations(pipeline: PixArtPipeline):
+    made = policy.quantize_weights_(pipeline.dit, policy.assign(policy.layers(pipeline.dit), tiny.rules()))
+    for layer in made.values():
+        layer.freeze()
+    token = policy.Rule("*", tiny.rules()[0].quantizer)
+    policy.quantize_activations_(pipeline.dit, [token])
+    given = call()
+    state = chain(pipeline, pipeline.begin(given), size=5)
+    assert torch.equal(unpatchify(pipeline.dit, state["hidden"]), given(pipeline.dit)[0])
+
+
+@torch.no_grad()
+def test_masked_text_does_not_matter_and_the_rest_does(pipeline: PixArtPipeline):
+    state = pipeline.begin(call())
+    shown = state["bias"][:, 0, :, None] == 0
+    hidden = lambda text: chain(pipeline, state | {"text": text}, size=5)["hidden"]
+    plain = hidden(state["text"])
+    assert torch.equal(hidden(torch.where(shown, state["text"], 7.0)), plain)
+    assert not torch.equal(hidden(torch.where(shown, 7.0, state["text"])), plain)
+
+
+def test_units_hold_every_layer_once_in_execution_order(pipeline: PixArtPipeline):
+    units = [unit.module for unit in pipeline.units()]
+    owners = [[u for u in units if name == u or name.startswith(f"{u}.")] for name in policy.layers(pipeline.dit)]
+    assert all(len(owner) == 1 for owner in owners)
+    ran: list[str] = []
+    for name in units:
+        pipeline.dit.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    with torch.no_grad():
+        call()(pipeline.dit)
+    assert ran == units
+
+
+@torch.no_grad()
+def test_advancing_in_parts_covers_every_row_in_order(pipeline: PixArtPipeline):
+    state, unit = pipeline.begin(call()), pipeline.units()[0]
+    module = pipeline.dit.pos_embed
+    parts = [len(part["latent"]) for part in chunks(state, 2)]
+    assert parts == [2, 2, 1]
+    torch.testing.assert_close(
+        advance(module, unit, state, 2, "cpu")["hidden"], answers(unit.call(state)(module))[0], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_relative_error_by_hand():
+    target, answer = {"a": torch.tensor([[3.0], [4.0], [9.0]])}, {"a": torch.tensor([[3.0], [5.0], [0.0]])}
+    assert relative_error(answer, target, torch.tensor([0, 1])) == 1 / 25
+    assert rows(target, torch.tensor([2]))["a"].item() == 9
+
+
+@pytest.fixture
+def captured(pipeline: PixArtPipeline, tmp_path: Path) -> tuple[Path, list[int]]:
+    """A folder with the calls of 4 prompts along 3 steps, and the rows that one block saw on the way."""
+    seen = tiny.count(pipeline.dit.transformer_blocks[0])
+    task = CaptureTask(pipeline, tmp_path, steps=3, guidance=4.5)
+    tiny.trainer()().predict(task, tiny.one_by_one(chunked(tiny.PROMPTS, 2, seed=5)))
+    return tmp_path, seen
+
+
+def test_capture_costs_one_pass_per_sample(captured: tuple[Path, list[int]]):
+    folder, seen = captured
+    samples = len(load_calls(folder)["prompt"])
+    assert samples == 4 * 3 * 2  # prompts, steps, with and without the text
+    assert sum(seen) == samples
+
+
+def test_reconstruction_costs_two_passes_per_sample(captured: tuple[Path, list[int]], pipeline: PixArtPipeline):
+    folder, seen = captured
+    seen.clear()
+    state, out = load_calls(folder), folder / "units"
+    out.mkdir()
+    rules = policy.assign(policy.layers(pipeline.dit), tiny.rules())
+    trained, held_out = split(state, 3)
+    Reconstruction(pipeline, rules, Nearest(), trained, held_out, 8, out).run(state, tiny.trainer)
+    assert sum(seen) == 2 * len(state["prompt"])
+
+
+def test_captured_calls_are_the_samplers_own(pipeline: PixArtPipeline, tmp_path: Path):
+    with calls.listen(pipeline.dit) as heard:
+        pipeline.sample(tiny.PROMPTS[:2], [5, 6], 3, 4.5)
+    tiny.trainer()().predict(CaptureTask(pipeline, tmp_path, 3, 4.5), tiny.one_by_one(chunked(tiny.PROMPTS[:2], 2, seed=5)))
+    state = load_calls(tmp_path)
+    assert torch.equal(state["latent"], torch.cat([c.args[0] for c in heard]))
+    assert torch.equal(state["timestep"], torch.cat([c.kwargs["timestep"] for c in heard]))
+    assert state["prompt"].tolist() == [0, 1, 0, 1] * 3
+    assert state["timestep"].unique().numel() == 3
+    lengths = (state["bias"][:, 0] == 0).sum(1)[:4].tolist()
+    words = [len(prompt.split()) + 1 for prompt in tiny.PROMPTS[:2]]  # and the end mark
+    assert lengths == [1, 1, *words]  # without the text first, each by its own mask
+
+
+def test_capture_resumes_at_the_chunk(captured: tuple[Path, list[int]], pipeline: PixArtPipeline):
+    folder, seen = captured
+    files = sorted(folder.glob("*.safetensors"))
+    before = [file.read_bytes() for file in files]
+    assert [file.name for file in files] == ["00000.safetensors", "00002.safetensors"]
+    files[1].unlink()
+    seen.clear()
+    tiny.trainer()().predict(CaptureTask(pipeline, folder, 3, 4.5), tiny.one_by_one(chunked(tiny.PROMPTS, 2, seed=5)))
+    assert sum(seen) == 2 * 3 * 2
+    assert [file.read_bytes() for file in files] == before
+
+
+@pytest.mark.parametrize("trained", [1, 3])
+def test_rows_are_split_by_prompt(trained: int):
+    first, rest = split({"prompt": torch.tensor([0, 1, 0, 1, 2, 3, 2, 3])}, trained)
+    assert sorted([*first.tolist(), *rest.tolist()]) == list(range(8))
+    assert len(first) == 2 * trained
