@@ -46,7 +46,7 @@ def first_bad(model: nn.Module, call: Call) -> str:
 
 @contextmanager
 def guarded(model: nn.Module) -> Iterator[None]:
-    """Inside the block a call of `model` that does not answer with numbers is an error that names layer and timestep."""
+    """Inside the block, a call of `model` that answers with no number is an error that names layer and timestep."""
     busy = False
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:

@@ -50,7 +50,8 @@ def assign(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, Rule]:
     if idle:
         raise UserError(
             f"no layer is left for the rule {', '.join(map(repr, idle))}. Rules match names such as "
-            f"{', '.join(map(repr, list(names)[:3]))} with wildcards, the first match wins: correct the pattern or drop the rule."
+            f"{', '.join(map(repr, list(names)[:3]))} with wildcards, the first match wins: correct the pattern or "
+            "drop the rule."
         )
     return chosen
 
@@ -139,18 +140,22 @@ def quantize_activations_(model: nn.Module, rules: Sequence[Rule]) -> tuple[dict
         if hasattr(module, "set_processor") and not isinstance(module.processor, QuantProcessor):
             module.set_processor(QuantProcessor(module.processor))  # pyright: ignore[reportCallIssue]
     found = places(model)
-    chosen = {name: rule for name, rule in assign(found, rules).items() if rule.quantizer is not None}
-    if rules and not chosen:
-        raise UserError("no activation is quantized: give `activation` a rule with a quantizer, or use activation=none")
+    chosen = assign(found, rules)
     made = {}
     for name, rule in chosen.items():
         quantizer, place = rule.quantizer, found[name]
+        if quantizer is None:
+            continue
         if rule.observe and quantizer.granularity.unit != "tensor":
-            raise UserError(f"the activation rule {rule.match!r} is static, so it needs one scale per tensor (unit: tensor)")
+            raise UserError(
+                f"the activation rule {rule.match!r} is static, so it needs one scale per tensor (unit: tensor)"
+            )
         bits_of(name, rule.match, quantizer, torch.Size([1, place.row]))
         made[name] = Activation(quantizer)
         setattr(place.owner, place.attribute, made[name])
-    return made, chosen
+    if rules and not made:
+        raise UserError("no activation is quantized: give `activation` a rule with a quantizer, or use activation=none")
+    return made, {name: chosen[name] for name in made}
 
 
 def check_activations(skeleton: nn.Module, weights: Sequence[Rule], activations: Sequence[Rule]) -> None:

@@ -17,7 +17,7 @@ from fp4dit.health import not_finite
 from fp4dit.layer import QuantLayer
 from fp4dit.models.base import Pipeline
 from fp4dit.policy import Rule
-from fp4dit.stream import State, Unit, advance, relative_error
+from fp4dit.stream import State, Unit, advance, relative_error, rows
 from fp4dit.tasks.reconstruct import Examples, Fit
 
 TrainerFactory = Callable[..., L.Trainer]
@@ -27,6 +27,14 @@ def load_calls(folder: Path) -> State:
     """Every captured call as a row, by file and step. Column `prompt` says whose it is."""
     states = [state for path in sorted(folder.glob("*.safetensors")) for state in calls.load(path)]
     return {name: torch.cat([state[name] for state in states]) for name in states[0]}
+
+
+def load_steps(folder: Path, trained: int) -> tuple[list[State], list[State]]:
+    """Every captured step, with the rows of the first `trained` prompts, and with those of the others."""
+    states = [state for path in sorted(folder.glob("*.safetensors")) for state in calls.load(path)]
+    parts = [(state, split(state, trained)) for state in states]
+    ours, others = ([rows(state, part[i]) for state, part in parts if len(part[i])] for i in (0, 1))
+    return ours, others
 
 
 def split(state: State, trained: int) -> tuple[Int[Tensor, "n"], Int[Tensor, "m"]]:

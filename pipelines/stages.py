@@ -12,10 +12,10 @@ from typing import Any
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from fp4dit import calls, policy
+from fp4dit import policy
 from fp4dit.models.base import Source
 from fp4dit.policy import Rule
-from fp4dit.reconstruction import Reconstruction, load_calls, load_weights_, split
+from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, load_weights_, split
 from fp4dit.statistics import interval
 from fp4dit.tasks.activate import Measure, Observe, load_scales_, save_scales
 from fp4dit.tasks.capture import CaptureTask, chunked
@@ -59,7 +59,9 @@ class Capture:
         c = self.calibration
         (out / "calls").mkdir(exist_ok=True)
         task = CaptureTask(self.model.load(), out / "calls", c.steps, c.guidance)
-        runtime.trainer("capture").predict(task, one_by_one(chunked(c.prompts(c.trained + c.held_out), c.chunk, c.seed)))
+        runtime.trainer("capture").predict(
+            task, one_by_one(chunked(c.prompts(c.trained + c.held_out), c.chunk, c.seed))
+        )
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,13 @@ class Activate:
         load_weights_(pipeline, policy.assign(policy.layers(pipeline.dit), self.weight), needs["weights"] / "units")
         activations, rules = policy.quantize_activations_(pipeline.dit, self.activation)
         observed = {name: rule.observe for name, rule in rules.items() if rule.observe}
-        trained, held_out = by_chunk(needs["calls"] / "calls", self.calibration)
+        trained, held_out = load_steps(needs["calls"] / "calls", self.calibration.trained)
         if observed:
             observe = Observe(pipeline, activations, observed)
-            runtime.trainer("activate: observe").test(observe, one_by_one(trained), verbose=False)
+            runtime.trainer("activate: observe", devices=1).test(observe, one_by_one(trained), verbose=False)
             observe.fix()
         measure = Measure(pipeline, activations)
-        runtime.trainer("activate: measure").test(measure, one_by_one(held_out), verbose=False)
+        runtime.trainer("activate: measure", devices=1).test(measure, one_by_one(held_out), verbose=False)
         save_scales(activations, out / "scales.safetensors")
         write_csv(out / "sqnr.csv", measure.sqnr())
         audit = measure.audit(rules)
@@ -145,7 +147,9 @@ class Generate:
             load_scales_(activations, needs["activations"] / "scales.safetensors")
         (out / "images").mkdir(exist_ok=True)
         chunks = chunked(prompts, g.chunk, g.seed)
-        runtime.trainer("generate").predict(GenerateTask(pipeline, out / "images", g.steps, g.guidance), one_by_one(chunks))
+        runtime.trainer("generate").predict(
+            GenerateTask(pipeline, out / "images", g.steps, g.guidance), one_by_one(chunks)
+        )
         seeded = [(prompt, seed) for chunk in chunks for prompt, seed in zip(chunk.prompts, chunk.seeds, strict=True)]
         write_json(out / "images.json", [{"prompt": prompt, "seed": seed} for prompt, seed in seeded])
 
@@ -178,18 +182,13 @@ def costs(needs: Mapping[str, Path]) -> dict[str, float]:
     found = {name: value for path in audits if path.exists() for name, value in read_json(path).items()}
     seconds = [read_json(needs[role] / "manifest.json")["seconds"] for role in ("calls", "weights") if role in needs]
     names = ("block_error", "bits_weight", "bits_activation", "checkpoint_bytes")
-    return {name: found[name] for name in names if name in found} | ({"calibration_seconds": sum(seconds)} if seconds else {})
+    return {name: found[name] for name in names if name in found} | (
+        {"calibration_seconds": sum(seconds)} if seconds else {}
+    )
 
 
 def one_by_one(items: Iterable[Any]) -> DataLoader:
     return DataLoader(list(items), batch_size=None, collate_fn=lambda item: item)
-
-
-def by_chunk(folder: Path, calibration: Calibration) -> tuple[list[dict], list[dict]]:
-    """The captured steps of the trained and of the held-out prompts."""
-    steps = [step for path in sorted(folder.glob("*.safetensors")) for step in calls.load(path)]
-    trained = [step for step in steps if step["prompt"].max() < calibration.trained]
-    return trained, [step for step in steps if step["prompt"].min() >= calibration.trained]
 
 
 def read_json(path: Path) -> Any:

@@ -83,7 +83,7 @@ def test_observing_sees_unquantized_activations(pipeline: PixArtPipeline):
 
 
 def test_sqnr_of_a_uniform_quantizer_is_near_its_closed_form(pipeline: PixArtPipeline):
-    """Uniform data over the whole range: signal 1/12 of the range squared plus its mean's, noise a step squared / 12."""
+    """Uniform data over [0, 1]: signal 1/3, noise a step squared / 12."""
     activation = Activation(Quantizer(integer(8, signed=False), Granularity("tensor"), MinMax()))
     measure = Measure(pipeline, {"a": activation})
     for seed, timestep in enumerate([900.0, 900.0, 100.0]):

@@ -10,7 +10,7 @@ from torch import Tensor
 from fp4dit import calls, policy
 from fp4dit.calls import Call
 from fp4dit.models.pixart import PixArtPipeline
-from fp4dit.reconstruction import Reconstruction, load_calls, split
+from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, split
 from fp4dit.stream import advance, answers, chunks, relative_error, rows
 from fp4dit.tasks.capture import CaptureTask, chunked
 from fp4dit.tasks.reconstruct import Nearest
@@ -138,7 +138,9 @@ def test_reconstruction_costs_two_passes_per_sample(captured: tuple[Path, list[i
 def test_captured_calls_are_the_samplers_own(pipeline: PixArtPipeline, tmp_path: Path):
     with calls.listen(pipeline.dit) as heard:
         pipeline.sample(tiny.PROMPTS[:2], [5, 6], 3, 4.5)
-    tiny.trainer()().predict(CaptureTask(pipeline, tmp_path, 3, 4.5), tiny.one_by_one(chunked(tiny.PROMPTS[:2], 2, seed=5)))
+    tiny.trainer()().predict(
+        CaptureTask(pipeline, tmp_path, 3, 4.5), tiny.one_by_one(chunked(tiny.PROMPTS[:2], 2, seed=5))
+    )
     state = load_calls(tmp_path)
     assert torch.equal(state["latent"], torch.cat([c.args[0] for c in heard]))
     assert torch.equal(state["timestep"], torch.cat([c.kwargs["timestep"] for c in heard]))
@@ -159,6 +161,17 @@ def test_capture_resumes_at_the_chunk(captured: tuple[Path, list[int]], pipeline
     tiny.trainer()().predict(CaptureTask(pipeline, folder, 3, 4.5), tiny.one_by_one(chunked(tiny.PROMPTS, 2, seed=5)))
     assert sum(seen) == 2 * 3 * 2
     assert [file.read_bytes() for file in files] == before
+
+
+@pytest.mark.parametrize("trained", [1, 2, 3])
+def test_no_call_is_lost_when_a_chunk_holds_prompts_of_both_kinds(captured: tuple[Path, list[int]], trained: int):
+    ours, others = load_steps(captured[0], trained)
+    assert sum(len(step["prompt"]) for step in ours) == trained * 3 * 2
+    assert sum(len(step["prompt"]) for step in others) == (4 - trained) * 3 * 2
+    assert all(step["prompt"].max() < trained for step in ours)
+    assert all(step["prompt"].min() >= trained for step in others)
+    whole = load_calls(captured[0])
+    assert torch.equal(torch.cat([step["latent"] for step in ours]), whole["latent"][whole["prompt"] < trained])
 
 
 @pytest.mark.parametrize("trained", [1, 3])

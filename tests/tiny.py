@@ -1,4 +1,4 @@
-"""A PixArt of 2 blocks of width 32 with random weights, in diffusers' layout: all of the structure, none of the wait."""
+"""A PixArt of 2 blocks of width 32 with random weights, in diffusers' layout: all of the structure and no wait."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import T5Config, T5EncoderModel
 
 from fp4dit.formats import NumberFormat, floating, fp16, integer
-from fp4dit.models.shapes.build import TOKENS, scheduler, tokenizer
+from fp4dit.models.shapes.build import scheduler, tokenizer
 from fp4dit.policy import Rule
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.scales import AbsMax, MinMax

@@ -1,5 +1,6 @@
 """PixArt-alpha and PixArt-Sigma, from any folder or hub id that diffusers loads."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ class PixArt:
 
     def load(self) -> "PixArtPipeline":
         pipe = DiffusionPipeline.from_pretrained(self.folder(), dtype=getattr(torch, self.dtype))
-        if not isinstance(pipe.transformer, PixArtTransformer2DModel):
+        if not isinstance(getattr(pipe, "transformer", None), PixArtTransformer2DModel):
             raise UserError(f"{self.path} holds a {type(pipe).__name__}; this adapter is for PixArt pipelines")
         return PixArtPipeline(pipe, self.tokens)
 
@@ -39,9 +40,18 @@ class PixArt:
             return PixArtTransformer2DModel.from_config(config)
 
     def folder(self) -> str:
+        """Raises UserError if this is a path and no PixArt pipeline is there; a hub id is not looked up."""
         folder = locate(self.path)
-        if Path(folder).is_dir() and not (Path(folder) / "model_index.json").is_file():
+        if not Path(folder).is_dir():
+            if folder != self.path or folder.startswith((".", "/", "~")):
+                raise UserError(f"there is no folder {self.path}: give a diffusers pipeline's folder or its hub id")
+            return folder
+        index = Path(folder) / "model_index.json"
+        if not index.is_file():
             raise UserError(f"{self.path} is not a diffusers pipeline: the folder has no model_index.json")
+        found = json.loads(index.read_text())
+        if PixArtTransformer2DModel.__name__ not in found.get("transformer", ()):
+            raise UserError(f"{self.path} holds a {found.get('_class_name')}; this adapter is for PixArt pipelines")
         return folder
 
 
@@ -95,7 +105,11 @@ class PixArtPipeline:
             return Call((s["timestep"], conditions), {"batch_size": len(s["timestep"]), "hidden_dtype": dtype})
 
         def block(s: Columns) -> Call:
-            given = {"encoder_hidden_states": s["text"], "encoder_attention_mask": s["bias"], "timestep": s["modulation"]}
+            given = {
+                "encoder_hidden_states": s["text"],
+                "encoder_attention_mask": s["bias"],
+                "timestep": s["modulation"],
+            }
             return Call((s["hidden"],), given)
 
         def project(s: Columns) -> Call:
@@ -109,4 +123,3 @@ class PixArtPipeline:
             *(Unit(f"transformer_blocks.{i}", block, ("hidden",)) for i in range(len(dit.transformer_blocks))),
             Unit("proj_out", project, ("hidden",)),
         ]
-

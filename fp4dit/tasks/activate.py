@@ -84,7 +84,9 @@ class Measure(Replay):
         noise = (out.double() - x.double()).square().sum()
         power = torch.stack([x.double().square().sum(), noise]).cpu()
         if not power.isfinite().all():
-            raise UserError(f"the input of {name} holds NaN or infinity at timestep {timestep:g}: try model.dtype=float32")
+            raise UserError(
+                f"the input of {name} holds NaN or infinity at timestep {timestep:g}: try model.dtype=float32"
+            )
         self.power[name, timestep] += power
         self.shapes[name] = x.shape
 
@@ -99,7 +101,13 @@ class Measure(Replay):
 
     def audit(self, rules: Mapping[str, Rule]) -> list[Entry]:
         return [
-            Entry(name, rules[name].match, module.quantizer.format.name, self.bits(name, module), self.shapes[name].numel())
+            Entry(
+                name,
+                rules[name].match,
+                module.quantizer.format.name,
+                self.bits(name, module),
+                self.shapes[name].numel(),
+            )
             for name, module in self.activations.items()
         ]
 

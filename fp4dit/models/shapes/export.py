@@ -7,7 +7,6 @@ from typing import Any
 import open_clip
 import torch
 from diffusers import PixArtSigmaPipeline
-from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from fp4dit.models.shapes import build
@@ -15,7 +14,6 @@ from fp4dit.models.shapes.clip import save_clip
 from fp4dit.models.shapes.recipe import load_vae, part
 
 AVERAGE = "average.module."
-CURRENT = "transformer."
 
 
 def export(parts: str, out: str) -> None:
@@ -23,8 +21,8 @@ def export(parts: str, out: str) -> None:
     root, folder = Path(parts), Path(out)
     checkpoint = torch.load(root / "transformer/last.ckpt", map_location="cpu", weights_only=True, mmap=True)
     state = checkpoint["state_dict"]
-    average, current = ({k.removeprefix(p): v for k, v in state.items() if k.startswith(p)} for p in (AVERAGE, CURRENT))
-    layers = len({name.split(".")[1] for name in current if name.startswith("transformer_blocks.")})
+    average = {name.removeprefix(AVERAGE): value for name, value in state.items() if name.startswith(AVERAGE)}
+    layers = len({name.split(".")[1] for name in average if name.startswith("transformer_blocks.")})
     transformer = build.transformer(layers)
     transformer.load_state_dict(average)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(part(root, "text/tokenizer"))
@@ -44,9 +42,6 @@ def export(parts: str, out: str) -> None:
     amend(folder / "tokenizer/tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     save_clip(clip, tokenizer, folder / "clip", torch.float16)
     amend(folder / "clip/tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    (folder / "training").mkdir(exist_ok=True)
-    half = {name: value.half().contiguous() for name, value in current.items()}
-    save_file(half, folder / "training/transformer.safetensors", metadata={"format": "pt"})
 
 
 def amend(path: Path, **values: Any) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
-from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from fp4dit.models.shapes import build
@@ -88,13 +87,17 @@ def transformer(
     layers: int,
     further: bool,
 ) -> DenoisingTask:
-    """`further` goes on from the weights that ship, if they exist; the optimizers' moments restart."""
+    """`further` goes on from the weights that ship, if they exist; the optimizers' moments restart with a warm-up.
+
+    `compile` makes a step a quarter faster on a CPU and needs a C++ compiler.
+    """
     root = Path(parts)
-    net, average = build.transformer(layers), None
-    if further and (SHIPPED / "training").exists():
-        net.load_state_dict(load_file(SHIPPED / "training/transformer.safetensors"))
-        average = PixArtTransformer2DModel.from_pretrained(SHIPPED / "transformer", torch_dtype=torch.float32)
-    task = DenoisingTask(
+    net = build.transformer(layers)
+    if further and (SHIPPED / "transformer").exists():
+        net = PixArtTransformer2DModel.from_pretrained(SHIPPED / "transformer", dtype=torch.float32)
+    if compile:
+        net.compile()
+    return DenoisingTask(
         net,
         load_vae(root),
         T5EncoderModel.from_pretrained(part(root, "text/text_encoder"), dtype=torch.float32),
@@ -107,7 +110,3 @@ def transformer(
         drop,
         decay,
     )
-    if average is not None:
-        task.average.module.load_state_dict(average.state_dict())
-        task.average.n_averaged.fill_(1)  # else the first update would copy `net`
-    return task

@@ -1,0 +1,41 @@
+"""What is no PixArt is refused before anything is loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fp4dit.errors import UserError
+from fp4dit.models.pixart import PixArt, PixArtPipeline
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "pkg://fp4dit/nowhere"])
+def test_a_path_that_leads_nowhere(path: str):
+    for attempt in (PixArt(path).skeleton, PixArt(path).load):
+        with pytest.raises(UserError, match=f"there is no folder {path}"):
+            attempt()
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (None, "no model_index.json"),
+        ({"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet"]}, "holds a StableDiffusionPipeline"),
+        (
+            {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]},
+            "holds a FluxPipeline",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_pixart(tmp_path: Path, index: dict | None, message: str):
+    if index:
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for attempt in (PixArt(str(tmp_path)).skeleton, PixArt(str(tmp_path)).load):
+        with pytest.raises(UserError, match=message):
+            attempt()
+
+
+def test_skeleton_has_the_models_layers_and_no_memory(source: PixArt, pipeline: PixArtPipeline):
+    skeleton = {name: p.shape for name, p in source.skeleton().named_parameters()}
+    assert skeleton == {name: p.shape for name, p in pipeline.dit.named_parameters()}
+    assert all(p.is_meta for p in source.skeleton().parameters())
