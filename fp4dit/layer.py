@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from fp4dit.errors import UserError
 from fp4dit.quantizer import Quantizer
 from fp4dit.rounding import AdaRound, Learner
 from fp4dit.scales import Scaling, from_parts, parts
@@ -108,4 +109,10 @@ class QuantConv(QuantLayer):
 
 
 def wrap(source: nn.Module, quantizer: Quantizer) -> QuantLayer:
-    return (QuantConv if isinstance(source, nn.Conv2d) else QuantLayer)(source, quantizer)
+    if not isinstance(source, nn.Conv2d):
+        return QuantLayer(source, quantizer)  # pyright: ignore[reportArgumentType]
+    if source.groups != 1 or source.padding_mode != "zeros" or isinstance(source.padding, str):
+        raise UserError(
+            f"{source} cannot be quantized: only convolutions without groups, padded with so many zeros, can"
+        )
+    return QuantConv(source, quantizer)

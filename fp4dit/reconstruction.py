@@ -88,7 +88,8 @@ class Reconstruction:
         return reports
 
     def forward(self, module: nn.Module, unit: Unit, state: State) -> State:
-        answer = advance(module, unit, state, self.size, self.pipeline.device)
+        device = self.pipeline.device
+        answer = advance(module.to(device), unit, state, self.size, device)  # a Trainer leaves its module on the CPU
         for value in answer.values():
             bad = ~value.isfinite().flatten(1).all(1)
             if bad.any():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from lightning import Trainer
 
 
@@ -45,3 +46,8 @@ class Runtime:
         if "max_steps" in kw:
             kw.setdefault("max_epochs", -1)
         return lightning.Trainer(**{**quiet, **self.devices, **kw})
+
+    @property
+    def device(self) -> "torch.device":
+        """Where a Trainer of this runtime computes."""
+        return self.trainer("").strategy.root_device

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from fp4dit import policy
+from fp4dit.errors import UserError
 from fp4dit.models.base import Source
 from fp4dit.policy import Rule
 from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, load_weights_, split
@@ -38,6 +39,10 @@ class Calibration:
     seed: int
     steps: int
     guidance: float
+
+    def __post_init__(self) -> None:
+        if self.trained < 1 or self.held_out < 1:
+            raise UserError("calibration.trained and calibration.held_out must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class Reconstruct:
 
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         c, pipeline = self.calibration, self.model.load()
+        pipeline.to(runtime.device)
         audit = policy.check_weights(pipeline.dit, self.weight)
         size = policy.checkpoint_bytes(pipeline.dit, audit)
         rules = policy.assign(policy.layers(pipeline.dit), self.weight)

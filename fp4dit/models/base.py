@@ -1,6 +1,6 @@
 """What this project needs of a text-to-image model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -10,18 +10,15 @@ from torch import Tensor, nn
 from fp4dit.calls import Call
 from fp4dit.stream import State, Unit
 
-OnCall = Callable[[Call], None]
-
 
 @runtime_checkable
 class Pipeline(Protocol):
     """A pipeline whose transformer `dit` can be run whole (`sample`) and unit by unit (`begin`, `units`)."""
 
     dit: nn.Module
+    device: torch.device
 
     def to(self, device: torch.device | str) -> None: ...
-    @property
-    def device(self) -> torch.device: ...
     def sample(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
     ) -> Float[Tensor, "n 3 h w"]:

@@ -59,16 +59,13 @@ class PixArtPipeline:
     """A diffusers pipeline seen as a chain of units."""
 
     def __init__(self, pipe: DiffusionPipeline, tokens: int) -> None:
-        self.pipe, self.tokens = pipe, tokens
+        self.pipe, self.tokens, self.device = pipe, tokens, torch.device("cpu")
         self.pipe.set_progress_bar_config(disable=True)
         self.dit: PixArtTransformer2DModel = pipe.transformer.eval().requires_grad_(False)
 
     def to(self, device: torch.device | str) -> None:
         self.pipe.to(device)
-
-    @property
-    def device(self) -> torch.device:
-        return self.dit.device
+        self.device = torch.device(device)
 
     @torch.no_grad()
     def sample(
