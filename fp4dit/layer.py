@@ -96,7 +96,8 @@ class QuantConv(QuantLayer):
         if isinstance(self.activation, nn.Identity):
             return self.compute(x, self.current())
         conv = self.source
-        geometry = (conv.dilation, conv.padding, conv.stride)
+        padding: tuple[int, ...] = conv.padding  # pyright: ignore[reportAssignmentType]
+        geometry = (conv.dilation, padding, conv.stride)
         patches = self.activation(F.unfold(x, conv.kernel_size, *geometry).mT)
         rows, columns = (
             (size + 2 * p - d * (k - 1) - 1) // s + 1

@@ -12,6 +12,15 @@ if TYPE_CHECKING:
     from lightning import Trainer
 
 
+# Lightning's remarks on what is done here on purpose, and on its own use of torch.
+QUIET = (
+    ".*does not have many workers.*",
+    ".*isinstance\\(treespec.*",
+    ".*in eval mode at the start.*",
+    ".*predict returned None.*",
+)
+
+
 @dataclass
 class Clock:
     """When a line of progress was last printed; shared by the many short fits of one job."""
@@ -35,7 +44,8 @@ class Runtime:
         from pipelines.progress import Progress
 
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no "GPU available: False" per fit
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        for noise in QUIET:
+            warnings.filterwarnings("ignore", noise)
         shown = ("bar" if sys.stderr.isatty() else "lines") if self.progress == "auto" else self.progress
         quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
         if shown == "none":

@@ -9,8 +9,10 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils import logging as diffusers_logging
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
+from transformers.utils import logging as transformers_logging
 
 from fp4dit import policy
 from fp4dit.errors import UserError
@@ -24,6 +26,10 @@ from fp4dit.tasks.generate import GenerateTask
 from fp4dit.tasks.reconstruct import Fit
 from fp4dit.tasks.score import Pairs, ScoreTask
 from pipelines.runtime import Runtime
+
+# A stage has a progress of its own to show; loading takes a second.
+diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
 
 Prompts = Callable[[int], list[str]]
 
@@ -182,7 +188,7 @@ def summary(values: list[float]) -> dict[str, float] | None:
     return asdict(interval(values)) if all(map(isfinite, values)) else None
 
 
-def costs(needs: Mapping[str, Path]) -> dict[str, float]:
+def costs(needs: Mapping[str, Path]) -> Mapping[str, int | float]:
     """Bits, bytes, block error, and the seconds that capture and reconstruction took."""
     audits = [needs[role] / "audit.json" for role in ("weights", "activations", "images") if role in needs]
     found = {name: value for path in audits if path.exists() for name, value in read_json(path).items()}
@@ -194,7 +200,7 @@ def costs(needs: Mapping[str, Path]) -> dict[str, float]:
 
 
 def one_by_one(items: Iterable[Any]) -> DataLoader:
-    return DataLoader(list(items), batch_size=None, collate_fn=lambda item: item)
+    return DataLoader(list(items), batch_size=None, collate_fn=lambda item: item)  # pyright: ignore[reportArgumentType]
 
 
 def read_json(path: Path) -> Any:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -35,9 +36,11 @@ class PixArt:
 
     def skeleton(self) -> nn.Module:
         """The transformer without its weights, to check rules on before anything is loaded."""
-        config = PixArtTransformer2DModel.load_config(self.folder(), subfolder="transformer")
+        config: dict[str, Any] = PixArtTransformer2DModel.load_config(  # pyright: ignore[reportAssignmentType]
+            self.folder(), subfolder="transformer"
+        )
         with init_empty_weights():
-            return PixArtTransformer2DModel.from_config(config)
+            return PixArtTransformer2DModel.from_config(config)  # pyright: ignore[reportReturnType]
 
     def folder(self) -> str:
         """Raises UserError if this is a path and no PixArt pipeline is there; a hub id is not looked up."""
@@ -71,7 +74,7 @@ class PixArtPipeline:
     def sample(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
     ) -> Float[Tensor, "n 3 h w"]:
-        return self.pipe(
+        return self.pipe(  # pyright: ignore[reportCallIssue]
             list(prompts),
             num_inference_steps=steps,
             guidance_scale=guidance,

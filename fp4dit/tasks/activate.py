@@ -25,7 +25,7 @@ Hook = Callable[[str, Tensor, Tensor], Tensor | None]  # name, given, answered -
 def hooked(activations: Mapping[str, Activation], hook: Hook) -> Iterator[None]:
     with ExitStack() as stack:
         for name, module in activations.items():
-            handle = module.register_forward_hook(lambda _m, given, out, name=name: hook(name, given[0], out))
+            handle = module.register_forward_hook(lambda _m, given, out, name=name: hook(name, given[0], out))  # pyright: ignore[reportArgumentType]
             stack.callback(handle.remove)
         yield
 

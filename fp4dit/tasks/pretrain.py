@@ -29,12 +29,14 @@ class AutoencoderTask(L.LightningModule):
     def __init__(self, model: AutoencoderKL, lr: float, steps: int, kl: float = 1e-6, absolute: float = 0.1) -> None:
         super().__init__()
         self.model, self.lr, self.steps, self.kl, self.absolute = model, lr, steps, kl, absolute
-        nn.init.constant_(model.quant_conv.bias[model.config.latent_channels :], -6.0)  # begin with little noise
+        bias: Tensor = model.quant_conv.bias  # pyright: ignore[reportOptionalMemberAccess, reportAssignmentType]
+        latents: int = model.config.latent_channels  # pyright: ignore[reportAttributeAccessIssue]
+        nn.init.constant_(bias[latents:], -6.0)  # begin with little noise
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         image = batch.pictures
-        posterior = self.model.encode(image).latent_dist
-        restored = self.model.decode(posterior.sample()).sample
+        posterior = self.model.encode(image).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+        restored = self.model.decode(posterior.sample()).sample  # pyright: ignore[reportAttributeAccessIssue]
         error = F.mse_loss(restored.float(), image)
         self.log("psnr", 10 * torch.log10(4 / error.detach()), prog_bar=True)
         # A share of absolute error keeps flat areas flat and edges sharp.
@@ -88,7 +90,8 @@ class ClipTask(L.LightningModule):
     def __init__(self, clip: CLIP, tokenizer: PreTrainedTokenizerBase, lr: float, steps: int) -> None:
         super().__init__()
         self.clip, self.tokenizer, self.lr, self.steps = clip, tokenizer, lr, steps
-        self.head = nn.Linear(clip.text_projection.shape[1], sum(SLOTS))
+        width: int = clip.text_projection.shape[1]  # pyright: ignore[reportIndexIssue, reportOptionalMemberAccess, reportAssignmentType]
+        self.head = nn.Linear(width, sum(SLOTS))
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         tokens = tokens_of(self.tokenizer, batch.captions).to(self.device)
@@ -110,7 +113,8 @@ class DenoisingTask(L.LightningModule):
     Every picture is used at `levels` noise levels, since encoding it costs a third of a training pass.
     """
 
-    automatic_optimization = False
+    automatic_optimization = False  # pyright: ignore[reportAssignmentType]
+    signal: Tensor
 
     def __init__(
         self,
@@ -137,10 +141,11 @@ class DenoisingTask(L.LightningModule):
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         captions = ["" if torch.rand(()) < self.drop else c for c in batch.captions]
         tokens = tokens_of(self.tokenizer, captions).to(self.device)
-        latents = self.vae.encode(batch.pictures).latent_dist.mode()
+        latents = self.vae.encode(batch.pictures).latent_dist.mode()  # pyright: ignore[reportAttributeAccessIssue]
         states = self.text_encoder(**tokens).last_hidden_state
         repeat = lambda x: x.float().repeat(self.levels, *[1] * (x.ndim - 1))
-        return repeat(latents * self.vae.config.scaling_factor), repeat(states), repeat(tokens["attention_mask"])
+        scale: float = self.vae.config.scaling_factor  # pyright: ignore[reportAttributeAccessIssue]
+        return repeat(latents * scale), repeat(states), repeat(tokens["attention_mask"])
 
     def training_step(self, batch: Batch, _: int) -> None:
         latents, states, mask = self.encode(batch)
@@ -158,11 +163,12 @@ class DenoisingTask(L.LightningModule):
                 return_dict=False,
             )[0]
             loss = F.mse_loss(answer.chunk(2, 1)[0].float(), signal.sqrt() * noise - (1 - signal).sqrt() * latents)
-            for optimizer in self.optimizers():
+            for optimizer in self.optimizers():  # pyright: ignore[reportGeneralTypeIssues]
                 optimizer.zero_grad()
             self.manual_backward(loss)
         nn.utils.clip_grad_norm_(self.transformer.parameters(), 1.0)
-        for optimizer, schedule in zip(self.optimizers(), self.lr_schedulers(), strict=True):
+        both = zip(self.optimizers(), self.lr_schedulers(), strict=True)  # pyright: ignore[reportArgumentType]
+        for optimizer, schedule in both:
             optimizer.step()
             schedule.step()
         self.average.update_parameters(self.transformer)

@@ -46,7 +46,7 @@ class ScoreTask(L.LightningModule):
 
     def test_step(self, batch: Batch) -> None:
         for metric in self.metrics.values():
-            metric.update(*batch)
+            metric.update(*batch)  # pyright: ignore[reportCallIssue]
 
     def on_test_end(self) -> None:
-        self.values = {name: metric.compute().reshape(-1).tolist() for name, metric in self.metrics.items()}
+        self.values = {name: metric.compute().reshape(-1).tolist() for name, metric in self.metrics.items()}  # pyright: ignore[reportCallIssue]

@@ -34,16 +34,17 @@ def text_encoder(vocabulary: int) -> T5EncoderModel:
     )
     model = T5EncoderModel(config)
     # Heads that already look at different distances: from T5's own, even start they take thousands of steps to.
-    nn.init.normal_(model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight, std=2.0)
+    attention = model.encoder.block[0].layer[0].SelfAttention  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
+    nn.init.normal_(attention.relative_attention_bias.weight, std=2.0)
     return model
 
 
 def autoencoder() -> AutoencoderKL:
     """64 x 64 pixels to 4 x 16 x 16 latents."""
     return AutoencoderKL(
-        block_out_channels=(16, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),  # pyright: ignore[reportArgumentType]
+        down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
         layers_per_block=1,
         norm_num_groups=8,
         latent_channels=4,

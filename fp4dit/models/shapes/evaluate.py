@@ -81,7 +81,7 @@ def draw(pipe: PixArtSigmaPipeline, captions: Sequence[str], steps: int, guidanc
         clean_caption=False,
         generator=torch.Generator().manual_seed(seed),
         output_type="pt",
-    ).images.float()
+    ).images.float()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @torch.no_grad()

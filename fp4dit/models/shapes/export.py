@@ -32,7 +32,7 @@ def export(parts: str, out: str) -> None:
         text_encoder=T5EncoderModel.from_pretrained(part(root, "text/text_encoder")),
         vae=load_vae(root),
         transformer=transformer,
-        scheduler=build.scheduler(),
+        scheduler=build.scheduler(),  # pyright: ignore[reportArgumentType]
     )
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     # transformers computes in the dtype it finds here, diffusers in float32 unless told otherwise: let them agree.
@@ -40,7 +40,7 @@ def export(parts: str, out: str) -> None:
     # The name that every version of transformers knows.
     amend(folder / "model_index.json", tokenizer=["transformers", "PreTrainedTokenizerFast"])
     amend(folder / "tokenizer/tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    save_clip(clip, tokenizer, folder / "clip", torch.float16)
+    save_clip(clip, tokenizer, folder / "clip", torch.float16)  # pyright: ignore[reportArgumentType]
     amend(folder / "clip/tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
 
 

@@ -33,7 +33,7 @@ def save_autoencoder(task: AutoencoderTask, folder: Path, n: int = 1024) -> None
     """With the `scaling_factor` that gives the latents of `n` scenes a standard deviation of 1."""
     vae, stream = task.model.eval(), scenes(seed=1, held_out=False)
     images = [render(list(islice(stream, min(n, 64)))).to(vae.device) for _ in range(max(1, n // 64))]
-    latents = torch.cat([vae.encode(image).latent_dist.mode() for image in images])
+    latents = torch.cat([vae.encode(image).latent_dist.mode() for image in images])  # pyright: ignore[reportAttributeAccessIssue]
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     vae.save_pretrained(folder / "vae")
 
@@ -43,7 +43,7 @@ def decoder(parts: str, lr: float, steps: int, absolute: float) -> AutoencoderTa
     vae = load_vae(Path(parts))
     task = AutoencoderTask(vae, lr, steps, absolute=absolute)
     vae.encoder.requires_grad_(False)
-    vae.quant_conv.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)  # pyright: ignore[reportOptionalMemberAccess]
     return task
 
 
