@@ -1,4 +1,5 @@
 # make demo    run the main experiments on the shipped model and print their table
+# make ablation_rounding    the same for plain against scale-aware AdaRound: 2 hours
 # make test    check, then all tests
 # make check   lint, format and types
 # Each sets up .venv first if need be. PYTHON=/a/python chooses the interpreter, JOBS=4 how many jobs run side by side.
@@ -12,15 +13,15 @@ STAMP := .venv/installed
 # One thread for each job: spinning threads of two jobs on two cores slow both down many times over.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test check
+.PHONY: demo ablation_rounding test check
 .DEFAULT_GOAL := demo
 
-# The table is printed even if a job failed: it says what is missing and how to make it.
-demo: $(STAMP)
+# The experiments named after a table, and the table. It is printed even if a job failed: it says what is missing.
+demo ablation_rounding: $(STAMP)
 	@status=0; \
-	$(BIN)/python -m pipelines.run -m experiment='glob(demo_*)' logger=wandb logger.group=demo progress=lines \
+	$(BIN)/python -m pipelines.run -m experiment='glob($@_*)' logger=wandb logger.group=$@ progress=lines \
 		hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) hydra.launcher.batch_size=1 || status=$$?; \
-	$(BIN)/python -m pipelines.table table=demo && exit $$status
+	$(BIN)/python -m pipelines.table table=$@ && exit $$status
 
 test: check
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
