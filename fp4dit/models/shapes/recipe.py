@@ -86,6 +86,7 @@ def transformer(
     decay: float,
     layers: int,
     further: bool,
+    compile: bool = False,
 ) -> DenoisingTask:
     """`further` goes on from the weights that ship, if they exist; the optimizers' moments restart with a warm-up.
 
