@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
     from lightning import Trainer
 
 
@@ -58,6 +57,6 @@ class Runtime:
         return lightning.Trainer(**{**quiet, **self.devices, **kw})
 
     @property
-    def device(self) -> "torch.device":
-        """Where a Trainer of this runtime computes."""
+    def device(self) -> Any:
+        """The torch.device that a Trainer of this runtime computes on."""
         return self.trainer("").strategy.root_device

@@ -9,16 +9,15 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from diffusers.utils import logging as diffusers_logging
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
-from transformers.utils import logging as transformers_logging
 
 from fp4dit import policy
 from fp4dit.errors import UserError
 from fp4dit.models.base import Source
 from fp4dit.policy import Rule
 from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, load_weights_, split
+from fp4dit.resources import hide_loading_bars
 from fp4dit.statistics import interval
 from fp4dit.tasks.activate import Measure, Observe, load_scales_, save_scales
 from fp4dit.tasks.capture import CaptureTask, chunked
@@ -27,9 +26,7 @@ from fp4dit.tasks.reconstruct import Fit
 from fp4dit.tasks.score import Pairs, ScoreTask
 from pipelines.runtime import Runtime
 
-# A stage has a progress of its own to show; loading takes a second.
-diffusers_logging.disable_progress_bar()
-transformers_logging.disable_progress_bar()
+hide_loading_bars()  # a stage has a progress of its own to show
 
 Prompts = Callable[[int], list[str]]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from jaxtyping import Float
@@ -10,8 +11,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchmetrics import Metric
 from torchvision.transforms.functional import to_tensor
-
-Batch = tuple[Float[Tensor, "n 3 h w"], Float[Tensor, "n 3 h w"], list[str]]
 
 
 class Pairs(Dataset[tuple[Tensor, Tensor, str]]):
@@ -44,9 +43,11 @@ class ScoreTask(L.LightningModule):
         self.metrics = nn.ModuleDict(metrics)
         self.values: dict[str, list[float]] = {}
 
-    def test_step(self, batch: Batch) -> None:
+    def test_step(self, batch: Sequence[Any]) -> None:
+        """A batch of Pairs, which a DataLoader makes a list of."""
+        images, reference, prompts = batch
         for metric in self.metrics.values():
-            metric.update(*batch)  # pyright: ignore[reportCallIssue]
+            metric.update(images, reference, list(prompts))  # pyright: ignore[reportCallIssue]
 
     def on_test_end(self) -> None:
         self.values = {name: metric.compute().reshape(-1).tolist() for name, metric in self.metrics.items()}  # pyright: ignore[reportCallIssue]
