@@ -52,7 +52,8 @@ class Replay(L.LightningModule):
                 state = state | dict(zip(unit.answer, answers(unit.call(state)(module)), strict=True))
 
     def see(self, name: str, timestep: float, x: Tensor, out: Tensor) -> Tensor | None:
-        raise NotImplementedError
+        """The answer to go on with, or None for the one that was given."""
+        ...
 
 
 class Observe(Replay):
