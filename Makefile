@@ -1,5 +1,5 @@
 # make demo    run the main experiments on the shipped model and print their table
-# make ablation_rounding    the same for plain against scale-aware AdaRound: 2 hours
+# make table TABLE=methods    run what is missing of any other table, and print it
 # make test    check, then all tests
 # make check   lint, format and types
 # Each sets up .venv first if need be. PYTHON=/a/python chooses the interpreter, JOBS=4 how many jobs run side by side.
@@ -13,15 +13,18 @@ STAMP := .venv/installed
 # One thread for each job: spinning threads of two jobs on two cores slow both down many times over.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo ablation_rounding test check
+.PHONY: demo table test check
 .DEFAULT_GOAL := demo
 
 # The experiments named after a table, and the table. It is printed even if a job failed: it says what is missing.
-demo ablation_rounding: $(STAMP)
+demo: $(STAMP)
 	@status=0; \
-	$(BIN)/python -m pipelines.run -m experiment='glob($@_*)' logger=wandb logger.group=$@ progress=lines \
+	$(BIN)/python -m pipelines.run -m experiment='glob(demo_*)' logger=wandb logger.group=demo progress=lines \
 		hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) hydra.launcher.batch_size=1 || status=$$?; \
-	$(BIN)/python -m pipelines.table table=$@ && exit $$status
+	$(BIN)/python -m pipelines.table table=demo && exit $$status
+
+table: $(STAMP)
+	@$(BIN)/python -m pipelines.table table=$(TABLE) make=true jobs=$(JOBS) 'overrides=[logger=wandb,logger.group=$(TABLE)]'
 
 test: check
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2

@@ -1,8 +1,8 @@
-"""One picture of a table: prompts down, methods across."""
+"""One picture of a table: prompts down, methods across, groups one above the other."""
 
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -32,6 +32,17 @@ def grid(folders: Mapping[str, Path], prompts: int, tile: int = 160, gap: int = 
     for line, caption in enumerate(captions):
         y = top + gap + pitch * line + tile / 2
         draw.multiline_text((left - 2, y), textwrap.fill(caption, tile // 8), INK, font, anchor="rm", align="right")
+    return canvas
+
+
+def stacked(pictures: Sequence[Image.Image], gap: int = 24) -> Image.Image:
+    """One above the other."""
+    height = sum(picture.height for picture in pictures) + gap * (len(pictures) - 1)
+    canvas = Image.new("RGB", (max(picture.width for picture in pictures), height), PAPER)
+    y = 0
+    for picture in pictures:
+        canvas.paste(picture, (0, y))
+        y += picture.height + gap
     return canvas
 
 

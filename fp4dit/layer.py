@@ -1,48 +1,136 @@
 """The one quantized layer: a linear or convolution layer whose weight, and perhaps input, lies on a grid."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
+from fp4dit.choice import Choice
 from fp4dit.errors import UserError
+from fp4dit.formats import Format
 from fp4dit.quantizer import Quantizer
-from fp4dit.rounding import AdaRound, Learner
-from fp4dit.scales import Scaling, from_parts, parts
+from fp4dit.rounding import Learner, Rounder, Rounding, nearest
+from fp4dit.scales import Blocks, Scaling, from_parts, parts
+from fp4dit.transforms import Transform, TransformSpec
 
 
-class Activation(nn.Module):
-    """Quantizes what flows through it: online while it holds no scaling, statically once it holds one."""
+class Grid(nn.Module):
+    """A quantizer and what was measured for it: the scales, and the format where that was to be chosen.
 
-    def __init__(self, quantizer: Quantizer) -> None:
+    As a module it quantizes what flows through it: online, unless it is `static`; then as it was measured, and not at
+    all before.
+    """
+
+    def __init__(self, quantizer: Quantizer, static: bool = False) -> None:
         super().__init__()
-        self.quantizer = quantizer
-        self.scaling: Scaling | None = None
+        self.quantizer, self.static = quantizer, static
 
-    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        return self.quantizer(x, self.scaling)
+    @torch.no_grad()
+    def measure(self, x: Float[Tensor, "..."], importance: Blocks | None = None) -> None:
+        blocks = self.quantizer.granularity.split(x).float()
+        if isinstance(self.quantizer.format, Choice):
+            self.register_buffer("choice", self.quantizer.format.choose(blocks, self.quantizer.scale))
+        self.hold(self.quantizer.scale(blocks, self.format, importance))
 
-    def _apply(self, fn, recurse: bool = True):
-        # The scaling is an object of tensors, not a buffer: what moves the module must move it too.
-        if self.scaling is not None:
-            self.scaling = from_parts({name: fn(value) for name, value in parts(self.scaling).items()})
-        return super()._apply(fn, recurse)
+    def hold(self, scaling: Scaling) -> None:
+        for name, value in parts(scaling).items():
+            self.register_buffer(name, value)
+
+    @property
+    def format(self) -> Format:
+        """Raises KeyError if it is to be chosen and nothing was measured yet."""
+        given = self.quantizer.format
+        return given.pick(self.held()["choice"]) if isinstance(given, Choice) else given
+
+    @property
+    def scaling(self) -> Scaling | None:
+        found = {name: value for name, value in self.held().items() if name != "choice"}
+        return from_parts(found) if found else None
+
+    def held(self) -> dict[str, Tensor]:
+        """What was measured, by name."""
+        return dict(self.named_buffers())
+
+    def forward(self, x: Float[Tensor, "..."], rounding: Rounding = nearest) -> Float[Tensor, "..."]:
+        if self.static and self.scaling is None:
+            return x
+        return replace(self.quantizer, format=self.format)(x, self.scaling, rounding)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        # What was measured is only known from what was saved.
+        for key, value in state_dict.items():
+            if key.startswith(prefix):
+                self.register_buffer(key.removeprefix(prefix), torch.empty_like(value))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def formats(quantizer: Quantizer) -> list[Format]:
+    """Those that it may turn out to have."""
+    return list(quantizer.format.formats) if isinstance(quantizer.format, Choice) else [quantizer.format]
+
+
+class Clock:
+    """The timestep that the model is at, for what depends on it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def follow(self, model: nn.Module) -> None:
+        """Reads the timestep of every call of `model`."""
+        read = lambda _m, _args, kwargs: self.set(kwargs["timestep"])
+        model.register_forward_pre_hook(read, with_kwargs=True)
+
+    def set(self, timestep: Tensor) -> None:
+        self.now = float(timestep.flatten()[0])
+
+
+class TimedGrid(Grid):
+    """A static grid with scales of its own for each timestep; between those measured, the nearest one's."""
+
+    def __init__(self, quantizer: Quantizer, clock: Clock) -> None:
+        super().__init__(quantizer, static=True)
+        self.clock = clock
+
+    def measure_at(self, values: Mapping[float, Tensor]) -> None:
+        """Choose the scales of each timestep from its values."""
+        found = []
+        for x in values.values():
+            one = Grid(self.quantizer)
+            one.measure(x)
+            found.append(one.held())
+        for name, first in found[0].items():
+            self.register_buffer(name, torch.stack([one[name] for one in found]))
+            self.register_buffer("timesteps", torch.tensor(list(values), device=first.device))
+
+    def held(self) -> dict[str, Tensor]:
+        held = super().held()
+        timesteps = held.pop("timesteps", None)
+        if timesteps is None:
+            return held
+        index = (timesteps - self.clock.now).abs().argmin()
+        return {name: value[index] for name, value in held.items()}
 
 
 class QuantLayer(nn.Module):
-    """Wraps a layer. Until `freeze` its weight is the original one, seen through `rounding` if that learns.
+    """Wraps a layer. After `prepare`, and until `freeze`, its weight is the transformed one in full precision, seen
+    through `rounding` if that learns.
 
     Rows of the weight are its output channels, flattened: groups run along what one output sums over.
     """
 
-    def __init__(self, source: nn.Linear | nn.Conv2d, quantizer: Quantizer) -> None:
+    def __init__(
+        self, source: nn.Linear | nn.Conv2d, quantizer: Quantizer, transforms: Sequence[TransformSpec] = ()
+    ) -> None:
         super().__init__()
-        self.source, self.quantizer = source.requires_grad_(False), quantizer
-        for name, value in parts(quantizer.scaling(self.rows)).items():
-            self.register_buffer(f"weight_{name}", value)
+        self.source = source.requires_grad_(False)
+        self.transforms = nn.ModuleList(spec(*self.rows.shape) for spec in transforms)
+        self.grid = Grid(quantizer)
         self.activation: nn.Module = nn.Identity()
-        self.rounding: AdaRound | None = None
+        self.rounding: Rounder | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -57,33 +145,83 @@ class QuantLayer(nn.Module):
         return self.source.weight.flatten(1)
 
     @property
-    def scaling(self) -> Scaling:
-        return from_parts({name.removeprefix("weight_"): value for name, value in self.named_buffers(recurse=False)})
+    def chain(self) -> list[Transform]:
+        return list(self.transforms)  # pyright: ignore[reportReturnType]
+
+    @property
+    def wants_inputs(self) -> bool:
+        return bool(self.transforms) or self.static_input is not None
+
+    @property
+    def static_input(self) -> Grid | None:
+        return self.activation if isinstance(self.activation, Grid) and self.activation.static else None
+
+    def entered(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """What the activation would make of x, were these the values that it is measured on."""
+        if self.static_input is None:
+            return self.activation(x)
+        return self.static_input.quantizer.settled(x)(x)
+
+    @torch.no_grad()
+    def prepare(self, x: Float[Tensor, "n ..."] | None = None) -> "QuantLayer":
+        """Fit the transforms to a sample of inputs, and choose the scales of the weight and of a static activation."""
+        x = None if x is None else self.tokens(x)
+        for transform in self.chain:
+            assert x is not None, "transforms are fitted to inputs"
+            weight = self.rows.float()
+            transform.fit(weight, x.float(), self.grid.quantizer.settled(weight), self.entered)
+            self.write(transform.weight(weight))
+            x = transform.activation(x)
+        self.grid.measure(self.rows)
+        if x is not None and self.static_input is not None:
+            self.static_input.measure(x)
+        return self
+
+    def tokens(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n t k"]:
+        """The input as rows of what one output sums over."""
+        return x.reshape(len(x), -1, x.shape[-1])
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        return self.compute(self.activation(x), self.current())
+        entering, around = self.enter(x)
+        return self.product(entering) if around is None else self.product(entering) + around
 
-    def compute(self, x: Float[Tensor, "*batch i"], weight: Tensor) -> Float[Tensor, "*batch o"]:
-        return F.linear(x, weight, self.bias)
+    def enter(self, x: Float[Tensor, "*b k"]) -> tuple[Float[Tensor, "*b k"], Float[Tensor, "*b o"] | None]:
+        """The input as the product reads it, and what the transforms lead around the product."""
+        around = None
+        for transform in self.chain:
+            bypass = transform.bypass(x)
+            around = bypass if around is None else around if bypass is None else around + bypass
+            x = transform.activation(x)
+        return self.activation(x), around
 
-    def current(self) -> Tensor:
+    def product(self, x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b o"]:
+        return F.linear(x, self.current(), self.bias)
+
+    def current(self) -> Float[Tensor, "o k"]:
         if self.rounding is None:
-            return self.weight
-        return self.rounding().view_as(self.weight).to(self.weight.dtype)
+            return self.rows
+        return self.rounding().view_as(self.rows).to(self.weight.dtype)
 
-    def learn(self, learner: Learner) -> AdaRound:
-        blocks = self.quantizer.granularity.split(self.rows).float()
-        self.rounding = learner(blocks, self.quantizer.format, self.scaling)
+    def learn(self, learner: Learner) -> Rounder:
+        blocks, scaling = self.grid.quantizer.granularity.split(self.rows).float(), self.grid.scaling
+        assert scaling is not None, "prepare the layer first"
+        self.rounding = learner(blocks, self.grid.format, scaling)
         return self.rounding
 
     @torch.no_grad()
-    def freeze(self) -> None:
-        """Write the hard weights: as learnt, else rounded to nearest. Freezing twice changes nothing."""
+    def write(self, weight: Float[Tensor, "..."]) -> None:
+        self.source.weight.copy_(weight.view_as(self.source.weight))
+
+    @torch.no_grad()
+    def freeze(self, rounding: Rounding = nearest) -> None:
+        """Write the hard weights: as learnt, else rounded. Freezing twice changes nothing."""
         if self.rounding is None:
-            hard = self.quantizer(self.rows, self.scaling)
+            hard = self.grid(self.rows, rounding)
         else:
-            hard = self.rounding.hard().to(self.weight.dtype)
-        self.source.weight.copy_(hard.view_as(self.weight))
+            hard = self.rounding.hard()
+            if self.rounding.scaling is not None:
+                self.grid.hold(self.rounding.scaling)
+        self.write(hard)
         self.rounding = None
 
 
@@ -93,27 +231,30 @@ class QuantConv(QuantLayer):
     source: nn.Conv2d
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n o y x"]:
-        if isinstance(self.activation, nn.Identity):
-            return self.compute(x, self.current())
         conv = self.source
         padding: tuple[int, ...] = conv.padding  # pyright: ignore[reportAssignmentType]
-        geometry = (conv.dilation, padding, conv.stride)
-        patches = self.activation(F.unfold(x, conv.kernel_size, *geometry).mT)
-        rows, columns = (
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, k, d, p, s in zip(x.shape[2:], conv.kernel_size, *geometry, strict=True)
-        )
-        return F.linear(patches, self.current().flatten(1), self.bias).mT.unflatten(2, (rows, columns))
+        geometry = zip(x.shape[2:], conv.kernel_size, conv.dilation, padding, conv.stride, strict=True)
+        size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, d, p, s in geometry]
+        return super().forward(self.tokens(x)).mT.unflatten(2, size)
 
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        return functional_call(self.source, {"weight": weight}, (x,))
+    def tokens(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n p k"]:
+        conv = self.source
+        return F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride).mT  # pyright: ignore[reportArgumentType]
 
 
-def wrap(source: nn.Module, quantizer: Quantizer) -> QuantLayer:
+def wrap(source: nn.Module, quantizer: Quantizer, transforms: Sequence[TransformSpec] = ()) -> QuantLayer:
+    check_source(source, transforms)
+    kind = QuantConv if isinstance(source, nn.Conv2d) else QuantLayer
+    return kind(source, quantizer, transforms)  # pyright: ignore[reportArgumentType]
+
+
+def check_source(source: nn.Module, transforms: Sequence[TransformSpec]) -> None:
+    """Raises UserError if there is no quantized layer for this one."""
     if not isinstance(source, nn.Conv2d):
-        return QuantLayer(source, quantizer)  # pyright: ignore[reportArgumentType]
+        return
     if source.groups != 1 or source.padding_mode != "zeros" or isinstance(source.padding, str):
         raise UserError(
             f"{source} cannot be quantized: only convolutions without groups, padded with so many zeros, can"
         )
-    return QuantConv(source, quantizer)
+    if transforms:
+        raise UserError(f"{source} is a convolution, and transforms are for linear layers: name it in weight.by_row")

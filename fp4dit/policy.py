@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,22 +10,53 @@ import torch
 from torch import Tensor, nn
 
 from fp4dit.attention import QuantProcessor
+from fp4dit.choice import Choice
 from fp4dit.errors import UserError
-from fp4dit.layer import Activation, QuantLayer, wrap
-from fp4dit.quantizer import Quantizer
+from fp4dit.formats import Format
+from fp4dit.layer import Clock, Grid, QuantLayer, TimedGrid, check_source, formats, wrap
+from fp4dit.observers import Observer
+from fp4dit.quantizer import Granularity, Quantizer
+from fp4dit.transforms import Transform, TransformSpec
 
 
 @dataclass(frozen=True)
 class Rule:
     """Names like `match` (shell wildcards) get `quantizer`; None leaves them as they are.
 
-    An activation rule with `observe` > 0 is static: its scaling is chosen once, from that many values of each
-    calibration call. Else it is online.
+    A weight rule may have `transforms`, which the layer's weight and input go through first. An activation rule with
+    `observe` is static: its scaling is chosen once, from what that notes of the calibration calls, and once for each
+    timestep if it is `timed`. Else it is online.
     """
 
     match: str
     quantizer: Quantizer | None
-    observe: int = 0
+    transforms: Sequence[TransformSpec] = ()
+    observe: Observer | None = None
+    timed: bool = False
+
+    def grid(self, quantizer: Quantizer, clock: Clock) -> Grid:
+        return TimedGrid(quantizer, clock) if self.timed else Grid(quantizer, static=self.observe is not None)
+
+
+def everywhere(
+    quantizer: Quantizer,
+    by_row: Sequence[str] = (),
+    formats: Mapping[str, Format] | None = None,
+    leave: Sequence[str] = (),
+    **others: Any,
+) -> list[Rule]:
+    """One quantizer for all layers but some.
+
+    Names like `by_row` get one scale per row instead, and no transforms; names in `formats` another format; those in
+    `leave` stay as they are. `others` are what a `Rule` takes.
+    """
+    plain = {key: value for key, value in others.items() if key != "transforms"}
+    return [
+        *(Rule(match, None) for match in leave),
+        *(Rule(match, replace(quantizer, granularity=Granularity("row")), **plain) for match in by_row),
+        *(Rule(match, replace(quantizer, format=fmt), **others) for match, fmt in (formats or {}).items()),
+        Rule("*", quantizer, **others),
+    ]
 
 
 @dataclass(frozen=True)
@@ -45,7 +76,7 @@ def assign(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, Rule]:
     Raises:
         UserError: if a rule gets no name, for then something else is quantized than was asked for.
     """
-    chosen = {name: rule for name in names if (rule := next((r for r in rules if fnmatchcase(name, r.match)), None))}
+    chosen = {name: rule for name in names if (rule := first(name, rules))}
     idle = [rule.match for rule in rules if rule not in chosen.values()]
     if idle:
         raise UserError(
@@ -54,6 +85,10 @@ def assign(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, Rule]:
             "drop the rule."
         )
     return chosen
+
+
+def first(name: str, rules: Sequence[Rule]) -> Rule | None:
+    return next((rule for rule in rules if fnmatchcase(name, rule.match)), None)
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -80,29 +115,44 @@ def check_weights(model: nn.Module, rules: Sequence[Rule]) -> list[Entry]:
 
 def entry(name: str, layer: nn.Module, rule: Rule | None) -> Entry:
     weight: Tensor = layer.weight  # pyright: ignore[reportAssignmentType]
+    if rule and rule.quantizer:
+        check_source(layer, rule.transforms)
     if rule is None or rule.quantizer is None:
         return Entry(name, rule.match if rule else "-", "fp16", 16.0, weight.numel())
-    bits = bits_of(name, rule.match, rule.quantizer, torch.Size([len(weight), weight[0].numel()]))
-    return Entry(name, rule.match, rule.quantizer.format.name, bits, weight.numel())
+    shape = torch.Size([len(weight), weight[0].numel()])
+    bits = bits_of(name, rule.match, rule.quantizer, shape)
+    kept = sum(transform.bits() for transform in transforms_of(name, rule, shape))
+    return Entry(name, rule.match, rule.quantizer.format.name, bits + kept / weight.numel(), weight.numel())
 
 
 def bits_of(name: str, rule: str, quantizer: Quantizer, shape: torch.Size) -> float:
-    """Bits per value, scales counted; a granularity that does not fit is an error that names the layer."""
+    """Bits per value, scales counted; a granularity or format that does not fit is an error that names the layer."""
     try:
+        block = torch.empty(1, quantizer.granularity.width(shape), device="meta")
+        for fmt in formats(quantizer):
+            fmt.nearest(block)
         return quantizer.bits(shape)
     except ValueError as error:
         raise UserError(f"{name} (rule {rule!r}): {error}") from error
 
 
+def transforms_of(name: str, rule: Rule, shape: torch.Size) -> list[Transform]:
+    """What a rule's transforms become for a layer of this shape; one that does not fit is an error naming the layer."""
+    try:
+        return [spec(*shape) for spec in rule.transforms]
+    except ValueError as error:
+        raise UserError(f"{name} (rule {rule.match!r}): {error}") from error
+
+
 def quantize_weights_(model: nn.Module, rules: Mapping[str, Rule], check: bool = True) -> dict[str, QuantLayer]:
-    """Wrap the layers that `rules` names, in place. Their weights are rounded by whoever fits them."""
+    """Wrap the layers that `rules` names, in place. Their weights are prepared and rounded by whoever fits them."""
     made = {}
     for name, rule in rules.items():
         if rule.quantizer is not None:
             layer = model.get_submodule(name)
             if check and not layer.weight.isfinite().all():  # pyright: ignore[reportCallIssue]
                 raise UserError(f"the weight of {name} holds NaN or infinity: the checkpoint is damaged")
-            made[name] = wrap(layer, rule.quantizer)  # pyright: ignore[reportArgumentType]
+            made[name] = wrap(layer, rule.quantizer, rule.transforms)  # pyright: ignore[reportArgumentType]
             model.set_submodule(name, made[name])
     return made
 
@@ -129,39 +179,96 @@ def places(model: nn.Module) -> dict[str, Place]:
     return found
 
 
-def quantize_activations_(model: nn.Module, rules: Sequence[Rule]) -> tuple[dict[str, Activation], dict[str, Rule]]:
-    """Put an `Activation` before every quantized layer and attention operand that the rules name, in place.
+def quantize_activations_(model: nn.Module, rules: Sequence[Rule]) -> tuple[dict[str, Grid], dict[str, Rule]]:
+    """Put a `Grid` before every quantized layer and attention operand that the rules name, in place.
 
     Raises:
-        UserError: as `assign`, or if a static rule asks for more than one scale per tensor, or a granularity
+        UserError: as `assign`, or if a static rule asks for scales that a later call could not use, or a granularity
             does not fit.
     """
     for module in list(model.modules()):
         if hasattr(module, "set_processor") and not isinstance(module.processor, QuantProcessor):
             module.set_processor(QuantProcessor(module.processor))  # pyright: ignore[reportCallIssue]
-    found = places(model)
+    found, clock = places(model), Clock()
+    clock.follow(model)
     chosen = assign(found, rules)
-    made = {}
-    for name, rule in chosen.items():
-        quantizer, place = rule.quantizer, found[name]
-        if quantizer is None:
-            continue
-        if rule.observe and quantizer.granularity.unit != "tensor":
-            raise UserError(
-                f"the activation rule {rule.match!r} is static, so it needs one scale per tensor (unit: tensor)"
-            )
-        bits_of(name, rule.match, quantizer, torch.Size([1, place.row]))
-        made[name] = Activation(quantizer)
-        setattr(place.owner, place.attribute, made[name])
+    made = {name: grid for name, rule in chosen.items() if (grid := put(name, found[name], rule, clock))}
     if rules and not made:
         raise UserError("no activation is quantized: give `activation` a rule with a quantizer, or use activation=none")
     return made, {name: chosen[name] for name in made}
+
+
+def quantize_inputs_(layers: Mapping[str, QuantLayer], rules: Sequence[Rule]) -> None:
+    """Put a `Grid` before those of the layers that the rules name, in place; rules for others are not meant here.
+
+    Raises:
+        UserError: as `put`, or if a rule is timed: nobody tells these grids the time.
+    """
+    for name, layer in layers.items():
+        if rule := first(name, rules):
+            if rule.timed:
+                raise UserError(
+                    f"the activation rule {rule.match!r} is timed, and weights are learnt at all timesteps at once: "
+                    "choose activations that are not timed, or leave them out while weights are learnt (joint=null)"
+                )
+            put(name, Place(layer, "activation", layer.rows.shape[1]), rule, Clock())
+
+
+def put(name: str, place: Place, rule: Rule, clock: Clock) -> Grid | None:
+    """A grid for one activation, in its place; None if the rule leaves it as it is.
+
+    Raises:
+        UserError: if the rule contradicts itself, or its granularity does not fit.
+    """
+    if rule.quantizer is None:
+        return None
+    if isinstance(rule.quantizer.format, Choice) and not rule.observe:
+        raise UserError(
+            f"the activation rule {rule.match!r} is online, and its format, {rule.quantizer.format.name}, is yet to be "
+            "chosen: make it static (observe), so that calibration chooses, or give it one format"
+        )
+    if rule.observe and rule.quantizer.granularity.unit not in ("tensor", "channel"):
+        raise UserError(
+            f"the activation rule {rule.match!r} is static, so its scales cannot follow tokens: it needs one scale per "
+            "tensor (unit: tensor) or per input channel (unit: channel)"
+        )
+    if rule.timed and not rule.observe:
+        raise UserError(f"the activation rule {rule.match!r} is timed, so it must be static: give it an observer")
+    if rule.observe and rule.quantizer.granularity.unit == "channel":
+        check_channels(rule, rule.observe, place.row)
+    bits_of(name, rule.match, rule.quantizer, torch.Size([1, place.row]))
+    grid = rule.grid(rule.quantizer, clock)
+    setattr(place.owner, place.attribute, grid)
+    return grid
+
+
+def check_channels(rule: Rule, observer: Observer, row: int) -> None:
+    """Raises UserError if what is observed of tokens does not make one scale per channel of any other tokens."""
+    grid = Grid(rule.quantizer, static=True)  # pyright: ignore[reportArgumentType]
+    try:
+        grid.measure(observer.gather([observer.note(torch.zeros(2, row))]))
+        grid(torch.zeros(3, row))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the activation rule {rule.match!r} asks for scales per channel (unit: channel), and "
+            f"{grid.quantizer.scale} does not make them of what {observer} notes: observe with ChannelRange and scale "
+            "with PreShift, or choose unit: tensor"
+        ) from error
 
 
 def check_activations(skeleton: nn.Module, weights: Sequence[Rule], activations: Sequence[Rule]) -> None:
     """Raise what quantizing would raise, on a model without weights."""
     quantize_weights_(skeleton, assign(layers(skeleton), weights), check=False)
     quantize_activations_(skeleton, activations)
+
+
+def as_made(model: nn.Module, entries: Sequence[Entry]) -> list[Entry]:
+    """The audit of a model that is quantized by now: with the formats that were chosen."""
+    made = {e.name: model.get_submodule(e.name) for e in entries}
+    return [
+        replace(e, format=layer.grid.format.name) if isinstance(layer := made[e.name], QuantLayer) else e
+        for e in entries
+    ]
 
 
 def effective_bits(entries: Sequence[Entry]) -> float:

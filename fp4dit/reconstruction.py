@@ -2,24 +2,26 @@
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import lightning as L
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fp4dit import calls, policy
 from fp4dit.health import not_finite
-from fp4dit.layer import QuantLayer
+from fp4dit.layer import Grid, QuantLayer
 from fp4dit.models.base import Pipeline
 from fp4dit.policy import Rule
 from fp4dit.stream import State, Unit, advance, relative_error, rows
-from fp4dit.tasks.reconstruct import Examples, Fit
+from fp4dit.tasks.reconstruct import Examples, Fit, check_fit
 
+T = TypeVar("T")
 TrainerFactory = Callable[..., L.Trainer]
 
 
@@ -43,12 +45,27 @@ def split(state: State, trained: int) -> tuple[Int[Tensor, "n"], Int[Tensor, "m"
     return first.nonzero().flatten(), (~first).nonzero().flatten()
 
 
+def check(skeleton: nn.Module, weight: Sequence[Rule], fit: Fit, activation: Sequence[Rule] = ()) -> None:
+    """Raise what reconstruction would raise about its options, on a model without weights.
+
+    Raises:
+        UserError: as `policy.check_weights` and `policy.put`, or if an activation is timed, for timesteps are learnt
+            from together.
+        ValueError: if the fit cannot round in a format.
+    """
+    policy.check_weights(skeleton, weight)
+    layers = policy.quantize_weights_(skeleton, policy.assign(policy.layers(skeleton), weight), check=False)
+    policy.quantize_inputs_(layers, activation)
+    check_fit(fit, list(layers.values()))
+
+
 @dataclass(frozen=True)
 class Reconstruction:
     """One model's reconstruction into the folder `out`; units found there are taken, not made again.
 
     `trained` and `held_out` are rows of the calls: to learn from, and to measure on. The models are advanced
-    `size` rows at a time.
+    `size` rows at a time. What depends on a layer's inputs, as transforms do, is fitted to `sample` rows, spread over
+    those trained on. Rules for `activation` quantize the layers' inputs while their weights are learnt.
     """
 
     pipeline: Pipeline
@@ -58,6 +75,8 @@ class Reconstruction:
     held_out: Int[Tensor, "m"]
     size: int
     out: Path
+    sample: int = 64
+    activation: Sequence[Rule] = ()
 
     def run(self, state: State, trainer: Callable[[str], TrainerFactory]) -> list[dict]:
         """The units' reports, in order. `trainer` makes the Trainers for what it is told is being done."""
@@ -67,6 +86,7 @@ class Reconstruction:
             teacher = copy.deepcopy(self.pipeline.dit.get_submodule(unit.module))
             target = self.forward(teacher, unit, original)
             layers = policy.quantize_weights_(self.pipeline.dit, within(self.rules, unit))
+            policy.quantize_inputs_(layers, self.activation)
             module = self.pipeline.dit.get_submodule(unit.module)
             path = self.out / f"{number:03}_{unit.module}.json"
             if path.exists():
@@ -74,6 +94,7 @@ class Reconstruction:
                 report = json.loads(path.read_text())
             else:
                 examples = Examples(unit, quantized, target, self.trained)
+                self.prepare(unit, teacher, layers, examples)
                 label = f"{number}/{len(units)} {unit.module}"
                 # A unit that the rules leave alone has nothing to learn.
                 curve = self.fit(module, list(layers.values()), examples, trainer(label)) if layers else []
@@ -87,6 +108,14 @@ class Reconstruction:
             original, quantized = original | target, quantized | answer
         return reports
 
+    def prepare(self, unit: Unit, teacher: nn.Module, layers: Mapping[str, QuantLayer], examples: Examples) -> None:
+        """Choose scales, and fit transforms, where there are any, to what the layers of the original are given here."""
+        local = {name: name.removeprefix(unit.module).lstrip(".") for name in layers}
+        wanted = [local[name] for name, layer in layers.items() if layer.wants_inputs]
+        seen = sample_inputs(teacher, wanted, examples, self.sample)
+        for name, layer in layers.items():
+            layer.prepare(seen.get(local[name]))
+
     def forward(self, module: nn.Module, unit: Unit, state: State) -> State:
         device = self.pipeline.device
         answer = advance(module.to(device), unit, state, self.size, device)  # a Trainer leaves its module on the CPU
@@ -97,9 +126,31 @@ class Reconstruction:
         return answer
 
 
-def within(rules: Mapping[str, Rule], unit: Unit) -> dict[str, Rule]:
-    """The rules of the layers inside a unit."""
-    return {n: rule for n, rule in rules.items() if n == unit.module or n.startswith(f"{unit.module}.")}
+@torch.no_grad()
+def sample_inputs(
+    teacher: nn.Module, names: Iterable[str], examples: Examples, count: int
+) -> dict[str, Float[Tensor, "n ..."]]:
+    """The inputs of the teacher's layers at about `count` of the rows to learn from, evenly spread."""
+    seen: dict[str, Tensor] = {}
+
+    def hook(name: str, given: tuple[Tensor, ...]) -> None:
+        seen[name] = given[0]
+
+    handles = [
+        teacher.get_submodule(name).register_forward_pre_hook(lambda _m, given, name=name: hook(name, given))  # pyright: ignore[reportArgumentType]
+        for name in names
+    ]
+    if handles:
+        few = examples.at(examples.trained[:: max(1, len(examples.trained) // count)])
+        few.call.to(next(teacher.parameters()).device)(teacher)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def within(named: Mapping[str, T], unit: Unit) -> dict[str, T]:
+    """What belongs to the layers inside a unit."""
+    return {n: value for n, value in named.items() if n == unit.module or n.startswith(f"{unit.module}.")}
 
 
 def publish(path: Path, text: str) -> None:
@@ -119,11 +170,15 @@ def load_layers(layers: Mapping[str, QuantLayer], path: Path) -> None:
     """Raises RuntimeError if the file does not hold exactly these layers."""
     tensors = load_file(path)
     for name, layer in layers.items():
-        layer.load_state_dict({key: tensors[f"{name}.{key}"] for key in layer.state_dict()})
+        layer.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
 
 
-def load_weights_(pipeline: Pipeline, rules: Mapping[str, Rule], folder: Path) -> None:
-    """Quantize the model in place to what a reconstruction left in `folder`."""
+def load_weights_(
+    pipeline: Pipeline, weight: Sequence[Rule], activation: Sequence[Rule], folder: Path
+) -> tuple[dict[str, Grid], dict[str, Rule]]:
+    """Quantize the model in place to what a reconstruction left in `folder`; the activations' grids and their rules."""
+    layers = policy.quantize_weights_(pipeline.dit, policy.assign(policy.layers(pipeline.dit), weight))
+    activations = policy.quantize_activations_(pipeline.dit, activation)
     for number, unit in enumerate(pipeline.units(), 1):
-        layers = policy.quantize_weights_(pipeline.dit, within(rules, unit))
-        load_layers(layers, folder / f"{number:03}_{unit.module}.safetensors")
+        load_layers(within(layers, unit), folder / f"{number:03}_{unit.module}.safetensors")
+    return activations

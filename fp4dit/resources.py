@@ -1,5 +1,6 @@
 """Where a model lies: in a folder, inside an installed package, or on the hub."""
 
+import logging
 from importlib.resources import files
 
 
@@ -12,9 +13,11 @@ def locate(path: str) -> str:
 
 
 def hide_loading_bars() -> None:
-    """For this process: the bars of diffusers and transformers while they load a pipeline."""
+    """For this process: the bars of diffusers and transformers while they load a pipeline, and a warning of no use."""
     from diffusers.utils import logging as diffusers_logging  # here, for a plan locates models without these
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    # diffusers looks for classes that torchao 0.18 no longer has, if that is there; nothing here is stored with it.
+    logging.getLogger("diffusers.quantizers.torchao.torchao_quantizer").setLevel(logging.ERROR)

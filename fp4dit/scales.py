@@ -1,17 +1,19 @@
 """Scales: how values are brought onto a format's grid, how that is chosen, and in which format it is kept."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fp4dit.formats import NumberFormat
+from fp4dit.formats import Format, NumberFormat
 
 Blocks = Float[Tensor, "blocks block"]  # one row shares a scale
 Column = Float[Tensor, "blocks 1"]
+Spread = Float[Tensor, "#blocks #block"]  # a number for each block, for each place in a block, or for each value
+Importance = Float[Tensor, "#blocks block"]  # what the error of each value weighs
 
 
 @runtime_checkable
@@ -20,21 +22,25 @@ class Scaling(Protocol):
 
     def to_grid(self, x: Blocks) -> Blocks: ...
     def from_grid(self, x: Blocks) -> Blocks: ...
-    @property
-    def scale(self) -> Column: ...
+    def unit(self, grid: Blocks) -> Spread:
+        """How long one unit of the grid is at these grid points, in units of the tensor."""
+        ...
 
 
 @dataclass(frozen=True)
 class Scale:
-    """x / scale: zero stays zero."""
+    """x / scale: zero stays zero. One scale for each block, or, in a row, for each place in a block."""
 
-    scale: Column
+    scale: Spread
 
     def to_grid(self, x: Blocks) -> Blocks:
         return x / self.scale
 
     def from_grid(self, x: Blocks) -> Blocks:
         return x * self.scale
+
+    def unit(self, grid: Blocks) -> Spread:
+        return self.scale
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,46 @@ class Affine:
     def from_grid(self, x: Blocks) -> Blocks:
         return (x - self.zero) * self.scale
 
+    def unit(self, grid: Blocks) -> Spread:
+        return self.scale
+
+
+@dataclass(frozen=True)
+class Offset:
+    """(x - offset) / scale, with a real offset: where the fine steps of an unsigned float go (arXiv:2505.21591)."""
+
+    scale: Column
+    offset: Column
+
+    def to_grid(self, x: Blocks) -> Blocks:
+        return (x - self.offset) / self.scale
+
+    def from_grid(self, x: Blocks) -> Blocks:
+        return x * self.scale + self.offset
+
+    def unit(self, grid: Blocks) -> Spread:
+        return self.scale
+
+
+@dataclass(frozen=True)
+class TwoSided:
+    """x / positive from zero upwards, x / negative below: zero stays zero (arXiv:2311.01792)."""
+
+    positive: Column
+    negative: Column
+
+    def to_grid(self, x: Blocks) -> Blocks:
+        return x / self.unit(x)
+
+    def from_grid(self, x: Blocks) -> Blocks:
+        return x * self.unit(x)
+
+    def unit(self, grid: Blocks) -> Spread:
+        return torch.where(grid >= 0, self.positive, self.negative)
+
+
+Some = TypeVar("Some", bound=Scaling)
+
 
 def parts(scaling: Scaling) -> dict[str, Tensor]:
     """The tensors of a scaling by name, as they are stored."""
@@ -58,7 +104,8 @@ def parts(scaling: Scaling) -> dict[str, Tensor]:
 
 def from_parts(found: Mapping[str, Tensor]) -> Scaling:
     """The scaling that has these parts."""
-    kind = next(kind for kind in (Scale, Affine) if {f.name for f in fields(kind)} == set(found))
+    kinds = (Scale, Affine, Offset, TwoSided)
+    kind = next(kind for kind in kinds if {f.name for f in fields(kind)} == set(found))
     return kind(**found)
 
 
@@ -66,10 +113,27 @@ def from_parts(found: Mapping[str, Tensor]) -> Scaling:
 class ScaleRule(Protocol):
     """Chooses a scaling for each block."""
 
-    def __call__(self, blocks: Blocks, fmt: NumberFormat) -> Scaling: ...
-    def bits(self, fmt: NumberFormat) -> int:
-        """What the scaling of one block costs in storage."""
+    def __call__(self, blocks: Blocks, fmt: Format, importance: Importance | None = None) -> Scaling:
+        """`importance` weighs the errors of a search; a rule that does not search has no use for it."""
         ...
+
+    def cost(self, fmt: Format, blocks: int) -> float:
+        """What the scalings of so many blocks, one tensor's, take in storage, in bits."""
+        ...
+
+
+@runtime_checkable
+class TensorRule(Protocol):
+    """A rule whose answers share something of the whole tensor."""
+
+    def anchored(self, blocks: Blocks) -> ScaleRule:
+        """The rule with that something settled on these blocks, so that it answers others on the same scale grid."""
+        ...
+
+
+def anchored(rule: ScaleRule, blocks: Blocks) -> ScaleRule:
+    """The rule as it answers for parts or multiples of these blocks."""
+    return rule.anchored(blocks) if isinstance(rule, TensorRule) else rule
 
 
 def stored(scale: Column, fmt: NumberFormat | None) -> Column:
@@ -77,6 +141,36 @@ def stored(scale: Column, fmt: NumberFormat | None) -> Column:
     if fmt is None:
         return scale.clamp(min=torch.finfo(scale.dtype).tiny)
     return fmt.nearest(scale).clamp(min=fmt.smallest)
+
+
+def width(store: NumberFormat | None) -> float:
+    """Bits of one stored number."""
+    return float(store.bits) if store else 32.0
+
+
+def error(
+    blocks: Blocks, scaling: Scaling, fmt: Format, p: float = 2.0, importance: Importance | None = None
+) -> Column:
+    """Each block's sum of importance * |Q(x) - x|^p."""
+    rounded = scaling.from_grid(fmt.nearest(scaling.to_grid(blocks)))
+    power = (rounded - blocks).abs().pow(p)
+    return (power if importance is None else power * importance).sum(1, keepdim=True)
+
+
+def least_error(
+    blocks: Blocks, fmt: Format, answers: Iterable[Some], p: float = 2.0, importance: Importance | None = None
+) -> Some:
+    """Of several scalings the best, block by block; of equals the first. They are drawn one at a time."""
+    answers = iter(answers)
+    best = next(answers)
+    least = error(blocks, best, fmt, p, importance)
+    for scaling in answers:
+        found = error(blocks, scaling, fmt, p, importance)
+        better = found < least
+        least = torch.where(better, found, least)
+        old, new = parts(best), parts(scaling)
+        best = type(best)(**{name: torch.where(better, new[name], old[name]) for name in old})
+    return best
 
 
 @dataclass(frozen=True)
@@ -88,11 +182,60 @@ class AbsMax:
 
     store: NumberFormat | None = None
 
-    def __call__(self, blocks: Blocks, fmt: NumberFormat) -> Scale:
+    def __call__(self, blocks: Blocks, fmt: Format, importance: Importance | None = None) -> Scale:
         return Scale(stored(blocks.abs().amax(1, keepdim=True) / fmt.max, self.store))
 
-    def bits(self, fmt: NumberFormat) -> int:
-        return self.store.bits if self.store else 32
+    def cost(self, fmt: Format, blocks: int) -> float:
+        return width(self.store) * blocks
+
+
+@dataclass(frozen=True)
+class Deviations:
+    """How far a block is taken to reach: `count` population standard deviations, whatever lies beyond.
+
+    2.92247856 has the least squared error for Gaussian values in E2M1 (arXiv:2505.14669, section 4). A constant
+    block, which deviates from nothing, reaches to its value.
+    """
+
+    count: float = 2.92247856
+
+    def __call__(self, blocks: Blocks) -> Column:
+        reach = self.count * blocks.std(1, correction=0, keepdim=True)
+        return torch.where(reach > 0, reach, blocks.abs().amax(1, keepdim=True) + reach)  # + reach: NaN stays NaN
+
+
+@dataclass(frozen=True)
+class SigmaClip:
+    """The largest code lies `kappa` standard deviations of the block from zero (arXiv:2505.14669)."""
+
+    kappa: float = 2.92247856
+    store: NumberFormat | None = None
+
+    def __call__(self, blocks: Blocks, fmt: Format, importance: Importance | None = None) -> Scale:
+        return Scale(stored(Deviations(self.kappa)(blocks) / fmt.max, self.store))
+
+    def cost(self, fmt: Format, blocks: int) -> float:
+        return width(self.store) * blocks
+
+
+@dataclass(frozen=True)
+class TwoSidedAbsMax:
+    """The smallest scale for each sign that clips nothing (arXiv:2311.01792).
+
+    Raises:
+        ValueError: if the format is unsigned.
+    """
+
+    store: NumberFormat | None = None
+
+    def __call__(self, blocks: Blocks, fmt: Format, importance: Importance | None = None) -> TwoSided:
+        if fmt.min >= 0:
+            raise ValueError(f"{fmt.name} has no negative values to scale: use MinMax or OffsetRange")
+        high, low = blocks.amax(1, keepdim=True).clamp(min=0), blocks.amin(1, keepdim=True).clamp(max=0)
+        return TwoSided(stored(high / fmt.max, self.store), stored(low / fmt.min, self.store))
+
+    def cost(self, fmt: Format, blocks: int) -> float:
+        return 2 * width(self.store) * blocks
 
 
 @dataclass(frozen=True)
@@ -104,44 +247,115 @@ class MinMax:
 
     store: NumberFormat | None = None
 
-    def __call__(self, blocks: Blocks, fmt: NumberFormat) -> Affine:
+    def __call__(self, blocks: Blocks, fmt: Format, importance: Importance | None = None) -> Affine:
         low, high = blocks.amin(1, keepdim=True).clamp(max=0), blocks.amax(1, keepdim=True).clamp(min=0)
         scale = stored((high - low) / (fmt.max - fmt.min), self.store)
         return Affine(scale, (fmt.min - low / scale).round().clamp(fmt.min, fmt.max))
 
-    def bits(self, fmt: NumberFormat) -> int:
-        return (self.store.bits if self.store else 32) + fmt.bits
+    def cost(self, fmt: Format, blocks: int) -> float:
+        return (width(self.store) + fmt.bits) * blocks
+
+
+@dataclass(frozen=True)
+class OffsetRange:
+    """The format's range laid over the block's, from its least value up (arXiv:2505.21591); zero may be inexact.
+
+    Where an unsigned float starts at the dense side of a lopsided block, as behind a GELU, it is fine there.
+    """
+
+    store: NumberFormat | None = None
+
+    def __call__(self, blocks: Blocks, fmt: Format, importance: Importance | None = None) -> Offset:
+        low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
+        scale = stored((high - low) / (fmt.max - fmt.min), self.store)
+        offset = low - fmt.min * scale
+        return Offset(scale, self.store.nearest(offset) if self.store else offset)
+
+    def cost(self, fmt: Format, blocks: int) -> float:
+        return 2 * width(self.store) * blocks
+
+
+@dataclass(frozen=True)
+class Percentile:
+    """What `rule` answers to blocks that lost their outliers: at most (1 - keep) / 2 of the values at each end."""
+
+    rule: ScaleRule = field(default_factory=AbsMax)
+    keep: float = 0.999
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep must be a share of the values above 0 and up to 1, not {self.keep}")
+
+    def __call__(self, blocks: Blocks, fmt: Format, importance: Importance | None = None) -> Scaling:
+        return self.rule(self.clipped(blocks), fmt, importance)
+
+    def clipped(self, blocks: Blocks) -> Blocks:
+        cut = int(round(blocks.shape[1] * (1 - self.keep) / 2, 6))  # 2000 * (1 - 0.999) / 2 is not quite 1
+        # torch.quantile refuses more than 2^24 values, and kthvalue takes for ever where they are in order.
+        high = blocks.topk(cut + 1, sorted=False).values.amin(1, keepdim=True)
+        low = blocks.topk(cut + 1, largest=False, sorted=False).values.amax(1, keepdim=True)
+        return blocks.clamp(low, high)
+
+    def anchored(self, blocks: Blocks) -> ScaleRule:
+        return replace(self, rule=anchored(self.rule, self.clipped(blocks)))
+
+    def cost(self, fmt: Format, blocks: int) -> float:
+        return self.rule.cost(fmt, blocks)
 
 
 @dataclass(frozen=True)
 class MinError:
-    """Of a rule's answers to ever more clipped blocks, the one with the least error, block by block.
+    """Of a rule's answers to shrunken and stretched blocks, the one with the least error, block by block.
 
-    The error is the sum of |x - Q(x)|^p; `p` = 2.4 is what the AdaRound and BRECQ authors search with.
-    Clipping below `lowest` times the range is not tried.
+    The error is the sum of |x - Q(x)|^p, weighed by importance; `p` = 2.4 is what the AdaRound and BRECQ authors
+    search with. The ratios lie evenly from `highest` to `lowest` times the range; the rule's own answer is always
+    among the candidates.
     """
 
     rule: ScaleRule
     p: float = 2.0
     lowest: float = 0.5
     candidates: int = 50
+    highest: float = 1.0
 
-    def __call__(self, blocks: Blocks, fmt: NumberFormat) -> Scaling:
-        best = self.rule(blocks, fmt)
-        least = self.error(blocks, best, fmt)
-        low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
-        for ratio in torch.linspace(1, self.lowest, self.candidates).tolist()[1:]:
-            scaling = self.rule(blocks.clamp(low * ratio, high * ratio), fmt)
-            error = self.error(blocks, scaling, fmt)
-            better = error < least
-            least = torch.where(better, error, least)
-            old, new = parts(best), parts(scaling)
-            best = type(best)(**{name: torch.where(better, new[name], old[name]) for name in old})
-        return best
+    def __call__(self, blocks: Blocks, fmt: Format, importance: Importance | None = None) -> Scaling:
+        rule = anchored(self.rule, blocks)
+        ratios = torch.linspace(self.highest, self.lowest, self.candidates).tolist()
+        tried = (1.0, *(ratio for ratio in ratios if ratio != 1))
+        answers = (rule(blocks * ratio, fmt, importance) for ratio in tried)
+        return least_error(blocks, fmt, answers, self.p, importance)
 
-    def error(self, blocks: Blocks, scaling: Scaling, fmt: NumberFormat) -> Column:
-        rounded = scaling.from_grid(fmt.nearest(scaling.to_grid(blocks)))
-        return (rounded - blocks).abs().pow(self.p).sum(1, keepdim=True)
+    def cost(self, fmt: Format, blocks: int) -> float:
+        return self.rule.cost(fmt, blocks)
 
-    def bits(self, fmt: NumberFormat) -> int:
-        return self.rule.bits(fmt)
+
+@dataclass(frozen=True)
+class PreShift:
+    """One scale for all, halved up to `span` times for each channel (arXiv:2310.16836, pre-shifted exponent bias).
+
+    Rows are tokens and columns are channels (unit: row). A channel's bias, b_j = constant - log2 max|x_j|, lies
+    k_j = clip(round(b_j) - round(rho), 0, span) above the tensor's rho, which `rule` chooses; with AbsMax rho is
+    the least b_j. The paper's span is 2^E - 1 for E exponent bits. Dividing by s * 2^-k_j is multiplying channel j
+    by 2^k_j, so in hardware 2^-k_j goes into column j of the weight, and the activation has one scale.
+
+    That is why `cost` is of one fp32 number. The ceil(log2(span + 1)) bits of each k_j belong to the layer, not to
+    the activation: they are fixed, and cost no call anything, as no static scaling does.
+
+    Raises:
+        ValueError: if the rule's answer is not a scale alone.
+    """
+
+    span: int
+    rule: ScaleRule = field(default_factory=AbsMax)
+
+    def __call__(self, blocks: Blocks, fmt: Format, importance: Importance | None = None) -> Scale:
+        weights = None if importance is None else importance.expand_as(blocks).reshape(1, -1)
+        whole = self.rule(blocks.reshape(1, -1), fmt, weights)
+        if not isinstance(whole, Scale):
+            raise ValueError(f"PreShift halves a scale, and {self.rule} answers with more: use a symmetric rule")
+        channels = stored(blocks.abs().amax(0, keepdim=True).mT / fmt.max, None).mT
+        shifts = (whole.scale.log2().round() - channels.log2().round()).clamp(0, self.span)
+        return Scale(torch.ldexp(whole.scale, -shifts))
+
+    def cost(self, fmt: Format, blocks: int) -> float:
+        return 32.0

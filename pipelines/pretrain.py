@@ -8,17 +8,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import signal
 import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import hydra
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
-from pipelines.training import Losses, Stop
+from pipelines.training import Keep, Losses, Stop
 
 TRAINED = ("autoencoder", "decoder", "text", "clip", "transformer")
 
@@ -30,22 +28,16 @@ def train(cfg: DictConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     L.seed_everything(cfg.seed, verbose=False)
     task, stop = instantiate(node.task), Stop()
-    keep = ModelCheckpoint(
-        folder,
-        save_last=True,
-        save_top_k=0,
-        train_time_interval=timedelta(minutes=cfg.minutes),
-        enable_version_counter=False,
-    )
     trainer = L.Trainer(
         accelerator=cfg.accelerator,
         precision=cfg.precision,
         max_epochs=-1,
         max_steps=node.steps * node.optimizers,
         logger=False,
+        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[keep, stop, Losses(folder / "loss.csv", cfg.part, node.steps)],
+        callbacks=[Keep(last, cfg.minutes), stop, Losses(folder / "loss.csv", cfg.part, node.steps)],
         **node.trainer,
     )
     trainer.fit(task, instantiate(node.data), ckpt_path=last if last.exists() else None, weights_only=True)

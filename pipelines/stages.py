@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
 
-from fp4dit import policy
+from fp4dit import policy, reconstruction
 from fp4dit.errors import UserError
+from fp4dit.metrics.base import PerImage
 from fp4dit.models.base import Source
 from fp4dit.policy import Rule
 from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, load_weights_, split
@@ -80,9 +80,10 @@ class Reconstruct:
     weight: Sequence[Rule]
     rounding: Fit
     calibration: Calibration
+    activation: Sequence[Rule] | None = None
 
     def check(self) -> None:
-        policy.check_weights(self.model.skeleton(), self.weight)
+        reconstruction.check(self.model.skeleton(), self.weight, self.rounding, self.activation or ())
 
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         c, pipeline = self.calibration, self.model.load()
@@ -93,14 +94,30 @@ class Reconstruct:
         (out / "units").mkdir(exist_ok=True)
         state = load_calls(needs["calls"] / "calls")
         trained, held_out = split(state, c.trained)
-        work = Reconstruction(pipeline, rules, self.rounding, trained, held_out, 2 * c.chunk, out / "units")
+        work = Reconstruction(
+            pipeline,
+            rules,
+            self.rounding,
+            trained,
+            held_out,
+            2 * c.chunk,
+            out / "units",
+            activation=self.activation or (),
+        )
         reports = work.run(state, lambda label: partial(runtime.trainer, f"reconstruct {label}"))
         blocks = [{"unit": r["unit"], "error": r["error"]} for r in reports]
         write_csv(out / "curve.csv", [{"unit": r["unit"], **point} for r in reports for point in r["curve"]])
         write_json(out / "blocks.json", blocks)
         error = sum(block["error"] for block in blocks) / len(blocks)
-        bits = {"bits_weight": policy.effective_bits(audit), "checkpoint_bytes": size, "block_error": error}
-        write_json(out / "audit.json", {"layers": policy.as_rows(audit), **bits})
+        steps = max((point["step"] + 1 for r in reports for point in r["curve"]), default=0)
+        bits = {
+            "bits_weight": policy.effective_bits(audit),
+            "checkpoint_bytes": size,
+            "block_error": error,
+            "steps": steps,
+        }
+        made = policy.as_made(pipeline.dit, audit)
+        write_json(out / "audit.json", {"layers": policy.as_rows(made), **bits})
 
 
 @dataclass(frozen=True)
@@ -117,9 +134,8 @@ class Activate:
 
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         pipeline = self.model.load()
-        load_weights_(pipeline, policy.assign(policy.layers(pipeline.dit), self.weight), needs["weights"] / "units")
-        activations, rules = policy.quantize_activations_(pipeline.dit, self.activation)
-        observed = {name: rule.observe for name, rule in rules.items() if rule.observe}
+        activations, rules = load_weights_(pipeline, self.weight, self.activation, needs["weights"] / "units")
+        observed = {name: rule for name, rule in rules.items() if rule.observe and activations[name].scaling is None}
         trained, held_out = load_steps(needs["calls"] / "calls", self.calibration.trained)
         if observed:
             observe = Observe(pipeline, activations, observed)
@@ -151,8 +167,7 @@ class Generate:
             size = policy.checkpoint_bytes(pipeline.dit, [])
             write_json(out / "audit.json", {"bits_weight": 16, "bits_activation": 16, "checkpoint_bytes": size})
         else:
-            load_weights_(pipeline, policy.assign(policy.layers(pipeline.dit), self.weight), needs["weights"] / "units")
-            activations, _ = policy.quantize_activations_(pipeline.dit, self.activation)
+            activations, _ = load_weights_(pipeline, self.weight, self.activation, needs["weights"] / "units")
             load_scales_(activations, needs["activations"] / "scales.safetensors")
         (out / "images").mkdir(exist_ok=True)
         chunks = chunked(prompts, g.chunk, g.seed)
@@ -167,12 +182,13 @@ class Generate:
 class Score:
     """Every metric for every image, and what the weights and activations cost."""
 
-    metrics: Mapping[str, Metric]
+    metrics: Mapping[str, PerImage]
 
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         prompts = [entry["prompt"] for entry in read_json(needs["images"] / "images.json")]
         pairs = Pairs(needs["images"] / "images", needs["reference"] / "images", prompts)
-        task = ScoreTask(self.metrics)
+        itself = needs["images"] == needs["reference"]
+        task = ScoreTask({name: m for name, m in self.metrics.items() if not (itself and m.compares)})
         runtime.trainer("score", devices=1).test(task, DataLoader(pairs, batch_size=16), verbose=False)
         means = {name: summary(values) for name, values in task.values.items()}
         per_image = {name: [v if isfinite(v) else None for v in values] for name, values in task.values.items()}
@@ -190,7 +206,7 @@ def costs(needs: Mapping[str, Path]) -> Mapping[str, int | float]:
     audits = [needs[role] / "audit.json" for role in ("weights", "activations", "images") if role in needs]
     found = {name: value for path in audits if path.exists() for name, value in read_json(path).items()}
     seconds = [read_json(needs[role] / "manifest.json")["seconds"] for role in ("calls", "weights") if role in needs]
-    names = ("block_error", "bits_weight", "bits_activation", "checkpoint_bytes")
+    names = ("block_error", "bits_weight", "bits_activation", "checkpoint_bytes", "steps")
     return {name: found[name] for name in names if name in found} | (
         {"calibration_seconds": sum(seconds)} if seconds else {}
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fp4dit.attention import QuantProcessor
 from fp4dit.formats import floating, integer
-from fp4dit.layer import Activation
+from fp4dit.layer import Grid
 from fp4dit.quantizer import Granularity, Quantizer
 
 E2M1_TOKEN = Quantizer(floating(2, 1), Granularity("row"))
@@ -34,7 +34,7 @@ def quantized(attention: Attention, **operands: Quantizer) -> Attention:
     made = copy.deepcopy(attention)
     made.set_processor(QuantProcessor(made.processor))
     for name, quantizer in operands.items():
-        setattr(made.processor, name, Activation(quantizer))
+        setattr(made.processor, name, Grid(quantizer))
     return made
 
 
@@ -92,6 +92,6 @@ def test_other_products_are_left_alone():
     q = torch.randn(1, 2, 4, 8)
     expected = torch.nn.functional.scaled_dot_product_attention(q, q, q)
     processor = QuantProcessor(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, value=q))
-    processor.q = Activation(E2M1_TOKEN)
+    processor.q = Grid(E2M1_TOKEN)
     assert not torch.equal(processor(), expected)
     assert torch.equal(torch.nn.functional.scaled_dot_product_attention(q, q, q), expected)

@@ -122,6 +122,44 @@ class TestTable:
         assert run("table=toy", conf, 'overrides=["calibration.seed=3"]', main=pipelines.table.main) == 0
         assert "missing: One" not in capfd.readouterr().out
 
+    @pytest.fixture
+    def grouped(self, tmp_path: Path, conf: str) -> str:
+        """A table of three rows in one group, one of which cannot be made."""
+        (tmp_path / "conf" / "table" / "grouped.yaml").write_text(
+            "# @package _global_\npicture_prompts: 2\nfinding: Any will do.\nbase: [stages=toy]\n"
+            "columns: {steps: {title: Steps, digits: 0}}\nrows:\n"
+            "  - {label: Five, group: Seeds, overrides: [generation.seed=5]}\n"
+            "  - {label: Refused, group: Seeds, overrides: [generation.seed=-1]}\n"
+            "  - {label: Seven, group: Seeds, overrides: [generation.seed=7]}\n"
+        )
+        return conf
+
+    def test_makes_what_is_missing_and_goes_on_after_a_failure(self, run: Run, grouped: str, capfd, tmp_path: Path):
+        assert run(*TOY, "generation.seed=7") == 0
+        assert run("table=grouped", grouped, main=pipelines.table.main) == 0
+        command = f"python -m pipelines.table table=grouped outputs={tmp_path} '{grouped}' make=true jobs=2"
+        assert f"To make them all:\n  {command}\n" in capfd.readouterr().out
+        assert run("table=grouped", grouped, "make=true", "jobs=2", main=pipelines.table.main) == 1
+        shown = capfd.readouterr()
+        assert "error: 1 of 3 rows failed: Refused, Seeds." in shown.err
+        assert "Refused, Seeds: error: generate: a seed cannot be negative\n" in shown.out
+        assert "Traceback" not in shown.out
+        assert "Seven, Seeds: " not in shown.out  # it was there
+        command = f"python -m pipelines.run stages=toy generation.seed=-1 '{grouped}' outputs={tmp_path}"
+        assert f"missing: Refused, Seeds. To make it:\n  {command}\n" in shown.out
+        assert "To make them all" not in shown.out
+        assert "### Not complete: 2 of 3 rows\n" in shown.out
+        rows = list(csv.DictReader((tmp_path / "tables" / "grouped.csv").read_text().splitlines()))
+        assert [(r["label"], r["group"], r["psnr"], r["steps"]) for r in rows] == [
+            ("Five", "Seeds", "36.0", ""),
+            ("Refused", "Seeds", "", ""),
+            ("Seven", "Seeds", "36.0", ""),
+        ]
+
+    def test_at_least_one_job_has_to_run(self, run: Run, conf: str, capfd):
+        assert run("table=toy", conf, "make=true", "jobs=0", main=pipelines.table.main) == 1
+        assert "error: jobs=0: at least one job has to run" in capfd.readouterr().err
+
 
 def test_jobs_side_by_side_share_stages_and_one_that_fails_stops_no_other(tmp_path: Path):
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.launcher.batch_size=1"]

@@ -71,7 +71,17 @@ def test_a_table_names_real_experiments_and_none_of_its_own_is_left_out(table: s
     named = {override.removeprefix("experiment=") for override in given}
     assert named <= set(EXPERIMENTS)
     assert named >= {name for name in EXPERIMENTS if name.startswith(f"{table}_")}
-    assert len({row["label"] for row in rows}) == len({tuple(row["overrides"]) for row in rows}) == len(rows)
+    assert len({(row["label"], row.get("group")) for row in rows}) == len(rows)
+    assert len({tuple(row["overrides"]) for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_rows_of_a_table_compose_and_differ(composed: Compose, table: str):
+    """On top of the table's base; what a row overrides is to be found there."""
+    node = yaml.safe_load((CONF / "table" / f"{table}.yaml").read_text())
+    found = [composed(*node.get("base", []), *row["overrides"]) for row in node["rows"]]
+    rows = [OmegaConf.to_container(cfg, resolve=False) for cfg in found]
+    assert all(a != b for i, a in enumerate(rows) for b in rows[:i])
 
 
 def test_help_explains_every_group():

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from safetensors.torch import load_file
 
 from fp4dit.store import Store
 from pipelines.plan import execute, plan
@@ -28,12 +30,12 @@ SMALL = [
 CPU = {"accelerator": "cpu", "devices": 1}
 
 
-def run(outputs: Path, *overrides: str) -> dict[str, Path]:
+def run(outputs: Path, *overrides: str, small: Sequence[str] = SMALL) -> dict[str, Path]:
     """The folders of all stages, made in this process."""
     GlobalHydra.instance().clear()
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        steps = plan(compose("run", [*SMALL, *overrides]))
+        steps = plan(compose("run", [*small, *overrides]))
     store = Store(outputs / "store")
     execute(steps, ["score"], store, Runtime(CPU, "none"))
     return {name: store.path(name, step.key) for name, step in steps.items()}
@@ -90,3 +92,33 @@ def test_rows_that_differ_in_activations_share_their_weights(undisturbed, tmp_pa
         "reconstruct",
         "reference",
     }
+
+
+FEW = ["calibration.trained=4", "calibration.held_out=1", "calibration.chunk=5", "calibration.steps=2"]
+FEW += ["generation.steps=2", "generation.chunk=2", "prompts.count=2"]
+SEARCH = [
+    "rounding.candidates.count=3",
+    "rounding.rounds=1",
+    "rounding.tokens=64",
+]
+
+
+def test_inputs_that_are_static_while_weights_are_fitted_keep_their_scales(tmp_path):
+    paths = run(tmp_path, "method=llmfp4_fpq", *SEARCH, small=FEW)
+    fitted: dict = {}
+    for path in (paths["reconstruct"] / "units").glob("*.safetensors"):
+        fitted |= {k.replace(".activation.", "."): v for k, v in load_file(path).items() if ".activation." in k}
+    kept = load_file(paths["activate"] / "scales.safetensors")
+    assert any(key.endswith(".choice") for key in fitted)
+    assert all(kept[key].equal(value) for key, value in fitted.items())
+    assert {key.split(".")[-2] for key in kept.keys() - fitted.keys()} == {"q", "k", "v"}
+    scalars = json.loads((paths["score"] / "metrics.json").read_text())["scalars"]
+    assert (scalars["bits_activation"], 4 < scalars["bits_weight"] < 4.2) == (4, True)
+
+
+def test_a_method_with_transforms_leaves_the_same_bits_twice(tmp_path):
+    first, second = (run(tmp_path / name, "method=mr_gptq", small=FEW) for name in "ab")
+    for stage in ("reconstruct", "activate", "generate"):
+        assert contents(first[stage]) == contents(second[stage]), stage
+    psnr = json.loads((first["score"] / "metrics.json").read_text())["metrics"]["psnr"]["mean"]
+    assert 15 < psnr < 40

@@ -12,7 +12,7 @@ from fp4dit.models.pixart import PixArtPipeline
 from fp4dit.reconstruction import Reconstruction
 from fp4dit.tasks.activate import Measure
 from fp4dit.tasks.capture import CaptureTask, Chunk
-from fp4dit.tasks.reconstruct import Nearest
+from fp4dit.tasks.reconstruct import Rounded
 from tests import tiny
 from tests.test_stream import call
 
@@ -87,7 +87,7 @@ def test_reconstruction_names_the_unit_and_the_timestep(pipeline: PixArtPipeline
     state["timestep"] = torch.tensor([900, 700, 500, 300, 100])
     state["text"][3] = NAN
     rules = policy.assign(policy.layers(pipeline.dit), tiny.rules())
-    work = Reconstruction(pipeline, rules, Nearest(), torch.arange(4), torch.tensor([4]), 8, tmp_path)
+    work = Reconstruction(pipeline, rules, Rounded(), torch.arange(4), torch.tensor([4]), 8, tmp_path)
     with pytest.raises(UserError, match=r"^caption_projection answers with NaN.* at timestep 300\."):
         work.run(state, tiny.trainer)
 

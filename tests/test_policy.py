@@ -8,13 +8,23 @@ import torch
 from torch import nn
 
 from fp4dit import policy
+from fp4dit.ams import SharedMantissa
+from fp4dit.choice import Choice, LeastError
 from fp4dit.errors import UserError
 from fp4dit.formats import floating, fp16, integer
-from fp4dit.layer import Activation, QuantConv, QuantLayer
+from fp4dit.hadamard import Hadamard
+from fp4dit.layer import Grid, QuantConv, QuantLayer
 from fp4dit.models.pixart import PixArt, PixArtPipeline
-from fp4dit.policy import Rule
+from fp4dit.observers import ChannelRange, MovingRange, Sample
+from fp4dit.policy import Rule, everywhere
 from fp4dit.quantizer import Granularity, Quantizer
-from fp4dit.scales import AbsMax, MinMax
+from fp4dit.reconstruction import check
+from fp4dit.rounding import Stochastic, logit, ulp
+from fp4dit.scales import AbsMax, MinMax, PreShift
+from fp4dit.signround import SignRound, in_format
+from fp4dit.tasks.reconstruct import Fit, Layerwise, Rounded
+from fp4dit.tasks.search import OutputSearch, Weighed
+from fp4dit.transforms import Balance, LowRank, TransformSpec
 from tests import tiny
 
 E2M1, E3M0 = floating(2, 1), floating(3, 0)
@@ -104,14 +114,14 @@ def quantized(pipeline: PixArtPipeline) -> nn.Module:
 
 def test_activations_of_layers_and_attention_operands(quantized: nn.Module):
     made, rules = policy.quantize_activations_(
-        quantized, [Rule("*.attn2.?", None), Rule("*.attn1.v", TENSOR, observe=8), Rule("*", TOKEN)]
+        quantized, [Rule("*.attn2.?", None), Rule("*.attn1.v", TENSOR, observe=Sample(8)), Rule("*", TOKEN)]
     )
     assert len(made) == 27 + 2 * 3
     assert made.keys() == rules.keys()
     assert {name for name, m in made.items() if m.quantizer == TENSOR} == {
         f"transformer_blocks.{i}.attn1.v" for i in (0, 1)
     }
-    assert isinstance(quantized.get_submodule("transformer_blocks.0.attn1.processor.q"), Activation)
+    assert isinstance(quantized.get_submodule("transformer_blocks.0.attn1.processor.q"), Grid)
     assert isinstance(quantized.get_submodule("transformer_blocks.0.attn2.processor.q"), nn.Identity)
     assert all(quantized.get_submodule(n).activation is m for n, m in made.items() if n[-2:] not in (".q", ".k", ".v"))
 
@@ -128,7 +138,24 @@ def test_no_activation_rules_change_no_bit(quantized: nn.Module):
 @pytest.mark.parametrize(
     ("activations", "message"),
     [
-        ([Rule("*", TOKEN, observe=8)], r"'\*' is static.*unit: tensor"),
+        ([Rule("*", TOKEN, observe=Sample(8))], r"'\*' is static.*unit: tensor"),
+        ([Rule("*", TENSOR, timed=True)], r"'\*' is timed, so it must be static: give it an observer"),
+        (
+            [Rule("*", Quantizer(Choice([E2M1, E3M0], LeastError()), Granularity("row")))],
+            r"'\*' is online, and its format, e2m1\|e3m0, is yet to be chosen: make it static",
+        ),
+        (
+            [Rule("*", Quantizer(E2M1, Granularity("channel")), observe=ChannelRange())],
+            r"'\*' asks for scales per channel \(unit: channel\), and AbsMax.* does not make them.*PreShift",
+        ),
+        (
+            [Rule("*", Quantizer(E2M1, Granularity("channel"), PreShift(3)), observe=MovingRange())],
+            r"'\*' asks for scales per channel .* MovingRange.* notes: observe with ChannelRange",
+        ),
+        (
+            [Rule("*", Quantizer(SharedMantissa(floating(2, 2), 3), Granularity("row")))],
+            r"pos_embed\.proj \(rule '\*'\): groups of 3 values do not divide a row or block of 16",
+        ),
         ([Rule("*", None)], "no activation is quantized"),
         ([Rule("transformer_blocks.9.*", TOKEN)], r"no layer is left for the rule 'transformer_blocks\.9\.\*'"),
         (
@@ -136,14 +163,131 @@ def test_no_activation_rules_change_no_bit(quantized: nn.Module):
             r"pos_embed\.proj \(rule '\*'\): a group of 32 does not divide a row of 16",
         ),
     ],
-    ids=["static token-wise", "nothing", "idle", "dividing"],
+    ids=[
+        "static token-wise",
+        "timed online",
+        "online choice",
+        "channels by rows",
+        "channels of no channels",
+        "sharing",
+        "nothing",
+        "idle",
+        "dividing",
+    ],
 )
 def test_bad_activation_rules_are_found_on_the_skeleton(source: PixArt, activations: list[Rule], message: str):
     with pytest.raises(UserError, match=message):
         policy.check_activations(source.skeleton(), tiny.rules(), activations)
 
 
+def test_scales_per_channel_pass_with_what_makes_them(source: PixArt):
+    shifted = Quantizer(Choice([E2M1, E3M0], LeastError()), Granularity("channel"), PreShift(3))
+    rules = [Rule("*", shifted, observe=ChannelRange())]
+    assert policy.check_activations(source.skeleton(), tiny.rules(), rules) is None
+
+
 @pytest.mark.parametrize("quantizer", [TOKEN, Quantizer(E2M1, Granularity("group", 16)), TENSOR], ids=str)
 def test_good_activation_rules_pass_on_the_skeleton(source: PixArt, quantizer: Quantizer):
     skeleton: Callable[[], nn.Module] = source.skeleton
     assert policy.check_activations(skeleton(), tiny.rules(), [Rule("*", quantizer)]) is None
+
+
+def test_everywhere_is_one_quantizer_but_for_those_named():
+    chain = [Balance()]
+    rules = everywhere(GROUP, by_row=["a"], formats={"b*": E3M0}, leave=["c"], transforms=chain)
+    chosen = policy.assign(["a", "b1", "c", "d"], rules)
+    assert chosen["a"] == Rule("a", Quantizer(E2M1, Granularity("row"), AbsMax(fp16)))
+    assert chosen["b1"] == Rule("b*", Quantizer(E3M0, GROUP.granularity, AbsMax(fp16)), chain)
+    assert chosen["c"] == Rule("c", None)
+    assert chosen["d"] == Rule("*", GROUP, chain)
+    observed = everywhere(TENSOR, by_row=["a"], observe=Sample(8), timed=True)
+    assert all(rule.observe == Sample(8) and rule.timed for rule in observed)
+
+
+def test_the_audit_counts_what_transforms_keep(source: PixArt):
+    """16 bits for each number of a branch and each divisor; a rotation is made from its seed."""
+    rules = everywhere(GROUP, by_row=["pos_embed.proj"], transforms=[Balance(), Hadamard(), LowRank(2)])
+    audit = {e.name: e for e in policy.check_weights(source.skeleton(), rules)}
+    ff = audit["transformer_blocks.1.ff.net.0.proj"]
+    out, k = 128, 32
+    assert ff.bits == pytest.approx(4 + 16 / 32 + 16 * (k + 2 * (out + k)) / (out * k))
+    assert audit["pos_embed.proj"].bits == 4 + 16 / 16
+
+
+SHARED = SharedMantissa(floating(2, 2), 4)
+BAD_WEIGHTS = {
+    "rotation": (GROUP, [Hadamard(24)], r"attn1.*no Hadamard rotation of size 24 fits rows of 32 values: use one of"),
+    "sharing": (
+        Quantizer(SharedMantissa(floating(2, 2), 3), Granularity("row")),
+        [],
+        r"groups of 3 values do not divide",
+    ),
+    "grouping": (Quantizer(E2M1, Granularity("group", 48)), [], r"a group of 48 does not divide a row of 32"),
+}
+
+
+@pytest.mark.parametrize(("quantizer", "chain", "message"), BAD_WEIGHTS.values(), ids=BAD_WEIGHTS.keys())
+def test_weights_that_cannot_be_are_found_on_the_skeleton(
+    source: PixArt, quantizer: Quantizer, chain: list[TransformSpec], message: str
+):
+    rules = [PATCH, Rule("*attn1*", quantizer, chain), Rule("*", GROUP)]
+    with pytest.raises(UserError, match=message):
+        policy.check_weights(source.skeleton(), rules)
+
+
+def test_transforms_of_a_convolution_are_found_on_the_skeleton(source: PixArt):
+    with pytest.raises(UserError, match=r"is a convolution, and transforms are for linear layers"):
+        policy.check_weights(source.skeleton(), [Rule("*", ROW, [Balance()])])
+
+
+def test_one_format_of_a_choice_cannot_cost_more_than_another():
+    with pytest.raises(ValueError, match=r"same number of bits: e2m1 has 4, e2m3 has 6"):
+        Choice([E2M1, floating(2, 3)], LeastError())
+
+
+def learns(learner: Callable) -> Fit:
+    return tiny.learnt(learner, steps=1)
+
+
+BLOCKWISE = Choice([E2M1, E3M0], LeastError(), per="block")
+BAD_FITS = {
+    "learnt": (SHARED, learns(ulp), r"learnt rounding .* e2m2_share4 shares a bit .*: choose rounding=nearest"),
+    "layer by layer": (SHARED, Layerwise(learns(logit)), r"learnt rounding .* e2m2_share4 shares"),
+    "weighed, then learnt": (SHARED, Weighed(learns(logit)), r"learnt rounding .* e2m2_share4 shares"),
+    "at random": (SHARED, Rounded(Stochastic()), r"e2m2_share4 shares a bit"),
+    "searched": (
+        BLOCKWISE,
+        OutputSearch(),
+        r"one format for a layer, and e2m1\|e3m0 is chosen per block: choose per tens",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fmt", "fit", "message"), BAD_FITS.values(), ids=BAD_FITS.keys())
+def test_a_format_that_a_fit_cannot_round_in_is_found_on_the_skeleton(
+    source: PixArt, fmt: SharedMantissa, fit: Fit, message: str
+):
+    with pytest.raises(ValueError, match=message):
+        check(source.skeleton(), [PATCH, Rule("*", Quantizer(fmt, Granularity("row")))], fit)
+
+
+GOOD_FITS = {
+    "shared, nearest": (SHARED, Rounded()),
+    "shared, shifted": (SHARED, learns(SignRound)),
+    "blockwise, learnt": (BLOCKWISE, learns(ulp)),
+    "unsigned, at random": (integer(4, signed=False), Rounded(Stochastic())),
+    "drawn in": (E2M1, learns(lambda *given: SignRound(*given, store=in_format))),
+    "anything": (E2M1, lambda *_: []),
+}
+
+
+@pytest.mark.parametrize(("fmt", "fit"), GOOD_FITS.values(), ids=GOOD_FITS.keys())
+def test_fits_that_can_round_pass_on_the_skeleton(source: PixArt, fmt: SharedMantissa, fit: Fit):
+    assert check(source.skeleton(), [PATCH, Rule("*", Quantizer(fmt, Granularity("row")))], fit) is None
+
+
+def test_timed_activations_and_learnt_weights_clash(source: PixArt):
+    timed = [Rule("*", TENSOR, observe=Sample(8), timed=True)]
+    assert policy.check_activations(source.skeleton(), tiny.rules(), timed) is None
+    with pytest.raises(UserError, match=r"'\*' is timed, and weights are learnt at all timesteps.*joint=null"):
+        check(source.skeleton(), tiny.rules(), Rounded(), timed)

@@ -26,12 +26,24 @@ from pipelines.training import Stop
 TINY = ["transformer.trainer={devices: 1, strategy: auto}", "transformer.task.layers=1", "+autoencoder.save.n=64"]
 
 
-def run(part, folder, steps, batch=2):
+def run(part, folder, steps, batch=2, minutes=5):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("pretrain", [*TINY, f"part={part}", f"folder={folder}"])
-    cfg[part].steps, cfg[part].data.batch = steps, batch
+    cfg[part].steps, cfg[part].data.batch, cfg.minutes = steps, batch, minutes
     train(cfg)
     return torch.load(folder / part / "last.ckpt", weights_only=True)
+
+
+def test_a_training_is_kept_while_it_runs(tmp_path, monkeypatch):
+    """Also where the task steps its optimizers itself."""
+    kept = []
+    save = Trainer.save_checkpoint
+    monkeypatch.setattr(
+        Trainer, "save_checkpoint", lambda self, path: (kept.append(self.global_step), save(self, path))
+    )
+    run("text", tmp_path, 2, minutes=0)
+    run("transformer", tmp_path, 2, minutes=0)
+    assert kept == [1, 2, 2, 2, 4, 4]
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,19 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fp4dit.blockscales import E8M0, NVFP4
 from fp4dit.formats import NumberFormat, floating, fp16, integer
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.scales import AbsMax, MinMax
 
 E2M1, INT8, UINT4 = floating(2, 1), integer(8), integer(4, signed=False)
-GRANULARITIES = [Granularity("tensor"), Granularity("row"), Granularity("group", 16)]
+GRANULARITIES = [Granularity("tensor"), Granularity("row"), Granularity("group", 16), Granularity("part", parts=2)]
 
 
-@pytest.mark.parametrize(("granularity", "scales"), zip(GRANULARITIES, [1, 12, 48], strict=True))
+@pytest.mark.parametrize(("granularity", "scales"), zip(GRANULARITIES, [1, 12, 48, 24], strict=True))
 def test_number_of_scales(granularity: Granularity, scales: int):
     x = torch.randn(3, 4, 64)
     assert Quantizer(E2M1, granularity).scaling(x).scale.shape == (scales, 1)
@@ -37,6 +38,20 @@ def test_a_group_that_does_not_divide_says_what_to_do(group: int):
         quantizer(torch.randn(2, 64))
     with pytest.raises(ValueError, match=message):
         quantizer.bits(torch.Size([2, 64]))
+
+
+@pytest.mark.parametrize("parts", [0, 3, 128])
+def test_parts_that_are_unequal_say_what_to_do(parts: int):
+    quantizer = Quantizer(E2M1, Granularity("part", parts=parts))
+    message = rf"row of 64 values does not split into {parts} equal parts.*parts that divides 64.*unit: row"
+    with pytest.raises(ValueError, match=message):
+        quantizer.bits(torch.Size([2, 64]))
+
+
+def test_the_halves_of_a_row_are_quantized_as_if_alone():
+    x = torch.randn(5, 64) * torch.tensor([1.0, 100.0]).repeat_interleave(32)
+    halves = [Quantizer(INT8, Granularity("row"))(half.contiguous()) for half in x.chunk(2, dim=1)]
+    assert torch.equal(Quantizer(INT8, Granularity("part", parts=2))(x), torch.cat(halves, 1))
 
 
 def test_online_scales_follow_each_token():
@@ -68,6 +83,7 @@ def test_idempotent_with_its_own_scales(granularity: Granularity, fmt: NumberFor
     assert torch.equal(quantizer(once, scaling), once)
 
 
+@settings(max_examples=15)
 @given(shape=st.lists(st.integers(1, 3), min_size=3, max_size=3), seed=st.integers(0, 9))
 def test_memory_layout_does_not_matter(shape: list[int], seed: int):
     x = torch.randn(*shape, 16, generator=torch.Generator().manual_seed(seed))
@@ -87,6 +103,9 @@ def test_memory_layout_does_not_matter(shape: list[int], seed: int):
         (Quantizer(UINT4, Granularity("group", 128), MinMax(fp16)), 4 + (16 + 4) / 128),
         (Quantizer(E2M1, Granularity("row"), AbsMax(fp16)), 4 + 16 / 512),
         (Quantizer(INT8, Granularity("tensor")), 8 + 32 / (512 * 64)),
+        (Quantizer(E2M1, Granularity("part", parts=4), AbsMax(fp16)), 4 + 16 / 128),
+        (Quantizer(E2M1, Granularity("group", 32), E8M0()), 4.25),
+        (Quantizer(E2M1, Granularity("group", 16), NVFP4()), 4.5 + 32 / (512 * 64)),
     ],
 )
 def test_effective_bits_count_scales(quantizer: Quantizer, bits: float):

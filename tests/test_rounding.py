@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fp4dit.formats import NumberFormat, floating, fp16, integer
 from fp4dit.quantizer import Granularity, Quantizer
-from fp4dit.rounding import AdaRound, Learner, logit, ulp, ulp_normalised
+from fp4dit.rounding import AdaRound, Learner, Stochastic, logit, ulp, ulp_normalised
 from fp4dit.scales import AbsMax, MinMax, Scale, Scaling
 
 LEARNERS = [logit, ulp, ulp_normalised]
@@ -173,3 +173,40 @@ def test_normalised_variables_do_not_see_the_size_of_the_weights(factor: float):
 
 def learn_at(w: Tensor, fmt: NumberFormat, learner: Learner) -> AdaRound:
     return learner(w, fmt, scaling_of(w, fmt, None))
+
+
+@formats
+def test_stochastic_rounding_is_unbiased_and_takes_a_neighbour(fmt: NumberFormat):
+    """Of 20 values spread over the range, 5,000 times each, the mean lies within 4 standard errors."""
+    g, count = torch.Generator().manual_seed(4), 5000
+    x = fmt.min + (fmt.max - fmt.min) * torch.rand(20, 1, generator=g)
+    inner, outer = fmt.bracket(x)
+    rounded = Stochastic(seed=1)(x.expand(20, count).contiguous(), fmt)
+    assert ((rounded == inner) | (rounded == outer)).all()
+    share = (x - inner) / (outer - inner)
+    error = (outer - inner).abs() * (share * (1 - share) / count).sqrt()
+    assert ((rounded.mean(1, keepdim=True) - x).abs() <= 4 * error + 1e-5 * x.abs()).all()
+    assert (rounded.std(1) > 0).any()
+
+
+@formats
+def test_stochastic_rounding_leaves_the_grid_alone_and_clips_what_lies_beyond(fmt: NumberFormat):
+    values = fmt.values()
+    assert torch.equal(Stochastic()(values, fmt), values)
+    beyond = torch.linspace(0.01, 0.99, 50)
+    assert (Stochastic()(fmt.min - beyond, fmt) == fmt.min).all()
+    assert (Stochastic()(fmt.max + beyond, fmt) == fmt.max).all()
+
+
+def test_the_seed_and_the_values_fix_the_choices_whatever_came_before():
+    fmt, a, b = floating(2, 1), weights() * 20, weights().flip(0) * 20
+    rounding = Stochastic(3)
+    first = rounding(a, fmt)
+    rounding(b, fmt)
+    assert torch.equal(rounding(a, fmt), first)
+    assert torch.equal(Stochastic(3)(a, fmt), first)
+    assert not torch.equal(Stochastic(4)(a, fmt), first)
+    same = torch.full((2, 400), 0.6)
+    same[1, -1] = 0.7
+    up = rounding(same[:1], fmt), rounding(same[1:], fmt)
+    assert not torch.equal(up[0], up[1])  # other values, other draws

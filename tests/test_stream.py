@@ -13,7 +13,7 @@ from fp4dit.models.pixart import PixArtPipeline
 from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, split
 from fp4dit.stream import advance, answers, chunks, relative_error, rows
 from fp4dit.tasks.capture import CaptureTask, chunked
-from fp4dit.tasks.reconstruct import Nearest
+from fp4dit.tasks.reconstruct import Rounded
 from tests import tiny
 
 
@@ -131,7 +131,7 @@ def test_reconstruction_costs_two_passes_per_sample(captured: tuple[Path, list[i
     out.mkdir()
     rules = policy.assign(policy.layers(pipeline.dit), tiny.rules())
     trained, held_out = split(state, 3)
-    Reconstruction(pipeline, rules, Nearest(), trained, held_out, 8, out).run(state, tiny.trainer)
+    Reconstruction(pipeline, rules, Rounded(), trained, held_out, 8, out).run(state, tiny.trainer)
     assert sum(seen) == 2 * len(state["prompt"])
 
 

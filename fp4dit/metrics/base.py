@@ -15,6 +15,7 @@ class PerImage(Metric):
     """Subclasses say how to `score` a batch."""
 
     full_state_update = False
+    compares = False  # with the full-precision image, and so says nothing about that image itself
     values: list[Tensor]
 
     def __init__(self) -> None:

@@ -13,6 +13,7 @@ class Psnr(PerImage):
     """In dB; infinite for equal images."""
 
     higher_is_better = True
+    compares = True
 
     def score(self, images: Images, reference: Images, prompts: Sequence[str]) -> Float[Tensor, " n"]:
         return peak_signal_noise_ratio(images, reference, data_range=1.0, reduction="none", dim=(1, 2, 3))

@@ -14,6 +14,7 @@ class Ssim(PerImage):
     """In [-1, 1], Gaussian window of 11 pixels (Wang et al., 2004)."""
 
     higher_is_better = True
+    compares = True
 
     def score(self, images: Images, reference: Images, prompts: Sequence[str]) -> Float[Tensor, " n"]:
         values = structural_similarity_index_measure(images, reference, data_range=1.0, reduction="none")

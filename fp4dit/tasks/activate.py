@@ -7,22 +7,20 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fp4dit.errors import UserError
-from fp4dit.layer import Activation
+from fp4dit.layer import Grid, TimedGrid
 from fp4dit.models.base import Pipeline
 from fp4dit.policy import Entry, Rule
-from fp4dit.scales import from_parts, parts
 from fp4dit.stream import State, answers
 
 Hook = Callable[[str, Tensor, Tensor], Tensor | None]  # name, given, answered -> the answer to use instead
 
 
 @contextmanager
-def hooked(activations: Mapping[str, Activation], hook: Hook) -> Iterator[None]:
+def hooked(activations: Mapping[str, Grid], hook: Hook) -> Iterator[None]:
     with ExitStack() as stack:
         for name, module in activations.items():
             handle = module.register_forward_hook(lambda _m, given, out, name=name: hook(name, given[0], out))  # pyright: ignore[reportArgumentType]
@@ -30,22 +28,19 @@ def hooked(activations: Mapping[str, Activation], hook: Hook) -> Iterator[None]:
         yield
 
 
-def sample(x: Float[Tensor, "..."], count: int) -> Float[Tensor, "c"]:
-    """About `count` values, evenly spaced in memory, and the two extremes."""
-    flat = x.flatten()
-    return torch.cat([flat[:: max(1, len(flat) // count)], flat.min()[None], flat.max()[None]]).float().cpu()
-
-
 class Replay(L.LightningModule):
     """Replays captured calls, unit by unit, and shows a hook every activation on its way."""
 
-    def __init__(self, pipeline: Pipeline, activations: Mapping[str, Activation]) -> None:
+    def __init__(self, pipeline: Pipeline, activations: Mapping[str, Grid]) -> None:
         super().__init__()
         self.pipeline, self.activations = pipeline, activations
 
     def test_step(self, state: State) -> None:
         self.pipeline.to(self.device)
         timestep = float(state["timestep"][0])
+        for module in self.activations.values():
+            if isinstance(module, TimedGrid):
+                module.clock.set(state["timestep"])
         with hooked(self.activations, lambda name, x, out: self.see(name, timestep, x, out)):
             for unit in self.pipeline.units():
                 module = self.pipeline.dit.get_submodule(unit.module)
@@ -57,26 +52,38 @@ class Replay(L.LightningModule):
 
 
 class Observe(Replay):
-    """Collects values of unquantized activations; `fix` then makes them static."""
+    """Notes what unquantized activations are like; `fix` then makes them static."""
 
-    def __init__(self, pipeline: Pipeline, activations: Mapping[str, Activation], counts: Mapping[str, int]) -> None:
-        super().__init__(pipeline, {name: activations[name] for name in counts})
-        self.counts, self.seen = counts, defaultdict(list)
+    def __init__(self, pipeline: Pipeline, activations: Mapping[str, Grid], rules: Mapping[str, Rule]) -> None:
+        super().__init__(pipeline, {name: activations[name] for name in rules})
+        self.rules = rules
+        self.notes: dict[str, list[tuple[float, Tensor]]] = {name: [] for name in rules}
 
     def see(self, name: str, timestep: float, x: Tensor, out: Tensor) -> Tensor:
-        self.seen[name].append(sample(x, self.counts[name]))
+        observer = self.rules[name].observe
+        assert observer is not None
+        self.notes[name].append((timestep, observer.note(x)))
         return x
 
     def fix(self) -> None:
-        for name, module in self.activations.items():
-            values = torch.cat(self.seen[name]).to(self.pipeline.device)
-            module.scaling = module.quantizer.scaling(values)
+        for name, grid in self.activations.items():
+            if isinstance(grid, TimedGrid):
+                timesteps = dict.fromkeys(timestep for timestep, _ in self.notes[name])
+                grid.measure_at({timestep: self.gathered(name, timestep) for timestep in timesteps})
+            else:
+                grid.measure(self.gathered(name))
+
+    def gathered(self, name: str, timestep: float | None = None) -> Tensor:
+        observer = self.rules[name].observe
+        assert observer is not None
+        notes = [note for at, note in self.notes[name] if timestep in (None, at)]
+        return observer.gather(notes).to(self.pipeline.device)
 
 
 class Measure(Replay):
     """Signal-to-quantization-noise ratio of every activation at every timestep, in dB."""
 
-    def __init__(self, pipeline: Pipeline, activations: Mapping[str, Activation]) -> None:
+    def __init__(self, pipeline: Pipeline, activations: Mapping[str, Grid]) -> None:
         super().__init__(pipeline, activations)
         self.power: dict[tuple[str, float], Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
         self.shapes: dict[str, torch.Size] = {}
@@ -105,32 +112,32 @@ class Measure(Replay):
             Entry(
                 name,
                 rules[name].match,
-                module.quantizer.format.name,
+                module.format.name,
                 self.bits(name, module),
                 self.shapes[name].numel(),
             )
             for name, module in self.activations.items()
         ]
 
-    def bits(self, name: str, module: Activation) -> float:
+    def bits(self, name: str, module: Grid) -> float:
         """Scales counted where they are made anew for each call; a static one costs nothing."""
         quantizer = module.quantizer
         return quantizer.bits(self.shapes[name]) if module.scaling is None else float(quantizer.format.bits)
 
 
-def save_scales(activations: Mapping[str, Activation], path: Path) -> None:
-    """The static scalings; none for what is online."""
-    tensors = {
-        f"{name}.{part}": value.contiguous()
-        for name, module in activations.items()
-        if module.scaling is not None
-        for part, value in parts(module.scaling).items()
-    }
-    save_file(tensors, path)
+def save_scales(activations: Mapping[str, Grid], path: Path) -> None:
+    """What was measured; nothing for what is online."""
+    save_file(
+        {f"{name}.{key}": v.contiguous() for name, grid in activations.items() for key, v in grid.state_dict().items()},
+        path,
+    )
 
 
-def load_scales_(activations: Mapping[str, Activation], path: Path) -> None:
+def load_scales_(activations: Mapping[str, Grid], path: Path) -> None:
     tensors = load_file(path)
-    for name, module in activations.items():
-        found = {key.removeprefix(f"{name}."): v for key, v in tensors.items() if key.rpartition(".")[0] == name}
-        module.scaling = from_parts(found) if found else None
+    for name, grid in activations.items():
+        grid.load_state_dict(
+            {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.rpartition(".")[0] == name}
+        )
+        if grid.static and grid.scaling is None:
+            raise UserError(f"{path} holds no scale for the static activation {name}")

@@ -1,0 +1,104 @@
+"""How fast weights are quantized and dequantized, beside torchao and ml_dtypes: `python -m benchmarks.quantize`.
+
+GB/s of fp32 read and written (8 bytes a value) on one core, scales included where there are any. The time is the
+core's, median of 5, so that other programs on the machine count for little. All of a line's numbers are of one run.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fp4dit.ams import SharedMantissa
+from fp4dit.blockscales import E8M0, NVFP4
+from fp4dit.formats import floating, fp16, integer, nf4
+from fp4dit.quantizer import Granularity, Quantizer
+from fp4dit.scales import AbsMax, MinMax
+
+SHAPE, REPEATS = (4096, 4608), 5
+GROUP, ROW = Granularity("group", 128), Granularity("row")
+Run = Callable[[Tensor], object]
+
+OURS: dict[str, Run] = {
+    "memory copy": torch.clone,
+    "E2M1, no scale": floating(2, 1).nearest,
+    "E2M3, no scale": floating(2, 3).nearest,
+    "E4M3, no scale": floating(4, 3, reserved=1).nearest,
+    "INT4 affine g128": Quantizer(integer(4, signed=False), GROUP, MinMax(fp16)),
+    "E2M1 g128": Quantizer(floating(2, 1), GROUP, AbsMax(fp16)),
+    "E2M3 token": Quantizer(floating(2, 3), ROW),
+    "E3M4 token": Quantizer(floating(3, 4), ROW),
+    "NF4 g128": Quantizer(nf4, GROUP, AbsMax(fp16)),
+    "E2M3 shared by 3": Quantizer(SharedMantissa(floating(2, 3), 3), ROW),
+    "MXFP4": Quantizer(floating(2, 1), Granularity("group", 32), E8M0()),
+    "NVFP4": Quantizer(floating(2, 1), Granularity("group", 16), NVFP4()),
+}
+
+
+def of_ml_dtypes() -> dict[str, Run]:
+    import ml_dtypes
+
+    def cast(dtype: type) -> Run:
+        return lambda x: x.numpy().astype(dtype).astype("float32")
+
+    return {"E2M1, no scale": cast(ml_dtypes.float4_e2m1fn), "E2M3, no scale": cast(ml_dtypes.float6_e2m3fn)}
+
+
+def of_torch() -> dict[str, Run]:
+    return {"E4M3, no scale": lambda x: x.to(torch.float8_e4m3fn).float()}
+
+
+def of_torchao() -> dict[str, Run]:
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
+    from torchao.quantization import quant_primitives as q
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+
+    def affine(x: Tensor) -> Tensor:
+        kind, block = q.MappingType.ASYMMETRIC, (1, 128)
+        scale, zero = q.choose_qparams_affine(x, kind, block, torch.uint8, 0, 15)  # pyright: ignore[reportArgumentType]
+        codes = q.quantize_affine(x, block, scale, zero, torch.uint8, 0, 15)
+        return q.dequantize_affine(codes, block, scale, zero, torch.uint8, 0, 15)
+
+    def nvfp4(x: Tensor) -> Tensor:
+        scale = per_tensor_amax_to_scale(x.abs().amax())
+        return NVFP4Tensor.to_nvfp4(x, per_tensor_scale=scale).dequantize(torch.float32)
+
+    return {
+        "INT4 affine g128": affine,
+        "NF4 g128": lambda x: to_nf4(x, 128).get_original_weight(),
+        "MXFP4": lambda x: MXTensor.to_mx(x, torch.float4_e2m1fn_x2, 32).dequantize(torch.float32),
+        "NVFP4": nvfp4,
+    }
+
+
+def speed(run: Run, x: Tensor) -> float:
+    """GB/s."""
+    seconds = []
+    for _ in range(1 + REPEATS):
+        start = time.process_time()
+        run(x)
+        seconds.append(time.process_time() - start)
+    return 8e-9 * x.numel() / statistics.median(seconds[1:])
+
+
+@torch.no_grad()
+def main() -> None:
+    torch.set_num_threads(1)
+    peers: dict[str, dict[str, Run]] = {}
+    for name, load in {"ml_dtypes": of_ml_dtypes, "torch": of_torch, "torchao": of_torchao}.items():
+        try:
+            peers[name] = load()
+        except ImportError as error:
+            print(f"without {name}: {error}")
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) / 50
+    print(f"{'GB/s':20}{'fp4dit':>10}" + "".join(f"{name:>12}" for name in peers))
+    for name, ours in OURS.items():
+        theirs = [f"{speed(runs[name], x):12.2f}" if name in runs else f"{'-':>12}" for runs in peers.values()]
+        print(f"{name:20}{speed(ours, x):10.2f}" + "".join(theirs), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Fit hard weights by the second moment of their inputs: one pass over the calibration rows, and no gradient."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fp4dit.gptq import Matrix, Order, as_given, gptq
+from fp4dit.layer import QuantLayer
+from fp4dit.tasks.reconstruct import Curve, Examples, inputs
+
+
+@dataclass(frozen=True)
+class SecondOrder:
+    """GPTQ (arXiv:2210.17323) of each layer, for the inputs that it has while the unit's weights are not yet rounded.
+
+    Calibration rows pass `batch` at a time. A layer that they do not reach is rounded to nearest. The rest is
+    explained at `fp4dit.gptq.gptq`.
+    """
+
+    damping: float = 0.01
+    block: int = 128
+    order: Order = as_given
+    batch: int = 16
+
+    def __call__(
+        self, module: nn.Module, layers: list[QuantLayer], examples: Examples, trainer: Callable[..., L.Trainer]
+    ) -> Curve:
+        moments = second_moments(module, layers, examples, self.batch)
+        for layer in layers:
+            scaling, moment = layer.grid.scaling, moments.pop(0)
+            assert scaling is not None, "prepare the layer first"
+            if moment is not None:
+                fmt = layer.grid.format
+                layer.write(gptq(layer.rows, moment, scaling, fmt, self.block, self.damping, self.order))
+            layer.freeze()
+        return []
+
+
+@torch.no_grad()
+def second_moments(module: nn.Module, layers: list[QuantLayer], examples: Examples, batch: int) -> list[Matrix | None]:
+    """The sum of x x^T over what each layer multiplies, in fp32; None for a layer that is not reached."""
+    moments: list[Matrix | None] = [None] * len(layers)
+    for found in inputs(module, layers, examples, examples.trained, batch):
+        products: dict[tuple, Matrix] = {}  # layers that read one tensor, as q, k and v do, share the work
+        for i, x in enumerate(found):
+            if x is None:
+                continue
+            place = (x.data_ptr(), x.shape, x.stride())
+            if place not in products:
+                products[place] = squared(x)
+            moment = moments[i]
+            moments[i] = products[place].clone() if moment is None else moment.add_(products[place])
+    return moments
+
+
+def squared(x: Float[Tensor, "... k"]) -> Matrix:
+    tokens = x.flatten(0, -2).float()
+    return tokens.T @ tokens

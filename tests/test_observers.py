@@ -1,0 +1,52 @@
+"""What is kept of calibration calls, against scipy and torch on all of them at once."""
+
+import pytest
+import torch
+from scipy.signal import lfilter
+from torch import Tensor
+
+from fp4dit.observers import ChannelRange, MovingRange, Observer, Sample
+
+
+def calls(count: int = 7) -> list[Tensor]:
+    return list(torch.randn(count, 2, 5, 12, generator=torch.Generator().manual_seed(0)))
+
+
+def observed(observer: Observer, given: list[Tensor]) -> Tensor:
+    return observer.gather([observer.note(x) for x in given])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.95])
+def test_a_moving_range_is_a_first_order_filter_that_starts_at_the_first_call(momentum: float):
+    given = calls()
+    for found, ends in zip(observed(MovingRange(momentum), given), ("min", "max"), strict=True):
+        series = [getattr(x, ends)().item() for x in given]
+        filtered, _ = lfilter([1 - momentum], [1, -momentum], series, zi=[momentum * series[0]])
+        assert found.item() == pytest.approx(filtered[-1], rel=1e-5)
+
+
+def test_channel_ranges_are_those_of_all_tokens_together():
+    given = calls()
+    tokens = torch.stack(given).view(-1, 12)
+    assert torch.equal(observed(ChannelRange(), given), torch.stack([tokens.amin(0), tokens.amax(0)]))
+
+
+@pytest.mark.parametrize("count", [1, 16, 1000])
+def test_a_sample_holds_values_of_every_call_and_all_extremes(count: int):
+    given = calls()
+    found = observed(Sample(count), given)
+    together = torch.stack(given)
+    assert torch.isin(found, together).all()
+    for x in given:
+        of_this = torch.isin(x, found)
+        assert of_this[x == x.max()].all()
+        assert of_this[x == x.min()].all()
+        assert of_this.sum() >= min(count, x.numel())
+    assert (found.min(), found.max()) == (together.min(), together.max())
+    assert len(found) <= len(given) * (2 * count + 2)
+
+
+def test_notes_are_kept_in_full_precision_off_the_model():
+    for observer in (Sample(4), MovingRange(), ChannelRange()):
+        note = observer.note(calls()[0].bfloat16())
+        assert (note.dtype, note.device.type) == (torch.float32, "cpu")
