@@ -13,7 +13,8 @@ from fp4dit.attention import QuantProcessor
 from fp4dit.choice import Choice
 from fp4dit.errors import UserError
 from fp4dit.formats import Format
-from fp4dit.layer import Clock, Grid, QuantLayer, TimedGrid, check_source, formats, wrap
+from fp4dit.grid import Clock, Grid, TimedGrid, formats
+from fp4dit.layer import QuantLayer, check_source, wrap
 from fp4dit.observers import Observer
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.transforms import Transform, TransformSpec

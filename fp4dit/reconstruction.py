@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fp4dit import calls, policy
+from fp4dit.grid import Grid
 from fp4dit.health import not_finite
-from fp4dit.layer import Grid, QuantLayer
+from fp4dit.layer import QuantLayer
 from fp4dit.models.base import Pipeline
 from fp4dit.policy import Rule
 from fp4dit.stream import State, Unit, advance, relative_error, rows

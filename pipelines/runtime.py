@@ -40,6 +40,7 @@ class Runtime:
         """A Trainer that computes and shows progress under `label`, and keeps nothing. `kw` goes to the Trainer."""
         import lightning  # here, because a job whose results are all in the store should not wait for torch
 
+        from pipelines.memory import ReturnMemory
         from pipelines.progress import Progress
 
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no "GPU available: False" per fit
@@ -47,14 +48,14 @@ class Runtime:
             warnings.filterwarnings("ignore", noise)
         shown = ("bar" if sys.stderr.isatty() else "lines") if self.progress == "auto" else self.progress
         quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        callbacks = [*kw.pop("callbacks", []), ReturnMemory()]
         if shown == "none":
             quiet["enable_progress_bar"] = False
         else:
-            name = f"{self.job}  {label}" if self.job else label
-            kw["callbacks"] = [*kw.get("callbacks", []), Progress(name, shown == "bar", self.clock)]
+            callbacks.append(Progress(f"{self.job}  {label}" if self.job else label, shown == "bar", self.clock))
         if "max_steps" in kw:
             kw.setdefault("max_epochs", -1)
-        return lightning.Trainer(**{**quiet, **self.devices, **kw})
+        return lightning.Trainer(**{**quiet, **self.devices, **kw}, callbacks=callbacks)
 
     @property
     def device(self) -> Any:

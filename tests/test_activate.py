@@ -11,7 +11,7 @@ from fp4dit import policy
 from fp4dit.choice import Choice, LeastError
 from fp4dit.errors import UserError
 from fp4dit.formats import floating, integer
-from fp4dit.layer import Grid, TimedGrid
+from fp4dit.grid import Grid, TimedGrid
 from fp4dit.models.pixart import PixArtPipeline
 from fp4dit.observers import ChannelRange, MovingRange, Sample
 from fp4dit.policy import Rule

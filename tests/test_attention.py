@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fp4dit.attention import QuantProcessor
 from fp4dit.formats import floating, integer
-from fp4dit.layer import Grid
+from fp4dit.grid import Grid
 from fp4dit.quantizer import Granularity, Quantizer
 
 E2M1_TOKEN = Quantizer(floating(2, 1), Granularity("row"))

@@ -168,7 +168,11 @@ def test_a_known_amax_makes_parts_of_a_tensor_agree_with_the_whole():
     assert torch.equal(torch.cat([known(x[:9], E2M1).scale, known(x[9:], E2M1).scale]), NVFP4()(x, E2M1).scale)
 
 
-@pytest.mark.parametrize("base", [NVFP4(), FOUR_OVER_SIX, Percentile(NVFP4(), 0.9), E8M0(), E8M0(floor)], ids=str)
+@pytest.mark.parametrize(
+    "base",
+    [NVFP4(), FOUR_OVER_SIX, Percentile(NVFP4(), 0.9), E8M0(), E8M0(floor)],
+    ids=lambda rule: type(rule).__name__,
+)
 def test_a_search_stays_on_the_grid_of_scales(base: ScaleRule):
     x = torch.randn(500, 16, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 0, 500)[:, None]
     found, plain = MinError(base, lowest=0.6, highest=1.8, candidates=25)(x, E2M1), base(x, E2M1)
@@ -184,7 +188,11 @@ def test_a_search_stays_on_the_grid_of_scales(base: ScaleRule):
     torch.testing.assert_close(E4M3.nearest(codes), codes, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("rule", [SEARCH, FOUR_OVER_SIX, EVERY_CODE, E8M0(even, shifts=(0, -1, 1), p=1.0)], ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [SEARCH, FOUR_OVER_SIX, EVERY_CODE, E8M0(even, shifts=(0, -1, 1), p=1.0)],
+    ids=lambda rule: type(rule).__name__,
+)
 def test_searches_are_the_best_of_their_candidates_as_weighed(rule: E8M0 | NVFP4):
     """Each block's error against every scale that the rule may take, tried on all blocks at once."""
     x = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))

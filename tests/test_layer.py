@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from fp4dit.choice import Choice, LeastError
 from fp4dit.errors import UserError
 from fp4dit.formats import NumberFormat, floating, fp16, integer
+from fp4dit.grid import Clock, Grid, TimedGrid
 from fp4dit.hadamard import Hadamard
-from fp4dit.layer import Clock, Grid, QuantConv, QuantLayer, TimedGrid, wrap
+from fp4dit.layer import QuantConv, QuantLayer, wrap
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.reconstruction import load_layers, save_layers
 from fp4dit.rounding import logit, ulp

@@ -12,8 +12,9 @@ from fp4dit.ams import SharedMantissa
 from fp4dit.choice import Choice, LeastError
 from fp4dit.errors import UserError
 from fp4dit.formats import floating, fp16, integer
+from fp4dit.grid import Grid
 from fp4dit.hadamard import Hadamard
-from fp4dit.layer import Grid, QuantConv, QuantLayer
+from fp4dit.layer import QuantConv, QuantLayer
 from fp4dit.models.pixart import PixArt, PixArtPipeline
 from fp4dit.observers import ChannelRange, MovingRange, Sample
 from fp4dit.policy import Rule, everywhere

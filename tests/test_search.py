@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from fp4dit.calls import Call
 from fp4dit.choice import Choice, LeastError
 from fp4dit.formats import Format, floating, integer, nf4
-from fp4dit.layer import Grid, QuantLayer, wrap
+from fp4dit.grid import Grid
+from fp4dit.layer import QuantLayer, wrap
 from fp4dit.observers import ChannelRange
 from fp4dit.policy import Rule, quantize_inputs_
 from fp4dit.quantizer import Granularity, Quantizer

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from fp4dit.errors import UserError
-from fp4dit.grid import grid, stacked
+from fp4dit.pictures import grid, stacked
 from fp4dit.tables import LEGEND, Column, Row, Table, as_csv, latex, markdown, row
 from pipelines.resolvers import CONF
 

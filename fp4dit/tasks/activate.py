@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fp4dit.errors import UserError
-from fp4dit.layer import Grid, TimedGrid
+from fp4dit.grid import Grid, TimedGrid
 from fp4dit.models.base import Pipeline
 from fp4dit.policy import Entry, Rule
 from fp4dit.stream import State, answers

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fp4dit.choice import Choice, split
 from fp4dit.errors import UserError
 from fp4dit.formats import Format
-from fp4dit.layer import Grid, QuantLayer, formats
+from fp4dit.grid import Grid, formats
+from fp4dit.layer import QuantLayer
 from fp4dit.quantizer import Quantizer
 from fp4dit.scales import Scaling, anchored, from_parts, parts
 from fp4dit.tasks.reconstruct import Curve, Examples, Fit, Rounded, check_fit, inputs
