@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fp4dit.formats import Format, floating
-from fp4dit.scales import Blocks, Column, Importance, Scale, ScaleRule, least_error
+from fp4dit.scales import Importance, ScaleRule, least_error
+from fp4dit.scaling import Blocks, Column, Scale
 
 Exponent = Callable[[Column, Format], Int[Tensor, "blocks 1"]]
 E4M3 = floating(4, 3, reserved=1)  # OCP's e4m3fn, which has nan but no infinity

@@ -10,7 +10,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fp4dit.formats import Format, NumberFormat
-from fp4dit.scales import Blocks, Column, ScaleRule, error
+from fp4dit.scales import ScaleRule, error
+from fp4dit.scaling import Blocks, Column
 
 Costs = Float[Tensor, "formats blocks"]
 Index = UInt8[Tensor, "n 1"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fp4dit.choice import Mixed
 from fp4dit.formats import Format
-from fp4dit.scales import Scaling, from_parts, parts
+from fp4dit.scaling import Scaling, from_parts, parts
 
 Matrix = Float[Tensor, "k k"]
 Order = Callable[[Matrix], Int[Tensor, "k"]]

@@ -12,7 +12,7 @@ from fp4dit.choice import Choice
 from fp4dit.formats import Format
 from fp4dit.quantizer import Quantizer
 from fp4dit.rounding import Rounding, nearest
-from fp4dit.scales import Blocks, Scaling, from_parts, parts
+from fp4dit.scaling import Blocks, Scaling, from_parts, parts
 
 
 class Grid(nn.Module):

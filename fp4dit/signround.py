@@ -15,7 +15,8 @@ from fp4dit.blockscales import E4M3
 from fp4dit.choice import Mixed
 from fp4dit.formats import Format, NumberFormat
 from fp4dit.rounding import Rounder
-from fp4dit.scales import Affine, Blocks, Column, Scale, Scaling, TwoSided, from_parts, parts, stored
+from fp4dit.scales import stored
+from fp4dit.scaling import Affine, Blocks, Column, Scale, Scaling, TwoSided, from_parts, parts
 
 Shift = Callable[[Blocks, Blocks, Format], Blocks]
 Store = Callable[[Column, Column], Column]

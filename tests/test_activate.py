@@ -16,7 +16,8 @@ from fp4dit.models.pixart import PixArtPipeline
 from fp4dit.observers import ChannelRange, MovingRange, Sample
 from fp4dit.policy import Rule
 from fp4dit.quantizer import Granularity, Quantizer
-from fp4dit.scales import MinMax, PreShift, parts
+from fp4dit.scales import MinMax, PreShift
+from fp4dit.scaling import parts
 from fp4dit.tasks.activate import Measure, Observe, load_scales_, save_scales
 from tests import tiny
 from tests.test_stream import call

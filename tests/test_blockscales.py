@@ -16,7 +16,8 @@ from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor
 
 from fp4dit.blockscales import E4M3, E8M0, NVFP4, Ceiling, Exponent, ceil, even, floor, nearest
 from fp4dit.formats import NumberFormat, floating, integer
-from fp4dit.scales import AbsMax, Deviations, MinError, Percentile, Scale, ScaleRule, error, least_error
+from fp4dit.scales import AbsMax, Deviations, MinError, Percentile, ScaleRule, error, least_error
+from fp4dit.scaling import Scale
 
 E2M1, E5M2 = floating(2, 1), floating(5, 2, reserved=4)
 SEARCH = E8M0(floor, shifts=(0, -1, 1))

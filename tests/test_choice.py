@@ -9,7 +9,8 @@ from torch import Tensor
 from fp4dit.choice import Choice, Criterion, LeastError, Mixed, RangeRatio, ScalingLaw
 from fp4dit.formats import Format, floating, integer, nf4
 from fp4dit.rounding import AdaRound
-from fp4dit.scales import AbsMax, MinError, MinMax, Scale, ScaleRule
+from fp4dit.scales import AbsMax, MinError, MinMax, ScaleRule
+from fp4dit.scaling import Scale
 
 E3M0, E2M1, E1M2 = THREE = floating(3, 0), floating(2, 1), floating(1, 2)
 

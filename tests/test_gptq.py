@@ -13,7 +13,8 @@ from fp4dit.formats import Format, floating, fp16, integer, nf4
 from fp4dit.gptq import Order, as_given, gptq, largest_first
 from fp4dit.layer import QuantLayer, wrap
 from fp4dit.quantizer import Granularity, Quantizer
-from fp4dit.scales import AbsMax, MinMax, OffsetRange, Scale, Scaling, TwoSidedAbsMax
+from fp4dit.scales import AbsMax, MinMax, OffsetRange, TwoSidedAbsMax
+from fp4dit.scaling import Scale, Scaling
 from fp4dit.stream import Unit
 from fp4dit.tasks.reconstruct import Examples, Rounded
 from fp4dit.tasks.second_order import SecondOrder, second_moments

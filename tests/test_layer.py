@@ -16,7 +16,8 @@ from fp4dit.layer import QuantConv, QuantLayer, wrap
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.reconstruction import load_layers, save_layers
 from fp4dit.rounding import logit, ulp
-from fp4dit.scales import AbsMax, MinMax, TwoSidedAbsMax, parts
+from fp4dit.scales import AbsMax, MinMax, TwoSidedAbsMax
+from fp4dit.scaling import parts
 from fp4dit.transforms import Balance, BalanceSearch, LowRank, TransformSpec
 
 E2M1, INT8, UINT4 = floating(2, 1), integer(8), integer(4, signed=False)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from fp4dit.formats import NumberFormat, floating, fp16, integer
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.rounding import AdaRound, Learner, Stochastic, logit, ulp, ulp_normalised
-from fp4dit.scales import AbsMax, MinMax, Scale, Scaling
+from fp4dit.scales import AbsMax, MinMax
+from fp4dit.scaling import Scale, Scaling
 
 LEARNERS = [logit, ulp, ulp_normalised]
 FORMATS = [floating(2, 1), floating(3, 0), floating(1, 2), floating(3, 4), integer(4), integer(4, signed=False)]

@@ -12,24 +12,18 @@ from torch import Tensor
 from fp4dit.formats import NumberFormat, floating, fp16, integer
 from fp4dit.scales import (
     AbsMax,
-    Affine,
     MinError,
     MinMax,
-    Offset,
     OffsetRange,
     Percentile,
     PreShift,
-    Scale,
     ScaleRule,
-    Scaling,
     SigmaClip,
-    TwoSided,
     TwoSidedAbsMax,
     error,
-    from_parts,
-    parts,
     stored,
 )
+from fp4dit.scaling import Affine, Offset, Scale, Scaling, TwoSided, from_parts, parts
 
 SYMMETRIC = [floating(2, 1), floating(3, 0), floating(3, 4), integer(4), integer(8)]
 UNSIGNED = [integer(4, signed=False), integer(8, signed=False)]

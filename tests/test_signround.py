@@ -15,7 +15,8 @@ from fp4dit.choice import Choice, LeastError
 from fp4dit.formats import Format, floating, fp16, integer, nf4
 from fp4dit.layer import wrap
 from fp4dit.quantizer import Granularity, Quantizer
-from fp4dit.scales import AbsMax, MinMax, OffsetRange, Scale, Scaling, TwoSidedAbsMax, parts
+from fp4dit.scales import AbsMax, MinMax, OffsetRange, TwoSidedAbsMax
+from fp4dit.scaling import Scale, Scaling, parts
 from fp4dit.signround import (
     Shift,
     SignRound,

@@ -16,7 +16,8 @@ from fp4dit.formats import Format
 from fp4dit.grid import Grid, formats
 from fp4dit.layer import QuantLayer
 from fp4dit.quantizer import Quantizer
-from fp4dit.scales import Scaling, anchored, from_parts, parts
+from fp4dit.scales import anchored
+from fp4dit.scaling import Scaling, from_parts, parts
 from fp4dit.tasks.reconstruct import Curve, Examples, Fit, Rounded, check_fit, inputs
 
 Tokens = Float[Tensor, "n k"]
