@@ -113,6 +113,10 @@ class Choice:
     def bits(self) -> float:
         return float(self.formats[0].bits)
 
+    def cost(self, blocks: int) -> int:
+        """Bits that say which format each of so many blocks has; one for a whole tensor is not worth counting."""
+        return math.ceil(math.log2(len(self.formats))) * blocks if self.per == "block" else 0
+
     def choose(self, blocks: Blocks, rule: ScaleRule) -> Index:
         """Which format, by its place in `formats`: one number, or one for each block."""
         costs = self.by(blocks, self.formats, rule)

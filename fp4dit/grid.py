@@ -53,8 +53,8 @@ class Grid(nn.Module):
         return dict(self.named_buffers())
 
     def forward(self, x: Float[Tensor, "..."], rounding: Rounding = nearest) -> Float[Tensor, "..."]:
-        if self.static and self.scaling is None:
-            return x
+        if self.scaling is None:
+            return x if self.static else self.quantizer.settled(x)(x, rounding=rounding)
         return replace(self.quantizer, format=self.format)(x, self.scaling, rounding)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from fp4dit.attention import QuantProcessor
-from fp4dit.choice import Choice
 from fp4dit.errors import UserError
 from fp4dit.formats import Format
 from fp4dit.grid import Clock, Grid, TimedGrid, formats
@@ -223,11 +222,6 @@ def put(name: str, place: Place, rule: Rule, clock: Clock) -> Grid | None:
     """
     if rule.quantizer is None:
         return None
-    if isinstance(rule.quantizer.format, Choice) and not rule.observe:
-        raise UserError(
-            f"the activation rule {rule.match!r} is online, and its format, {rule.quantizer.format.name}, is yet to be "
-            "chosen: make it static (observe), so that calibration chooses, or give it one format"
-        )
     if rule.observe and rule.quantizer.granularity.unit not in ("tensor", "channel"):
         raise UserError(
             f"the activation rule {rule.match!r} is static, so its scales cannot follow tokens: it needs one scale per "

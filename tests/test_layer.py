@@ -200,6 +200,15 @@ def test_a_grid_is_online_and_a_static_one_waits_until_it_was_measured():
     assert not torch.equal(static(small), online(small))
 
 
+def test_an_online_grid_takes_the_better_format_of_each_block():
+    x, granularity = mixture(), Granularity("group", 16)
+    error = lambda y: (x - y).square().view(-1, 16).sum(1)
+    single = torch.stack([error(Quantizer(fmt, granularity)(x)) for fmt in FP4])
+    chosen = error(Grid(Quantizer(Choice(FP4, LeastError(), per="block"), granularity))(x))
+    assert len(single.argmin(0).unique()) > 1
+    torch.testing.assert_close(chosen, single.amin(0), rtol=0, atol=0)
+
+
 @grids
 def test_a_grid_comes_back_from_its_state_dict_in_a_fresh_one(of: Quantizer):
     grid, again, x = Grid(of), Grid(of), mixture()

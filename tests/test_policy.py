@@ -142,10 +142,6 @@ def test_no_activation_rules_change_no_bit(quantized: nn.Module):
         ([Rule("*", TOKEN, observe=Sample(8))], r"'\*' is static.*unit: tensor"),
         ([Rule("*", TENSOR, timed=True)], r"'\*' is timed, so it must be static: give it an observer"),
         (
-            [Rule("*", Quantizer(Choice([E2M1, E3M0], LeastError()), Granularity("row")))],
-            r"'\*' is online, and its format, e2m1\|e3m0, is yet to be chosen: make it static",
-        ),
-        (
             [Rule("*", Quantizer(E2M1, Granularity("channel")), observe=ChannelRange())],
             r"'\*' asks for scales per channel \(unit: channel\), and AbsMax.* does not make them.*PreShift",
         ),
@@ -167,7 +163,6 @@ def test_no_activation_rules_change_no_bit(quantized: nn.Module):
     ids=[
         "static token-wise",
         "timed online",
-        "online choice",
         "channels by rows",
         "channels of no channels",
         "sharing",

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4dit.blockscales import E8M0, NVFP4
-from fp4dit.formats import NumberFormat, floating, fp16, integer
+from fp4dit.choice import Choice, LeastError
+from fp4dit.formats import NumberFormat, floating, fp16, integer, nf4
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.scales import AbsMax, MinMax
 
@@ -106,6 +107,9 @@ def test_memory_layout_does_not_matter(shape: list[int], seed: int):
         (Quantizer(E2M1, Granularity("part", parts=4), AbsMax(fp16)), 4 + 16 / 128),
         (Quantizer(E2M1, Granularity("group", 32), E8M0()), 4.25),
         (Quantizer(E2M1, Granularity("group", 16), NVFP4()), 4.5 + 32 / (512 * 64)),
+        (Quantizer(Choice([E2M1, integer(4)], LeastError()), Granularity("group", 32), E8M0()), 4.25),
+        (Quantizer(Choice([E2M1, integer(4)], LeastError(), "block"), Granularity("group", 32), E8M0()), 4.25 + 1 / 32),
+        (Quantizer(Choice([E2M1, integer(4), nf4], LeastError(), "block"), Granularity("group", 32)), 5 + 2 / 32),
     ],
 )
 def test_effective_bits_count_scales(quantizer: Quantizer, bits: float):

@@ -112,7 +112,7 @@ class Measure(Replay):
             Entry(
                 name,
                 rules[name].match,
-                module.format.name,
+                (module.format if module.held() else module.quantizer.format).name,
                 self.bits(name, module),
                 self.shapes[name].numel(),
             )
