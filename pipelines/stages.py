@@ -20,7 +20,7 @@ from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, load_w
 from fp4dit.resources import hide_loading_bars
 from fp4dit.statistics import interval
 from fp4dit.tasks.activate import Measure, Observe, load_scales_, save_scales
-from fp4dit.tasks.capture import CaptureTask, chunked
+from fp4dit.tasks.capture import Alteration, CaptureTask, as_heard, chunked
 from fp4dit.tasks.generate import GenerateTask
 from fp4dit.tasks.reconstruct import Fit
 from fp4dit.tasks.score import Pairs, ScoreTask
@@ -42,6 +42,7 @@ class Calibration:
     seed: int
     steps: int
     guidance: float
+    alter: Alteration = as_heard
 
     def __post_init__(self) -> None:
         if self.trained < 1 or self.held_out < 1:
@@ -66,7 +67,7 @@ class Capture:
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         c = self.calibration
         (out / "calls").mkdir(exist_ok=True)
-        task = CaptureTask(self.model.load(), out / "calls", c.steps, c.guidance)
+        task = CaptureTask(self.model.load(), out / "calls", c.steps, c.guidance, c.alter)
         runtime.trainer("capture").predict(
             task, one_by_one(chunked(c.prompts(c.trained + c.held_out), c.chunk, c.seed))
         )

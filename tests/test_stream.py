@@ -12,7 +12,7 @@ from fp4dit.calls import Call
 from fp4dit.models.pixart import PixArtPipeline
 from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, split
 from fp4dit.stream import advance, answers, chunks, relative_error, rows
-from fp4dit.tasks.capture import CaptureTask, chunked
+from fp4dit.tasks.capture import CaptureTask, chunked, noise_at_index
 from fp4dit.tasks.reconstruct import Rounded
 from tests import tiny
 
@@ -149,6 +149,19 @@ def test_captured_calls_are_the_samplers_own(pipeline: PixArtPipeline, tmp_path:
     lengths = (state["bias"][:, 0] == 0).sum(1)[:4].tolist()
     words = [len(prompt.split()) + 1 for prompt in tiny.PROMPTS[:2]]  # and the end mark
     assert lengths == [1, 1, *words]  # without the text first, each by its own mask
+
+
+def test_the_released_codes_calls_are_noise_at_the_steps_index(pipeline: PixArtPipeline, tmp_path: Path):
+    task = CaptureTask(pipeline, tmp_path, 3, 4.5, noise_at_index)
+    tiny.trainer()().predict(task, tiny.one_by_one(chunked(tiny.PROMPTS[:2], 2, seed=5)))
+    state = load_calls(tmp_path)
+    latent = state["latent"].unflatten(0, (3, 2, 2))  # steps, with and without the text, prompts
+    assert state["timestep"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert not state["bias"].any()
+    assert torch.equal(latent[:, 0], latent[:, 1])
+    assert len(latent[:, 0].flatten(0, 1).unique(dim=0)) == 3 * 2
+    assert torch.equal(latent[0, 0, 1], torch.randn(latent.shape[3:], generator=torch.Generator().manual_seed(6)))
+    assert abs(latent.std().item() - 1) < 0.05
 
 
 def test_capture_resumes_at_the_chunk(captured: tuple[Path, list[int]], pipeline: PixArtPipeline):

@@ -1,5 +1,6 @@
 """Record what the transformer is given while the real sampler runs."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from fp4dit import calls
 from fp4dit.health import guarded
 from fp4dit.models.base import Pipeline
+from fp4dit.stream import State
 
 
 class Chunk(NamedTuple):
@@ -31,21 +33,50 @@ def chunked(prompts: list[str], size: int, seed: int) -> list[Chunk]:
     ]
 
 
-class CaptureTask(L.LightningModule):
-    """One file per chunk under `out`; a file that is there is not made again."""
+Alteration = Callable[[Sequence[State], Chunk], Sequence[State]]
 
-    def __init__(self, pipeline: Pipeline, out: Path, steps: int, guidance: float) -> None:
+
+def as_heard(states: Sequence[State], chunk: Chunk) -> Sequence[State]:
+    return states
+
+
+def noise_at_index(states: Sequence[State], chunk: Chunk) -> Sequence[State]:
+    """What FP4DiT's released code calibrates PixArt on, for comparison: the latents are noise at every step, the
+    timestep is the step's index, and no token of the text is masked."""
+    generators = [torch.Generator().manual_seed(seed) for seed in chunk.seeds]
+    altered = []
+    for index, state in enumerate(states):
+        latent = state["latent"]
+        noise = torch.stack([torch.randn(latent.shape[1:], generator=generator) for generator in generators])
+        altered.append(
+            state
+            | {
+                "latent": noise.repeat(len(latent) // len(noise), 1, 1, 1).to(latent),  # guidance asks twice
+                "timestep": torch.full_like(state["timestep"], index),
+                "bias": torch.zeros_like(state["bias"]),
+            }
+        )
+    return altered
+
+
+class CaptureTask(L.LightningModule):
+    """One file per chunk under `out`; a file that is there is not made again. What is written may be altered."""
+
+    def __init__(
+        self, pipeline: Pipeline, out: Path, steps: int, guidance: float, alter: Alteration = as_heard
+    ) -> None:
         super().__init__()
-        self.pipeline, self.out, self.steps, self.guidance = pipeline, out, steps, guidance
+        self.pipeline, self.out, self.steps, self.guidance, self.alter = pipeline, out, steps, guidance, alter
 
     def predict_step(self, chunk: Chunk) -> None:
         path = self.out / f"{chunk.first:05}.safetensors"
         if path.exists():
             return
         self.pipeline.to(self.device)
-        with guarded(self.pipeline.dit), calls.listen(self.pipeline.dit) as heard:
+        with guarded(self.pipeline.dit), calls.listen(self.pipeline.dit) as made:
             self.pipeline.sample(chunk.prompts, chunk.seeds, self.steps, self.guidance)
-        states = [self.pipeline.begin(call) for call in heard]
+        states = [self.pipeline.begin(call) for call in made]
         rows = len(states[0]["timestep"])  # guidance asks twice for each prompt
         owner = {"prompt": (torch.arange(rows) % len(chunk.prompts)) + chunk.first}
-        calls.save([{name: value.cpu() for name, value in state.items()} | owner for state in states], path)
+        heard = [{name: value.cpu() for name, value in state.items()} | owner for state in states]
+        calls.save(self.alter(heard, chunk), path)
