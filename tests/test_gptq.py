@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fp4dit.ams import SharedMantissa
 from fp4dit.blockscales import E8M0, NVFP4
 from fp4dit.calls import Call
 from fp4dit.choice import Choice, LeastError
+from fp4dit.errors import UserError
 from fp4dit.formats import Format, floating, fp16, integer, nf4
 from fp4dit.gptq import Order, as_given, gptq, largest_first
 from fp4dit.layer import QuantLayer, wrap
@@ -262,3 +264,9 @@ def test_fit_beats_nearest_on_held_out_rows_and_leaves_hard_weights():
     for better in (plain, ordered):
         assert better[0] < 0.5 * nearest[0]
         assert better[1] < nearest[1]
+
+
+def test_values_that_share_a_bit_are_refused_before_any_work():
+    layer = QuantLayer(nn.Linear(8, 4), Quantizer(SharedMantissa(floating(2, 2), 4, "short"), Granularity("row")))
+    with pytest.raises(UserError, match="e2m2_share4 shares a bit between 4: choose rounding=nearest"):
+        SecondOrder().check([layer])

@@ -1,6 +1,6 @@
 """Fit hard weights by the second moment of their inputs: one pass over the calibration rows, and no gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import lightning as L
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fp4dit.gptq import Matrix, Order, as_given, gptq
 from fp4dit.layer import QuantLayer
-from fp4dit.tasks.reconstruct import Curve, Examples, inputs
+from fp4dit.tasks.reconstruct import Curve, Examples, blank, inputs
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class SecondOrder:
     block: int = 128
     order: Order = as_given
     batch: int = 16
+
+    def check(self, layers: Sequence[QuantLayer]) -> None:
+        """Raises UserError for a format in which a value depends on its neighbours: channels are rounded one by one."""
+        for block, fmt, _ in blank(layers):
+            fmt.bracket(block)
 
     def __call__(
         self, module: nn.Module, layers: list[QuantLayer], examples: Examples, trainer: Callable[..., L.Trainer]
