@@ -1,0 +1,119 @@
+"""Seconds and memory of a step of AdaRound on a block of PixArt: `python -m benchmarks.adaround [width tokens batch]`.
+
+Without arguments the shipped model's block as the laptop's budget learns it, then PixArt-alpha's for one image of 512
+pixels. Beside it in the same run what no reconstruction can do without: the block forwards, and backwards to its
+weights, in the precision it has. The block's inputs are random; each part has a process of its own, whose peak it is.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import repeat
+from multiprocessing import get_context
+
+import lightning as L
+import torch
+from diffusers import PixArtTransformer2DModel
+from torch import nn
+
+from fp4dit import policy
+from fp4dit.calls import Call
+from fp4dit.formats import floating, fp16
+from fp4dit.policy import Rule
+from fp4dit.quantizer import Granularity, Quantizer
+from fp4dit.rounding import Learner, logit, ulp
+from fp4dit.scales import AbsMax
+from fp4dit.stream import Unit
+from fp4dit.tasks.reconstruct import Examples, Learnt, Relative
+from pipelines.runtime import Runtime
+
+SIZES: list[tuple[int, ...]] = [(256, 64, 16), (1152, 1024, 1)]
+HEAD, TEXT, STEPS = 64, 120, 6
+GROUPS = [Rule("*", Quantizer(floating(2, 1), Granularity("group", 128), AbsMax(fp16)))]
+
+
+class Stopwatch(L.Callback):
+    """When each step began."""
+
+    def __init__(self) -> None:
+        self.began: list[float] = []
+
+    def on_train_batch_start(self, *_: object) -> None:
+        self.began.append(time.perf_counter())
+
+
+def block(width: int) -> nn.Module:
+    heads = {"num_attention_heads": width // HEAD, "attention_head_dim": HEAD, "cross_attention_dim": width}
+    dit = PixArtTransformer2DModel(num_layers=1, sample_size=8, use_additional_conditions=False, **heads)
+    return dit.transformer_blocks[0].requires_grad_(False)
+
+
+def examples(module: nn.Module, width: int, tokens: int, batch: int) -> Examples:
+    given = {
+        "hidden": torch.randn(batch, tokens, width),
+        "text": torch.randn(batch, TEXT, width),
+        "modulation": torch.randn(batch, 6 * width) / 10,
+    }
+    call = lambda s: Call((s["hidden"],), {"encoder_hidden_states": s["text"], "timestep": s["modulation"]})
+    with torch.no_grad():
+        answer = call(given)(module)
+    return Examples(Unit("", call, ("hidden",)), given, {"hidden": answer}, torch.arange(batch))
+
+
+def bare(module: nn.Module, given: Examples, batch: int) -> float:
+    """Seconds of a forward and backward pass to all weights."""
+    module.requires_grad_(True)
+    example, seconds = given.at(torch.arange(batch)), []
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        (example.call(module) - example.target[0]).square().mean().backward()
+        seconds.append(time.perf_counter() - began)
+    module.requires_grad_(False)
+    return min(seconds[1:])
+
+
+def learnt(module: nn.Module, given: Examples, batch: int, learner: Learner) -> float:
+    """Seconds of a step."""
+    layers = policy.quantize_weights_(module, policy.assign(policy.layers(module), GROUPS))
+    for layer in layers.values():
+        layer.prepare()
+    watch, adam = Stopwatch(), partial(torch.optim.Adam, lr=1e-2)
+    trainer = Runtime({"accelerator": "cpu", "devices": 1}, "none").trainer
+    fit = Learnt(learner, adam, Relative(), STEPS, batch, precision="bf16-mixed")
+    fit(module, list(layers.values()), given, partial(trainer, "", callbacks=[watch]))
+    return min(b - a for a, b in zip(watch.began[1:], watch.began[2:], strict=False))
+
+
+PARTS: dict[str, Callable[[nn.Module, Examples, int], float]] = {
+    "forward and backward": bare,
+    "AdaRound": partial(learnt, learner=logit),
+    "scale-aware AdaRound": partial(learnt, learner=ulp),
+}
+
+
+def measure(part: str, width: int, tokens: int, batch: int) -> str:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    module = block(width)
+    given = examples(module, width, tokens, batch)
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = PARTS[part](module, given, batch)
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024
+    return f"  {part:22} {1000 * seconds:8.0f} ms a step, {more:6.0f} MiB more than before it"
+
+
+def main(sizes: list[tuple[int, ...]]) -> None:
+    for width, tokens, batch in sizes:
+        print(f"a block of width {width}, {batch} x {tokens} tokens, one core")
+        # A process for each, for the peak of one only ever rises.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+            for line in pool.map(measure, PARTS, repeat(width), repeat(tokens), repeat(batch)):
+                print(line, flush=True)
+
+
+if __name__ == "__main__":
+    given = tuple(map(int, sys.argv[1:]))
+    main([given] if given else SIZES)
