@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fp4dit.choice import Choice
+from fp4dit.clock import Clock
 from fp4dit.formats import Format
 from fp4dit.quantizer import Quantizer
 from fp4dit.rounding import Rounding, nearest
@@ -70,21 +71,6 @@ def formats(quantizer: Quantizer) -> list[Format]:
     return list(quantizer.format.formats) if isinstance(quantizer.format, Choice) else [quantizer.format]
 
 
-class Clock:
-    """The timestep that the model is at, for what depends on it."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def follow(self, model: nn.Module) -> None:
-        """Reads the timestep of every call of `model`."""
-        read = lambda _m, _args, kwargs: self.set(kwargs["timestep"])
-        model.register_forward_pre_hook(read, with_kwargs=True)
-
-    def set(self, timestep: Tensor) -> None:
-        self.now = float(timestep.flatten()[0])
-
-
 class TimedGrid(Grid):
     """A static grid with scales of its own for each timestep; between those measured, the nearest one's."""
 
@@ -108,5 +94,5 @@ class TimedGrid(Grid):
         timesteps = held.pop("timesteps", None)
         if timesteps is None:
             return held
-        index = (timesteps - self.clock.now).abs().argmin()
+        index = (timesteps - self.clock.now[0]).abs().argmin()
         return {name: value[index] for name, value in held.items()}

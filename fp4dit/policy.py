@@ -1,5 +1,6 @@
 """Which quantizer each layer gets, by name, and an audit of what happened."""
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fp4dit.attention import QuantProcessor
+from fp4dit.clock import Clock
 from fp4dit.errors import UserError
 from fp4dit.formats import Format
-from fp4dit.grid import Clock, Grid, TimedGrid, formats
+from fp4dit.grid import Grid, TimedGrid, formats
 from fp4dit.layer import QuantLayer, check_source, wrap
 from fp4dit.observers import Observer
 from fp4dit.quantizer import Granularity, Quantizer
+from fp4dit.ranges import Ranges, names, whole
 from fp4dit.transforms import Transform, TransformSpec
 
 
@@ -23,7 +26,8 @@ from fp4dit.transforms import Transform, TransformSpec
 class Rule:
     """Names like `match` (shell wildcards) get `quantizer`; None leaves them as they are.
 
-    A weight rule may have `transforms`, which the layer's weight and input go through first. An activation rule with
+    A weight rule may have `transforms`, which the layer's weight and input go through first, and `ranges`, timesteps
+    after which the layer is another: transforms, weight and all. An activation rule with
     `observe` is static: its scaling is chosen once, from what that notes of the calibration calls, and once for each
     timestep if it is `timed`. Else it is online.
     """
@@ -31,6 +35,7 @@ class Rule:
     match: str
     quantizer: Quantizer | None
     transforms: Sequence[TransformSpec] = ()
+    ranges: Sequence[int | float] = ()
     observe: Observer | None = None
     timed: bool = False
 
@@ -47,10 +52,10 @@ def everywhere(
 ) -> list[Rule]:
     """One quantizer for all layers but some.
 
-    Names like `by_row` get one scale per row instead, and no transforms; names in `formats` another format; those in
-    `leave` stay as they are. `others` are what a `Rule` takes.
+    Names like `by_row` get one scale per row instead, no transforms and no ranges; names in `formats` another format;
+    those in `leave` stay as they are. `others` are what a `Rule` takes.
     """
-    plain = {key: value for key, value in others.items() if key != "transforms"}
+    plain = {key: value for key, value in others.items() if key not in ("transforms", "ranges")}
     return [
         *(Rule(match, None) for match in leave),
         *(Rule(match, replace(quantizer, granularity=Granularity("row")), **plain) for match in by_row),
@@ -88,7 +93,7 @@ def assign(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, Rule]:
 
 
 def first(name: str, rules: Sequence[Rule]) -> Rule | None:
-    return next((rule for rule in rules if fnmatchcase(name, rule.match)), None)
+    return next((rule for rule in rules if fnmatchcase(whole(name), rule.match)), None)
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -120,9 +125,10 @@ def entry(name: str, layer: nn.Module, rule: Rule | None) -> Entry:
     if rule is None or rule.quantizer is None:
         return Entry(name, rule.match if rule else "-", "fp16", 16.0, weight.numel())
     shape = torch.Size([len(weight), weight[0].numel()])
-    bits = bits_of(name, rule.match, rule.quantizer, shape)
     kept = sum(transform.bits() for transform in transforms_of(name, rule, shape))
-    return Entry(name, rule.match, rule.quantizer.format.name, bits + kept / weight.numel(), weight.numel())
+    bits = bits_of(name, rule.match, rule.quantizer, shape) + kept / weight.numel()
+    copies = 1 + len(rule.ranges)
+    return Entry(name, rule.match, rule.quantizer.format.name, copies * bits, weight.numel())
 
 
 def bits_of(name: str, rule: str, quantizer: Quantizer, shape: torch.Size) -> float:
@@ -144,16 +150,25 @@ def transforms_of(name: str, rule: Rule, shape: torch.Size) -> list[Transform]:
         raise UserError(f"{name} (rule {rule.match!r}): {error}") from error
 
 
-def quantize_weights_(model: nn.Module, rules: Mapping[str, Rule], check: bool = True) -> dict[str, QuantLayer]:
-    """Wrap the layers that `rules` names, in place. Their weights are prepared and rounded by whoever fits them."""
-    made = {}
+def quantize_weights_(
+    model: nn.Module, rules: Mapping[str, Rule], check: bool = True, clock: Clock | None = None
+) -> dict[str, QuantLayer]:
+    """Wrap the layers that `rules` names, in place. Their weights are prepared and rounded by whoever fits them.
+
+    `clock` is that of the model, for rules with ranges of timesteps.
+    """
+    made: dict[str, QuantLayer] = {}
     for name, rule in rules.items():
         if rule.quantizer is not None:
             layer = model.get_submodule(name)
             if check and not layer.weight.isfinite().all():  # pyright: ignore[reportCallIssue]
                 raise UserError(f"the weight of {name} holds NaN or infinity: the checkpoint is damaged")
-            made[name] = wrap(layer, rule.quantizer, rule.transforms)  # pyright: ignore[reportArgumentType]
-            model.set_submodule(name, made[name])
+            quantized = wrap(layer, rule.quantizer, rule.transforms)
+            if rule.ranges:
+                others = [wrap(copy.deepcopy(layer), rule.quantizer, rule.transforms) for _ in rule.ranges]
+                quantized = Ranges([quantized, *others], rule.ranges, clock or Clock())
+            model.set_submodule(name, quantized)
+            made |= names(name, quantized)
     return made
 
 

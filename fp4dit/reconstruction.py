@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fp4dit import calls, policy
+from fp4dit.clock import Clock
 from fp4dit.grid import Grid
 from fp4dit.health import not_finite
 from fp4dit.layer import QuantLayer
 from fp4dit.models.base import Pipeline
 from fp4dit.policy import Rule
+from fp4dit.ranges import shares, whole
 from fp4dit.stream import State, Unit, advance, relative_error, rows
 from fp4dit.tasks.reconstruct import Examples, Fit, check_fit
 
@@ -82,11 +84,12 @@ class Reconstruction:
     def run(self, state: State, trainer: Callable[[str], TrainerFactory]) -> list[dict]:
         """The units' reports, in order. `trainer` makes the Trainers for what it is told is being done."""
         original, quantized, reports = state, dict(state), []
-        units = self.pipeline.units()
+        clock = Clock()
+        units = [clock.told(unit) for unit in self.pipeline.units()]
         for number, unit in enumerate(units, 1):
             teacher = copy.deepcopy(self.pipeline.dit.get_submodule(unit.module))
             target = self.forward(teacher, unit, original)
-            layers = policy.quantize_weights_(self.pipeline.dit, within(self.rules, unit))
+            layers = policy.quantize_weights_(self.pipeline.dit, within(self.rules, unit), clock=clock)
             policy.quantize_inputs_(layers, self.activation)
             module = self.pipeline.dit.get_submodule(unit.module)
             path = self.out / f"{number:03}_{unit.module}.json"
@@ -111,11 +114,13 @@ class Reconstruction:
 
     def prepare(self, unit: Unit, teacher: nn.Module, layers: Mapping[str, QuantLayer], examples: Examples) -> None:
         """Choose scales, and fit transforms, where there are any, to what the layers of the original are given here."""
-        local = {name: name.removeprefix(unit.module).lstrip(".") for name in layers}
-        wanted = [local[name] for name, layer in layers.items() if layer.wants_inputs]
-        seen = sample_inputs(teacher, wanted, examples, self.sample)
-        for name, layer in layers.items():
-            layer.prepare(seen.get(local[name]))
+        wanted = {whole(name) for name, layer in layers.items() if layer.wants_inputs}
+        local = {name: name.removeprefix(unit.module).lstrip(".") for name in map(whole, layers)}
+        index = examples.trained[:: max(1, len(examples.trained) // self.sample)]
+        seen = sample_inputs(teacher, [local[name] for name in wanted], examples, index)
+        for name, inside in local.items():
+            for layer, its in shares(self.pipeline.dit.get_submodule(name), examples.inputs["timestep"][index]):
+                layer.prepare(seen[inside][its] if name in wanted else None)
 
     def forward(self, module: nn.Module, unit: Unit, state: State) -> State:
         device = self.pipeline.device
@@ -129,9 +134,9 @@ class Reconstruction:
 
 @torch.no_grad()
 def sample_inputs(
-    teacher: nn.Module, names: Iterable[str], examples: Examples, count: int
+    teacher: nn.Module, names: Iterable[str], examples: Examples, index: Int[Tensor, "n"]
 ) -> dict[str, Float[Tensor, "n ..."]]:
-    """The inputs of the teacher's layers at about `count` of the rows to learn from, evenly spread."""
+    """The inputs of the teacher's layers at the given rows."""
     seen: dict[str, Tensor] = {}
 
     def hook(name: str, given: tuple[Tensor, ...]) -> None:
@@ -142,8 +147,7 @@ def sample_inputs(
         for name in names
     ]
     if handles:
-        few = examples.at(examples.trained[:: max(1, len(examples.trained) // count)])
-        few.call.to(next(teacher.parameters()).device)(teacher)
+        examples.at(index).call.to(next(teacher.parameters()).device)(teacher)
     for handle in handles:
         handle.remove()
     return seen
@@ -178,7 +182,10 @@ def load_weights_(
     pipeline: Pipeline, weight: Sequence[Rule], activation: Sequence[Rule], folder: Path
 ) -> tuple[dict[str, Grid], dict[str, Rule]]:
     """Quantize the model in place to what a reconstruction left in `folder`; the activations' grids and their rules."""
-    layers = policy.quantize_weights_(pipeline.dit, policy.assign(policy.layers(pipeline.dit), weight))
+    clock = Clock()
+    clock.follow(pipeline.dit)
+    rules = policy.assign(policy.layers(pipeline.dit), weight)
+    layers = policy.quantize_weights_(pipeline.dit, rules, clock=clock)
     activations = policy.quantize_activations_(pipeline.dit, activation)
     for number, unit in enumerate(pipeline.units(), 1):
         load_layers(within(layers, unit), folder / f"{number:03}_{unit.module}.safetensors")

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fp4dit.choice import Choice, LeastError
+from fp4dit.clock import Clock
 from fp4dit.errors import UserError
 from fp4dit.formats import NumberFormat, floating, fp16, integer
-from fp4dit.grid import Clock, Grid, TimedGrid
+from fp4dit.grid import Grid, TimedGrid
 from fp4dit.hadamard import Hadamard
 from fp4dit.layer import QuantConv, QuantLayer, wrap
 from fp4dit.quantizer import Granularity, Quantizer
@@ -266,12 +267,12 @@ def test_each_timestep_has_the_scales_of_its_own_values_and_others_the_nearest_o
 
 def test_a_clock_follows_the_calls_of_its_model():
     class Model(nn.Module):
-        def forward(self, x: Tensor, timestep: Tensor) -> float:
-            return clock.now
+        def forward(self, x: Tensor, timestep: Tensor) -> list[float]:
+            return clock.now.tolist()
 
     clock, model = Clock(), Model()
     clock.follow(model)
-    assert [model(torch.zeros(2), timestep=torch.tensor([t, t])) for t in (901, 13)] == [901.0, 13.0]
+    assert [model(torch.zeros(2), timestep=torch.tensor([t, 7])) for t in (901, 13)] == [[901.0, 7.0], [13.0, 7.0]]
 
 
 CHAINS = [

@@ -247,9 +247,9 @@ def learns(learner: Callable) -> Fit:
 
 BLOCKWISE = Choice([E2M1, E3M0], LeastError(), per="block")
 BAD_FITS = {
-    "learnt": (SHARED, learns(ulp), r"learnt rounding .* e2m2_share4 shares a bit .*: choose rounding=nearest"),
-    "layer by layer": (SHARED, Layerwise(learns(logit)), r"learnt rounding .* e2m2_share4 shares"),
-    "weighed, then learnt": (SHARED, Weighed(learns(logit)), r"learnt rounding .* e2m2_share4 shares"),
+    "learnt": (SHARED, learns(ulp), r"this rounding .* e2m2_share4 shares a bit .*: choose rounding=nearest"),
+    "layer by layer": (SHARED, Layerwise(learns(logit)), r"this rounding .* e2m2_share4 shares"),
+    "weighed, then learnt": (SHARED, Weighed(learns(logit)), r"this rounding .* e2m2_share4 shares"),
     "at random": (SHARED, Rounded(Stochastic()), r"e2m2_share4 shares a bit"),
     "searched": (
         BLOCKWISE,

@@ -1,0 +1,42 @@
+"""The timestep that a model is at, for what depends on it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp4dit.calls import Call
+from fp4dit.stream import Unit
+
+
+class Clock:
+    """The timestep of each row of the batch at hand; of all rows, if there is one number."""
+
+    def __init__(self) -> None:
+        self.now = torch.zeros(1)
+
+    def follow(self, model: nn.Module) -> None:
+        """Reads the timestep of every call of `model`."""
+        read: Callable[..., None] = lambda _m, _args, kwargs: self.set(kwargs["timestep"])
+        model.register_forward_pre_hook(read, with_kwargs=True)
+
+    def set(self, timestep: Tensor) -> None:
+        self.now = timestep.detach().flatten().float()
+
+    def told(self, unit: Unit) -> Unit:
+        """The unit, whose calls set this clock before they reach its module."""
+        return replace(unit, call=lambda s: Timed(**vars(unit.call(s)), clock=self, timestep=s["timestep"]))
+
+
+@dataclass(frozen=True)
+class Timed(Call):
+    """A call of a part of the model, which is not told the time by its arguments."""
+
+    clock: Clock
+    timestep: Tensor
+
+    def __call__(self, module: nn.Module) -> Any:
+        self.clock.set(self.timestep)
+        return super().__call__(module)
