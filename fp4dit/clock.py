@@ -30,6 +30,14 @@ class Clock:
         return replace(unit, call=lambda s: Timed(**vars(unit.call(s)), clock=self, timestep=s["timestep"]))
 
 
+def tell(model: nn.Module, timestep: Tensor) -> None:
+    """Sets the clocks that modules of `model` read, for calls of its parts."""
+    for module in model.modules():
+        clock = getattr(module, "clock", None)
+        if isinstance(clock, Clock):
+            clock.set(timestep)
+
+
 @dataclass(frozen=True)
 class Timed(Call):
     """A call of a part of the model, which is not told the time by its arguments."""

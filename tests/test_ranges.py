@@ -16,7 +16,8 @@ from fp4dit.models.pixart import PixArtPipeline
 from fp4dit.policy import Rule, everywhere
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.ranges import Ranges, names, shares, whole
-from fp4dit.reconstruction import Reconstruction, load_calls, load_weights_, split
+from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, load_weights_, split
+from fp4dit.tasks.activate import Measure
 from fp4dit.tasks.capture import CaptureTask, chunked
 from fp4dit.tasks.reconstruct import Rounded
 from fp4dit.transforms import Balance
@@ -81,6 +82,13 @@ def test_a_model_with_ranges_is_reconstructed_and_comes_back(
     assert isinstance(layer, Ranges)
     early, late = (part.transforms[0].divisor for part in layer.layers)
     assert not torch.equal(early, late)
+
+    replayed = copy.deepcopy(loaded)
+    activations, _ = load_weights_(replayed, rules, [Rule("*.proj", FOUR)], out)
+    measure = Measure(replayed, activations)
+    tiny.trainer()().test(measure, tiny.one_by_one(load_steps(tmp_path, 3)[1]), verbose=False)
+    seen = {(row["layer"].rpartition(".")[2], float(row["timestep"]) > 500) for row in measure.sqnr()}
+    assert seen & {("0", True), ("0", False), ("1", True), ("1", False)} == {("0", False), ("1", True)}
 
     fresh = copy.deepcopy(loaded)
     load_weights_(fresh, rules, [], out)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fp4dit.clock import tell
 from fp4dit.errors import UserError
 from fp4dit.grid import Grid, TimedGrid
 from fp4dit.models.base import Pipeline
@@ -38,9 +39,7 @@ class Replay(L.LightningModule):
     def test_step(self, state: State) -> None:
         self.pipeline.to(self.device)
         timestep = float(state["timestep"][0])
-        for module in self.activations.values():
-            if isinstance(module, TimedGrid):
-                module.clock.set(state["timestep"])
+        tell(self.pipeline.dit, state["timestep"])
         with hooked(self.activations, lambda name, x, out: self.see(name, timestep, x, out)):
             for unit in self.pipeline.units():
                 module = self.pipeline.dit.get_submodule(unit.module)
