@@ -6,7 +6,7 @@ from functools import reduce
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -18,15 +18,24 @@ class Observer(Protocol):
     def gather(self, notes: Sequence[Tensor]) -> Tensor: ...
 
 
+def spread(n: int, count: int) -> Int[Tensor, "m"]:
+    """At most `count` of n places, ascending: multiples of the golden ratio. They are evenly spread and, other than
+    every kth place, in step with nothing, be it the channels of a token or the tokens of an image."""
+    if n <= count:
+        return torch.arange(n)
+    return (torch.arange(1, count + 1, dtype=torch.float64) * (5**0.5 - 1) / 2 % 1 * n).long().unique()
+
+
 @dataclass(frozen=True)
 class Sample:
-    """About `count` values of each call, evenly spaced in memory, and its two extremes."""
+    """At most `count` values of each call, evenly spread, and its two extremes."""
 
     count: int = 1024
 
     def note(self, x: Float[Tensor, "..."]) -> Float[Tensor, "c"]:
         flat = x.flatten()
-        return torch.cat([flat[:: max(1, len(flat) // self.count)], flat.min()[None], flat.max()[None]]).float().cpu()
+        some = flat[spread(len(flat), self.count).to(flat.device)]
+        return torch.cat([some, flat.min()[None], flat.max()[None]]).float().cpu()
 
     def gather(self, notes: Sequence[Tensor]) -> Float[Tensor, "n"]:
         return torch.cat(list(notes))

@@ -19,6 +19,7 @@ from fp4dit.grid import Grid
 from fp4dit.health import not_finite
 from fp4dit.layer import QuantLayer
 from fp4dit.models.base import Pipeline
+from fp4dit.observers import spread
 from fp4dit.policy import Rule
 from fp4dit.ranges import shares, whole
 from fp4dit.stream import State, Unit, advance, relative_error, rows
@@ -116,7 +117,7 @@ class Reconstruction:
         """Choose scales, and fit transforms, where there are any, to what the layers of the original are given here."""
         wanted = {whole(name) for name, layer in layers.items() if layer.wants_inputs}
         local = {name: name.removeprefix(unit.module).lstrip(".") for name in map(whole, layers)}
-        index = examples.trained[:: max(1, len(examples.trained) // self.sample)]
+        index = examples.trained[spread(len(examples.trained), self.sample)]
         seen = sample_inputs(teacher, [local[name] for name in wanted], examples, index)
         for name, inside in local.items():
             for layer, its in shares(self.pipeline.dit.get_submodule(name), examples.inputs["timestep"][index]):

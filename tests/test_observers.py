@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given as tried
+from hypothesis import strategies as st
 from scipy.signal import lfilter
 from torch import Tensor
 
-from fp4dit.observers import ChannelRange, MovingRange, Observer, Sample
+from fp4dit.observers import ChannelRange, MovingRange, Observer, Sample, spread
 
 
 def calls(count: int = 7) -> list[Tensor]:
@@ -31,6 +33,24 @@ def test_channel_ranges_are_those_of_all_tokens_together():
     assert torch.equal(observed(ChannelRange(), given), torch.stack([tokens.amin(0), tokens.amax(0)]))
 
 
+@tried(st.integers(1, 10**6), st.integers(1, 2000))
+def test_places_are_spread_evenly(n: int, count: int):
+    places = spread(n, count)
+    assert 0.7 * min(n, count) <= len(places) <= min(n, count)
+    assert (places.diff() > 0).all()
+    ends = torch.cat([torch.tensor([-1]), places, torch.tensor([n])])
+    assert ends.diff().max() <= 2 + 2.7 * n / count
+
+
+@pytest.mark.parametrize("period", [2, 3, 7, 16, 64, 256])
+@pytest.mark.parametrize("periods", [16, 60, 1000, 1024])
+def test_places_are_in_step_with_no_period(period: int, periods: int):
+    """Every kth place of rows of 256 channels might be channel 0 of each."""
+    count = 16 * period
+    seen = (spread(period * periods, count) % period).bincount(minlength=period)
+    assert seen.min() >= min(periods, 16) / 4
+
+
 @pytest.mark.parametrize("count", [1, 16, 1000])
 def test_a_sample_holds_values_of_every_call_and_all_extremes(count: int):
     given = calls()
@@ -41,7 +61,7 @@ def test_a_sample_holds_values_of_every_call_and_all_extremes(count: int):
         of_this = torch.isin(x, found)
         assert of_this[x == x.max()].all()
         assert of_this[x == x.min()].all()
-        assert of_this.sum() >= min(count, x.numel())
+        assert of_this.sum() >= min(0.9 * count, x.numel())
     assert (found.min(), found.max()) == (together.min(), together.max())
     assert len(found) <= len(given) * (2 * count + 2)
 

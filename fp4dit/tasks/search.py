@@ -15,6 +15,7 @@ from fp4dit.errors import UserError
 from fp4dit.formats import Format
 from fp4dit.grid import Grid, formats
 from fp4dit.layer import QuantLayer
+from fp4dit.observers import spread
 from fp4dit.quantizer import Quantizer
 from fp4dit.scales import anchored
 from fp4dit.scaling import Scaling, from_parts, parts
@@ -130,7 +131,7 @@ class OutputSearch:
             for kept, x in zip(found, seen, strict=True):
                 if x is not None:
                     part = x.flatten(0, 1)
-                    kept.append(part[:: max(1, len(part) // n)][:n].float())
+                    kept.append(part[spread(len(part), n).to(part.device)].float())
         for layer, grid in zip(layers, grids, strict=True):
             layer.activation = grid
         return [torch.cat(kept) if kept else None for kept in found]
