@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,40 +12,56 @@ import torch
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from fp4dit import calls, policy
+from fp4dit import policy
 from fp4dit.clock import Clock
+from fp4dit.columns import Captured, Column, Room, captured
 from fp4dit.grid import Grid
-from fp4dit.health import not_finite
 from fp4dit.layer import QuantLayer
 from fp4dit.models.base import Pipeline
 from fp4dit.observers import spread
 from fp4dit.policy import Rule
 from fp4dit.ranges import shares, whole
-from fp4dit.stream import State, Unit, advance, relative_error, rows
+from fp4dit.stream import Columns, State, Unit, advance, relative_error, rows
 from fp4dit.tasks.reconstruct import Examples, Fit, check_fit
 
 T = TypeVar("T")
 TrainerFactory = Callable[..., L.Trainer]
 
 
-def load_calls(folder: Path) -> State:
+def load_calls(folder: Path, room: Room | None = None) -> dict[str, Column]:
     """Every captured call as a row, by file and step. Column `prompt` says whose it is."""
-    states = [state for path in sorted(folder.glob("*.safetensors")) for state in calls.load(path)]
-    return {name: torch.cat([state[name] for state in states]) for name in states[0]}
+    room = room or Room()
+    return {name: room.load(column) for name, column in captured(folder).items()}
 
 
-def load_steps(folder: Path, trained: int) -> tuple[list[State], list[State]]:
+def load_steps(folder: Path, trained: int) -> tuple["Steps", "Steps"]:
     """Every captured step, with the rows of the first `trained` prompts, and with those of the others."""
-    states = [state for path in sorted(folder.glob("*.safetensors")) for state in calls.load(path)]
-    parts = [(state, split(state, trained)) for state in states]
-    ours, others = ([rows(state, part[i]) for state, part in parts if len(part[i])] for i in (0, 1))
-    return ours, others
+    columns = captured(folder)
+    ours, others = split(columns, trained)
+    return Steps(columns, ours), Steps(columns, others)
 
 
-def split(state: State, trained: int) -> tuple[Int[Tensor, "n"], Int[Tensor, "m"]]:
+class Steps(Dataset[State]):
+    """The given rows of captured calls, step by step: an item holds those that the model was given at once."""
+
+    def __init__(self, columns: Mapping[str, Captured], index: Int[Tensor, "n"]) -> None:
+        by_step: dict[tuple[Path, int], list[int]] = {}
+        for i in index.tolist():
+            by_step.setdefault(columns["prompt"].places[i][:2], []).append(i)
+        self.columns, self.steps = columns, [torch.tensor(step) for step in by_step.values()]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> State:
+        return rows(self.columns, self.steps[index])
+
+
+def split(columns: Columns, trained: int) -> tuple[Int[Tensor, "n"], Int[Tensor, "m"]]:
     """The rows of the first `trained` prompts, and those of the others."""
-    first = state["prompt"] < trained
+    first = columns["prompt"][:] < trained
     return first.nonzero().flatten(), (~first).nonzero().flatten()
 
 
@@ -69,7 +85,8 @@ class Reconstruction:
 
     `trained` and `held_out` are rows of the calls: to learn from, and to measure on. The models are advanced
     `size` rows at a time. What depends on a layer's inputs, as transforms do, is fitted to `sample` rows, spread over
-    those trained on. Rules for `activation` quantize the layers' inputs while their weights are learnt.
+    those trained on. Rules for `activation` quantize the layers' inputs while their weights are learnt. What flows
+    between units takes its place in `room`.
     """
 
     pipeline: Pipeline
@@ -81,10 +98,11 @@ class Reconstruction:
     out: Path
     sample: int = 64
     activation: Sequence[Rule] = ()
+    room: Room = field(default_factory=Room)
 
-    def run(self, state: State, trainer: Callable[[str], TrainerFactory]) -> list[dict]:
+    def run(self, columns: Columns, trainer: Callable[[str], TrainerFactory]) -> list[dict]:
         """The units' reports, in order. `trainer` makes the Trainers for what it is told is being done."""
-        original, quantized, reports = state, dict(state), []
+        original, quantized, reports = {**columns}, {**columns}, []
         clock = Clock()
         units = [clock.told(unit) for unit in self.pipeline.units()]
         for number, unit in enumerate(units, 1):
@@ -123,14 +141,9 @@ class Reconstruction:
             for layer, its in shares(self.pipeline.dit.get_submodule(name), examples.inputs["timestep"][index]):
                 layer.prepare(seen[inside][its] if name in wanted else None)
 
-    def forward(self, module: nn.Module, unit: Unit, state: State) -> State:
-        device = self.pipeline.device
-        answer = advance(module.to(device), unit, state, self.size, device)  # a Trainer leaves its module on the CPU
-        for value in answer.values():
-            bad = ~value.isfinite().flatten(1).all(1)
-            if bad.any():
-                raise not_finite(unit.module, float(state["timestep"][bad][0]))
-        return answer
+    def forward(self, module: nn.Module, unit: Unit, columns: Columns) -> dict[str, Column]:
+        device = self.pipeline.device  # a Trainer leaves its module on the CPU
+        return advance(module.to(device), unit, columns, self.size, device, self.room)
 
 
 @torch.no_grad()

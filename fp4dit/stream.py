@@ -4,15 +4,19 @@ To reconstruct unit k one needs its input in the quantized model and its answer 
 models are advanced side by side, unit by unit, over all calibration calls: two passes in all, whatever the depth.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from fp4dit.calls import Call
+from fp4dit.columns import Column, Index, OnDisk, Room, write
+from fp4dit.health import not_finite
 
-State = dict[str, Tensor]  # every tensor has one row per calibration call
+State = dict[str, Tensor]  # rows of calibration calls, by what they are
+Columns = Mapping[str, Column]  # all rows, which may lie in files
 
 
 @dataclass(frozen=True)
@@ -32,31 +36,44 @@ def answers(output: Tensor | tuple) -> tuple[Tensor, ...]:
     return (output,) if isinstance(output, Tensor) else tuple(output)
 
 
-def rows(state: Mapping[str, Tensor], index: slice | Tensor) -> State:
-    return {name: value[index] for name, value in state.items()}
+def rows(columns: Columns, index: Index) -> State:
+    return {name: value[index] for name, value in columns.items()}
 
 
-def chunks(state: Mapping[str, Tensor], size: int) -> Iterator[State]:
-    total = len(next(iter(state.values())))
-    for start in range(0, total, size):
-        yield rows(state, slice(start, start + size))
+def count(columns: Columns) -> int:
+    return len(next(iter(columns.values())))
 
 
 @torch.no_grad()
-def advance(module: nn.Module, unit: Unit, state: Mapping[str, Tensor], size: int, device: torch.device | str) -> State:
-    """The answers of `module` for every row, `size` rows at a time, on the CPU."""
-    parts = []
-    for part in chunks(state, size):
+def advance(
+    module: nn.Module, unit: Unit, columns: Columns, size: int, device: torch.device | str, room: Room | None = None
+) -> dict[str, Column]:
+    """The answers of `module` for every row, `size` rows at a time, on the CPU or in files.
+
+    Raises:
+        UserError: if one is no number.
+    """
+    room, total = room or Room(), count(columns)
+    made: dict[str, Tensor | OnDisk] = {}
+    for start in range(0, total, size):
+        part = rows(columns, slice(start, start + size))
         call = unit.call({name: value.to(device) for name, value in part.items()})
-        parts.append([answer.cpu() for answer in answers(call(module))])
-    return {name: torch.cat(column) for name, column in zip(unit.answer, zip(*parts, strict=True), strict=True)}
+        for name, answer in zip(unit.answer, answers(call(module)), strict=True):
+            bad = ~answer.isfinite().flatten(1).all(1)
+            if bad.any():
+                raise not_finite(unit.module, float(part["timestep"][bad.cpu()][0]))
+            if name not in made:
+                made[name] = room.column(torch.Size([total, *answer.shape[1:]]), answer.dtype)
+            write(made[name], start, answer.cpu())
+    return {**made}
 
 
-def relative_error(answer: Mapping[str, Tensor], target: Mapping[str, Tensor], index: Tensor) -> float:
+def relative_error(answer: Columns, target: Columns, index: Int[Tensor, "n"], size: int = 64) -> float:
     """|answer - target|^2 / |target|^2 over the given rows, in fp64."""
     noise = signal = 0.0
     for name, value in target.items():
-        wanted = value[index].double()
-        noise += (answer[name][index].double() - wanted).square().sum().item()
-        signal += wanted.square().sum().item()
+        for some in index.split(size):
+            wanted = value[some].double()
+            noise += (answer[name][some].double() - wanted).square().sum().item()
+            signal += wanted.square().sum().item()
     return noise / signal

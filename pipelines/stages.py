@@ -2,16 +2,17 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from fp4dit import policy, reconstruction
+from fp4dit.columns import Room
 from fp4dit.errors import UserError
 from fp4dit.metrics.base import PerImage
 from fp4dit.models.base import Source
@@ -93,8 +94,9 @@ class Reconstruct:
         size = policy.checkpoint_bytes(pipeline.dit, audit)
         rules = policy.assign(policy.layers(pipeline.dit), self.weight)
         (out / "units").mkdir(exist_ok=True)
-        state = load_calls(needs["calls"] / "calls")
-        trained, held_out = split(state, c.trained)
+        room = Room(1e9 * runtime.memory_budget_gb, out)
+        columns = load_calls(needs["calls"] / "calls", room)
+        trained, held_out = split(columns, c.trained)
         work = Reconstruction(
             pipeline,
             rules,
@@ -104,8 +106,9 @@ class Reconstruct:
             2 * c.chunk,
             out / "units",
             activation=self.activation or (),
+            room=room,
         )
-        reports = work.run(state, lambda label: partial(runtime.trainer, f"reconstruct {label}"))
+        reports = work.run(columns, lambda label: partial(runtime.trainer, f"reconstruct {label}"))
         blocks = [{"unit": r["unit"], "error": r["error"]} for r in reports]
         write_csv(out / "curve.csv", [{"unit": r["unit"], **point} for r in reports for point in r["curve"]])
         write_json(out / "blocks.json", blocks)
@@ -213,8 +216,8 @@ def costs(needs: Mapping[str, Path]) -> Mapping[str, int | float]:
     )
 
 
-def one_by_one(items: Iterable[Any]) -> DataLoader:
-    return DataLoader(list(items), batch_size=None, collate_fn=lambda item: item)  # pyright: ignore[reportArgumentType]
+def one_by_one(items: Sequence[Any] | Dataset[Any]) -> DataLoader:
+    return DataLoader(items, batch_size=None, collate_fn=lambda item: item)  # pyright: ignore[reportArgumentType]
 
 
 def read_json(path: Path) -> Any:
