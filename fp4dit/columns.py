@@ -35,7 +35,7 @@ class OnDisk:
 
     def __init__(self, folder: Path | None, shape: torch.Size, dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
-        self.file = tempfile.TemporaryFile(dir=folder, buffering=0)
+        self.file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # as long as this is
         self.file.truncate(shape.numel() * dtype.itemsize)
 
     def __len__(self) -> int:
@@ -98,7 +98,7 @@ def captured(folder: Path) -> dict[str, Captured]:
 class Room:
     """Memory for columns: `limit` bytes of it; what exceeds them lies in files on the disk of `folder`."""
 
-    limit: float = float("inf")
+    limit: int | float = float("inf")
     folder: Path | None = None
     used: int = 0
 

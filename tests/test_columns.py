@@ -1,6 +1,5 @@
 """Columns in files answer as columns in memory, and take none."""
 
-import gc
 import os
 from pathlib import Path
 
@@ -48,7 +47,6 @@ def test_files_go_with_their_columns(tmp_path: Path):
     assert len(os.listdir("/proc/self/fd")) == before + 3
     assert not list(tmp_path.iterdir())  # they have no names, so that none is left behind a killed run
     del columns
-    gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -60,7 +58,6 @@ def test_no_more_memory_is_in_use_than_there_is_room(wishes: list[tuple[int, boo
         alive.append(room.column(torch.Size([size]), torch.float32))
         if dies:
             alive.pop(0)
-        gc.collect()
         held = sum(column.nbytes for column in alive if isinstance(column, torch.Tensor))
         assert held == room.used <= room.limit
 
