@@ -1,6 +1,7 @@
 """Quantized attention: queries, keys and values as they enter the product, whatever model computes them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +37,11 @@ class QuantProcessor(nn.Module):
         super().__init__()
         self.inner = inner
         self.q, self.k, self.v = nn.Identity(), nn.Identity(), nn.Identity()
+
+    @property
+    def __call__(self) -> Callable[..., Tensor]:
+        """With the signature of the inner processor, where attention looks up which arguments to pass on."""
+        return wraps(self.inner.__call__)(partial(super().__call__))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         with _Intercept({"q": self.q, "k": self.k, "v": self.v}):

@@ -1,6 +1,6 @@
 """The timestep that a model is at, for what depends on it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ class Clock:
 
     def follow(self, model: nn.Module) -> None:
         """Reads the timestep of every call of `model`."""
-        read: Callable[..., None] = lambda _m, _args, kwargs: self.set(kwargs["timestep"])
+        read: Callable[..., None] = lambda m, args, kwargs: self.set(Call(args, kwargs).named(m)["timestep"])
         model.register_forward_pre_hook(read, with_kwargs=True)
 
     def set(self, timestep: Tensor) -> None:
@@ -27,7 +27,12 @@ class Clock:
 
     def told(self, unit: Unit) -> Unit:
         """The unit, whose calls set this clock before they reach its module."""
-        return replace(unit, call=lambda s: Timed(**vars(unit.call(s)), clock=self, timestep=s["timestep"]))
+
+        def call(s: Mapping[str, Tensor]) -> Timed:
+            made = unit.call(s)
+            return Timed(made.args, made.kwargs, type(made), self, s["timestep"])
+
+        return replace(unit, call=call)
 
 
 def tell(model: nn.Module, timestep: Tensor) -> None:
@@ -40,11 +45,12 @@ def tell(model: nn.Module, timestep: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Timed(Call):
-    """A call of a part of the model, which is not told the time by its arguments."""
+    """A call of a part of the model, which is not told the time by its arguments. `kind` is what it is otherwise."""
 
+    kind: type[Call]
     clock: Clock
     timestep: Tensor
 
     def __call__(self, module: nn.Module) -> Any:
         self.clock.set(self.timestep)
-        return super().__call__(module)
+        return self.kind(self.args, self.kwargs)(module)

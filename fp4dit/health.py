@@ -54,9 +54,8 @@ def guarded(model: nn.Module) -> Iterator[None]:
         if busy or finite(output):
             return
         busy = True  # finding the layer calls the model again
-        layer = first_bad(module, Call(args, kwargs))
-        timestep = float(kwargs["timestep"].flatten()[0])
-        raise not_finite(layer, timestep)
+        call = Call(args, kwargs)
+        raise not_finite(first_bad(module, call), float(call.named(module)["timestep"].flatten()[0]))
 
     handle = model.register_forward_hook(hook, with_kwargs=True)
     try:

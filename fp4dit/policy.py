@@ -29,7 +29,10 @@ class Rule:
     A weight rule may have `transforms`, which the layer's weight and input go through first, and `ranges`, timesteps
     after which the layer is another: transforms, weight and all. An activation rule with
     `observe` is static: its scaling is chosen once, from what that notes of the calibration calls, and once for each
-    timestep if it is `timed`. Else it is online.
+    timestep if it is `timed`. Else it is online. Attention's q and k are quantized as they enter the product or, with
+    `before_norm`, before what the model normalizes and rotates them by, as in FP4DiT's released code.
+
+    A rule that is `optional` may match nothing.
     """
 
     match: str
@@ -38,6 +41,8 @@ class Rule:
     ranges: Sequence[int | float] = ()
     observe: Observer | None = None
     timed: bool = False
+    optional: bool = False
+    before_norm: bool = False
 
     def grid(self, quantizer: Quantizer, clock: Clock) -> Grid:
         return TimedGrid(quantizer, clock) if self.timed else Grid(quantizer, static=self.observe is not None)
@@ -48,19 +53,25 @@ def everywhere(
     by_row: Sequence[str] = (),
     formats: Mapping[str, Format] | None = None,
     leave: Sequence[str] = (),
+    match: str = "*",
+    by_part: Mapping[str, int] | None = None,
     **others: Any,
 ) -> list[Rule]:
-    """One quantizer for all layers but some.
+    """One quantizer for all layers like `match` but some.
 
-    Names like `by_row` get one scale per row instead, no transforms and no ranges; names in `formats` another format;
-    those in `leave` stay as they are. `others` are what a `Rule` takes.
+    Names like `by_row`, where there are any, get one scale per row instead, no transforms and no ranges; those in
+    `by_part` one for each of so many equal parts of a row; names in `formats` another format; those in `leave` stay
+    as they are. `others` are what a `Rule` takes.
     """
     plain = {key: value for key, value in others.items() if key not in ("transforms", "ranges")}
+    shared = lambda granularity: replace(quantizer, granularity=granularity)
+    parts = {name: shared(Granularity("part", parts=count)) for name, count in (by_part or {}).items()}
     return [
-        *(Rule(match, None) for match in leave),
-        *(Rule(match, replace(quantizer, granularity=Granularity("row")), **plain) for match in by_row),
-        *(Rule(match, replace(quantizer, format=fmt), **others) for match, fmt in (formats or {}).items()),
-        Rule("*", quantizer, **others),
+        *(Rule(name, None) for name in leave),
+        *(Rule(name, shared(Granularity("row")), optional=True, **plain) for name in by_row),
+        *(Rule(name, by_parts, optional=True, **others) for name, by_parts in parts.items()),
+        *(Rule(name, replace(quantizer, format=fmt), **others) for name, fmt in (formats or {}).items()),
+        Rule(match, quantizer, **others),
     ]
 
 
@@ -82,7 +93,7 @@ def assign(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, Rule]:
         UserError: if a rule gets no name, for then something else is quantized than was asked for.
     """
     chosen = {name: rule for name in names if (rule := first(name, rules))}
-    idle = [rule.match for rule in rules if rule not in chosen.values()]
+    idle = [rule.match for rule in rules if rule not in chosen.values() and not rule.optional]
     if idle:
         raise UserError(
             f"no layer is left for the rule {', '.join(map(repr, idle))}. Rules match names such as "
@@ -174,11 +185,23 @@ def quantize_weights_(
 
 @dataclass(frozen=True)
 class Place:
-    """Where an activation can be quantized: an attribute of a module. `row` is the number of values of one token."""
+    """Where an activation can be quantized: an attribute of a module. `row` is the number of values of one token.
+
+    `attention` is where a q or k may be normalized before it comes there.
+    """
 
     owner: nn.Module
     attribute: str
     row: int
+    attention: nn.Module | None = None
+
+    def fill(self, grid: Grid, before_norm: bool) -> None:
+        name = f"norm_{self.attribute}"
+        norm = getattr(self.attention, name, None)
+        if before_norm and norm is not None:
+            setattr(self.attention, name, nn.Sequential(grid, norm))
+        else:
+            setattr(self.owner, self.attribute, grid)
 
 
 def places(model: nn.Module) -> dict[str, Place]:
@@ -190,7 +213,7 @@ def places(model: nn.Module) -> dict[str, Place]:
         processor: Any = getattr(module, "processor", None)
         if isinstance(processor, QuantProcessor):
             head: int = module.inner_dim // module.heads  # pyright: ignore[reportOperatorIssue, reportAssignmentType]
-            found |= {f"{name}.{operand}": Place(processor, operand, head) for operand in "qkv"}
+            found |= {f"{name}.{operand}": Place(processor, operand, head, module) for operand in "qkv"}
     return found
 
 
@@ -248,7 +271,7 @@ def put(name: str, place: Place, rule: Rule, clock: Clock) -> Grid | None:
         check_channels(rule, rule.observe, place.row)
     bits_of(name, rule.match, rule.quantizer, torch.Size([1, place.row]))
     grid = rule.grid(rule.quantizer, clock)
-    setattr(place.owner, place.attribute, grid)
+    place.fill(grid, rule.before_norm)
     return grid
 
 

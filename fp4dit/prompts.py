@@ -1,7 +1,8 @@
 """Where prompts come from."""
 
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
+from random import Random
 
 from fp4dit.errors import UserError
 from fp4dit.models.shapes.world import scenes
@@ -20,3 +21,10 @@ def lines(count: int, path: str) -> list[str]:
     if len(found) < count:
         raise UserError(f"{path} holds {len(found)} prompts, {count} are asked for")
     return found[:count]
+
+
+def classes(count: int, total: int, seed: int) -> list[str]:
+    """The numbers of `count` classes of `total`, shuffled, and from the start again when all were there."""
+    order = list(range(total))
+    Random(seed).shuffle(order)
+    return [str(number) for number in islice(cycle(order), count)]

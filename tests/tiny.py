@@ -1,5 +1,6 @@
-"""A PixArt of 2 blocks of width 32 with random weights, in diffusers' layout: all of the structure and no wait."""
+"""Models of 2 to 6 blocks of width 32 with random weights, in diffusers' layout: all of the structure and no wait."""
 
+import json
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -7,10 +8,21 @@ from typing import Any
 
 import lightning as L
 import torch
-from diffusers import AutoencoderKL, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    HunyuanDiT2DModel,
+    HunyuanDiTPipeline,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+)
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import T5Config, T5EncoderModel
+from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
 from fp4dit.formats import NumberFormat, floating, fp16, integer
 from fp4dit.models.shapes.build import scheduler, tokenizer
@@ -22,6 +34,7 @@ from pipelines.runtime import Runtime
 
 WIDTH = 32
 PROMPTS = ["a large red circle on a white background", "a small blue square", "a large green star", "a red square"]
+CLASSES = ["tench", "7", "goldfish", "999"]
 
 
 def transformer() -> PixArtTransformer2DModel:
@@ -39,21 +52,93 @@ def transformer() -> PixArtTransformer2DModel:
     )
 
 
-def save(folder: Path) -> None:
-    torch.manual_seed(0)
-    words = tokenizer()
-    text = T5Config(vocab_size=len(words), d_model=WIDTH, d_kv=16, num_heads=2, d_ff=64, num_layers=1, dropout_rate=0.0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+def text_encoder(words: int) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=words, d_model=WIDTH, d_kv=16, num_heads=2, d_ff=64, num_layers=1, dropout_rate=0.0)
+    )
+
+
+def autoencoder(halvings: int = 1) -> AutoencoderKL:
+    levels = halvings + 1
+    return AutoencoderKL(
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
         norm_num_groups=4,
         latent_channels=4,
         sample_size=16,
     )
-    parts = (words, T5EncoderModel(text), vae, transformer(), scheduler())
-    PixArtSigmaPipeline(*parts).save_pretrained(folder)
+
+
+def save(folder: Path) -> None:
+    torch.manual_seed(0)
+    words, vae = tokenizer(), autoencoder()
+    PixArtSigmaPipeline(words, text_encoder(len(words)), vae, transformer(), scheduler()).save_pretrained(folder)
+
+
+def save_alpha(folder: Path) -> None:
+    """With the size conditions that the 1024 px model has: diffusers passes them where `sample_size` is 128."""
+    torch.manual_seed(0)
+    changed = {"sample_size": 128, "patch_size": 16, "use_additional_conditions": True}
+    changed |= {"attention_head_dim": 24, "cross_attention_dim": 48}  # three embeddings share the width
+    dit = PixArtTransformer2DModel.from_config(dict(transformer().config) | changed)
+    words = tokenizer()
+    PixArtAlphaPipeline(words, text_encoder(len(words)), autoencoder(halvings=0), dit, scheduler()).save_pretrained(
+        folder
+    )
+
+
+def save_hunyuan(folder: Path, conditions: bool = True) -> None:
+    """With size conditions and style, as 1.0 and 1.1, or without, as 1.2. Its pipeline takes 8 pixels for a latent."""
+    torch.manual_seed(0)
+    dit = HunyuanDiT2DModel(
+        num_attention_heads=2,
+        attention_head_dim=WIDTH // 2,
+        in_channels=4,
+        patch_size=2,
+        sample_size=8,
+        hidden_size=WIDTH,
+        num_layers=6,
+        cross_attention_dim=WIDTH,
+        cross_attention_dim_t5=WIDTH,
+        pooled_projection_dim=WIDTH,
+        use_style_cond_and_image_meta_size=conditions,
+    )
+    words = tokenizer()
+    clip = BertModel(
+        BertConfig(
+            vocab_size=len(words),
+            hidden_size=WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=77,
+        )
+    )
+    HunyuanDiTPipeline(
+        autoencoder(halvings=3),
+        clip,
+        words,
+        dit,
+        DDPMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        text_encoder_2=text_encoder(len(words)),
+        tokenizer_2=words,
+    ).save_pretrained(folder)
+
+
+def save_dit(folder: Path) -> None:
+    torch.manual_seed(0)
+    dit = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=WIDTH // 2, out_channels=8, num_layers=2, sample_size=8
+    )
+    DiTPipeline(dit, autoencoder(), DDIMScheduler()).save_pretrained(folder)
+    index = folder / "model_index.json"
+    named = json.loads(index.read_text()) | {"id2label": {"0": "tench, Tinca tinca", "1": "goldfish"}}
+    index.write_text(json.dumps(named))
 
 
 def rules(fmt: NumberFormat | None = None, affine: bool = False) -> list[Rule]:

@@ -1,0 +1,98 @@
+"""HunyuanDiT 1.0 to 1.2, from any folder or hub id that diffusers loads."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, HunyuanDiT2DModel, HunyuanDiTPipeline, ModelMixin
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
+from jaxtyping import Float
+from torch import Tensor
+
+from fp4dit.calls import Call
+from fp4dit.models.checkpoint import Adapter, Checkpoint
+from fp4dit.stream import State, Unit
+
+Columns = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Hunyuan(Checkpoint):
+    """Where a HunyuanDiT is and how to load it."""
+
+    pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (HunyuanDiTPipeline,)
+    transformer: ClassVar[type[ModelMixin]] = HunyuanDiT2DModel
+
+    def load(self) -> "HunyuanPipeline":
+        return HunyuanPipeline(self.open())
+
+
+class HunyuanPipeline(Adapter):
+    """A HunyuanDiT as a chain of units. The long skips are columns: block i of n leaves one for block n - 1 - i."""
+
+    def sample(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
+    ) -> Float[Tensor, "n 3 h w"]:
+        return self.draw(prompts, seeds, steps, guidance, use_resolution_binning=False)
+
+    def begin(self, call: Call) -> State:
+        given = call.named(self.dit)
+        state = {
+            "latent": given["hidden_states"],
+            "timestep": given["timestep"],
+            "clip": given["encoder_hidden_states"],
+            "t5": given["encoder_hidden_states_t5"],
+            "mask": torch.cat([given["text_embedding_mask"], given["text_embedding_mask_t5"]], dim=1).bool(),
+        }
+        conditions = ("image_meta_size", "style") if self.dit.config.use_style_cond_and_image_meta_size else ()
+        return state | {name: given[name] for name in conditions}
+
+    def units(self) -> list[Unit]:
+        dit, count = self.dit, len(self.dit.blocks)
+        first_half = range(count // 2 - 1)
+
+        def embed_time(s: Columns) -> Call:
+            conditions = (s.get("image_meta_size"), s.get("style"))
+            return Call((s["timestep"], s["t5"], *conditions), {"hidden_dtype": s["timestep"].dtype})
+
+        def block(i: int) -> Unit:
+            source, target = (f"skip_{j}" if j in first_half else "hidden" for j in (i - 1, i))
+
+            def call(s: Columns) -> Call:
+                text = torch.cat([s["clip"], s["text"]], dim=1)
+                given = {
+                    "encoder_hidden_states": torch.where(s["mask"][..., None], text, dit.text_embedding_padding),
+                    "temb": s["time"],
+                    "image_rotary_emb": self.rotary(s["latent"]),
+                    "skip": s.get(f"skip_{count - 1 - i}") if i > count // 2 else None,
+                }
+                return Call((s[source],), given)
+
+            return Unit(f"blocks.{i}", call, (target,))
+
+        return [
+            Unit("pos_embed", lambda s: Call((s["latent"],), {}), ("hidden",)),
+            Unit("time_extra_emb", embed_time, ("time",)),
+            Unit("text_embedder", lambda s: Call((s["t5"],), {}), ("text",)),
+            *(block(i) for i in range(count)),
+            Unit("norm_out", lambda s: Call((s["hidden"], s["time"].float()), {}), ("hidden",)),
+            Unit("proj_out", lambda s: Call((s["hidden"],), {}), ("hidden",)),
+        ]
+
+    def rotary(self, latent: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "t d"], Float[Tensor, "t d"]]:
+        """Cosines and sines of the positions of a latent's patches, as the pipeline hands them to its transformer."""
+        config = self.dit.config
+        height, width = (side // config.patch_size for side in latent.shape[2:])
+        return rotary(config.attention_head_dim, height, width, 64 // config.patch_size, latent.device)
+
+
+@lru_cache(maxsize=8)
+def rotary(
+    head: int, height: int, width: int, base: int, device: torch.device
+) -> tuple[Float[Tensor, "t d"], Float[Tensor, "t d"]]:
+    """For a grid of patches, scaled to the `base` patches a side of the 512 pixels that the model began with."""
+    region = get_resize_crop_region_for_grid((height, width), base)
+    return get_2d_rotary_pos_embed(head, region, (height, width), device=device, output_type="pt")  # pyright: ignore[reportReturnType]

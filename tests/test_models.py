@@ -1,0 +1,270 @@
+"""Every family of models: its units are the model, cost what the design says, and go through all stages."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fp4dit import calls, policy
+from fp4dit.clock import Clock
+from fp4dit.errors import UserError
+from fp4dit.formats import integer
+from fp4dit.models.base import Pipeline, Source
+from fp4dit.models.dit import DiT
+from fp4dit.models.hunyuan import Hunyuan
+from fp4dit.models.pixart import PixArt
+from fp4dit.policy import Rule
+from fp4dit.quantizer import Granularity, Quantizer
+from fp4dit.reconstruction import Reconstruction, load_calls, load_weights_, split
+from fp4dit.tasks.activate import load_scales_
+from fp4dit.tasks.capture import CaptureTask, Chunk, chunked
+from fp4dit.tasks.generate import GenerateTask
+from fp4dit.tasks.reconstruct import Rounded
+from pipelines.plan import plan
+from tests import tiny
+from tests.conftest import Compose
+from tests.test_end_to_end import FEW, run
+from tests.test_stream import chain
+
+TOKEN = Quantizer(integer(8), Granularity("row"))
+FAMILIES: dict[str, tuple[Callable[[Path], None], type, str]] = {
+    "alpha": (tiny.save_alpha, PixArt, "pixart_alpha"),
+    "hunyuan": (tiny.save_hunyuan, Hunyuan, "hunyuan"),
+    "hunyuan_v1_2": (partial(tiny.save_hunyuan, conditions=False), Hunyuan, "hunyuan_v1_2"),
+    "dit": (tiny.save_dit, DiT, "dit_xl_2"),
+}
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp(family)
+    FAMILIES[family][0](made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def source(family: str, folder: Path) -> Source:
+    return FAMILIES[family][1](str(folder), **({"tokens": 20} if family == "alpha" else {}))
+
+
+@pytest.fixture(scope="module")
+def loaded(source: Source) -> Pipeline:
+    return source.load()
+
+
+@pytest.fixture
+def pipeline(loaded: Pipeline) -> Pipeline:
+    return copy.deepcopy(loaded)
+
+
+@pytest.fixture
+def prompts(family: str) -> list[str]:
+    return tiny.CLASSES if family == "dit" else tiny.PROMPTS
+
+
+def rules(model: nn.Module) -> list[Rule]:
+    """4-bit weights, one scale per row; of a model with layers that are called in pieces, the blocks alone."""
+    row = tiny.rules()[0].quantizer
+    return [Rule("blocks.*" if hasattr(model, "blocks") else "*", row)]
+
+
+def unpatchify(dit: nn.Module, hidden: Tensor) -> Tensor:
+    size, patch = int(hidden.shape[1] ** 0.5), dit.config.patch_size
+    grid = hidden.reshape(-1, size, size, patch, patch, dit.out_channels)
+    return torch.einsum("nhwpqc->nchpwq", grid).reshape(len(hidden), -1, size * patch, size * patch)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["full precision", "quantized"])
+@torch.no_grad()
+def test_units_over_captured_calls_answer_as_the_model_did(
+    pipeline: Pipeline, prompts: list[str], tmp_path: Path, quantized: bool
+):
+    if quantized:
+        assigned = policy.assign(policy.layers(pipeline.dit), rules(pipeline.dit))
+        for layer in policy.quantize_weights_(pipeline.dit, assigned).values():
+            layer.prepare().freeze()
+        policy.quantize_activations_(pipeline.dit, [Rule("*", TOKEN)])
+    with calls.listen(pipeline.dit) as heard:
+        CaptureTask(pipeline, tmp_path, 2, 4.5).predict_step(Chunk(0, prompts[:2], [5, 6]))
+    states = calls.load(tmp_path / "00000.safetensors")
+    assert [set(state["timestep"].tolist()) for state in states] == [
+        set(call.named(pipeline.dit)["timestep"].tolist()) for call in heard
+    ]
+    for call, state in zip(heard, states, strict=True):
+        answer = unpatchify(pipeline.dit, chain(pipeline, state, size=4)["hidden"])
+        assert torch.equal(answer, call(pipeline.dit)[0])
+
+
+def test_units_hold_every_layer_once_in_execution_order(pipeline: Pipeline, prompts: list[str]):
+    units = [unit.module for unit in pipeline.units()]
+    owners = [[u for u in units if name == u or name.startswith(f"{u}.")] for name in policy.layers(pipeline.dit)]
+    assert all(len(owner) == 1 for owner in owners)
+    ran: list[str] = []
+    for name in units:
+        pipeline.dit.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    pipeline.sample(prompts[:1], [0], 2, 4.5)
+    assert ran == units * 2
+
+
+def test_capture_costs_one_pass_and_reconstruction_two(pipeline: Pipeline, prompts: list[str], tmp_path: Path):
+    blocks = [unit.module for unit in pipeline.units() if "blocks." in unit.module]
+    seen = [tiny.count(pipeline.dit.get_submodule(name)) for name in (blocks[0], blocks[-1])]
+    tiny.trainer()().predict(CaptureTask(pipeline, tmp_path, 2, 4.5), tiny.one_by_one(chunked(prompts, 2, seed=5)))
+    state, out = load_calls(tmp_path), tmp_path / "units"
+    samples = len(state["prompt"])
+    assert samples == 4 * 2 * 2  # prompts, steps, with and without the condition
+    assert [sum(rows) for rows in seen] == [samples, samples]
+    out.mkdir()
+    assigned = policy.assign(policy.layers(pipeline.dit), rules(pipeline.dit))
+    reports = Reconstruction(pipeline, assigned, Rounded(), *split(state, 3), 8, out).run(state, tiny.trainer)
+    assert [sum(rows) for rows in seen] == [3 * samples, 3 * samples]
+    errors = {report["unit"]: report["error"] for report in reports}
+    assert 0 < errors[blocks[-1]] < 0.5
+
+
+def test_skeleton_has_the_models_layers_and_no_memory(source: Source, loaded: Pipeline):
+    skeleton = dict(source.skeleton().named_parameters())
+    assert {n: p.shape for n, p in skeleton.items()} == {n: p.shape for n, p in loaded.dit.named_parameters()}
+    assert all(p.is_meta for p in skeleton.values())
+
+
+def test_each_ones_noise_comes_from_its_own_seed(pipeline: Pipeline, prompts: list[str]):
+    both = pipeline.sample(prompts[:2], [1, 2], 2, 4.5)
+    assert 0 <= both.min() < both.max() <= 1
+    again = pipeline.sample([prompts[0], prompts[1]], [1, 3], 2, 4.5)
+    assert torch.equal(both[0], again[0])
+    assert not torch.equal(both[1], again[1])
+
+
+def test_every_stage_runs_and_what_is_loaded_draws_the_same_bits(
+    family: str, folder: Path, source: Source, composed: Compose, tmp_path: Path
+):
+    group = 16 if family == "alpha" else 32
+    given = [f"model={FAMILIES[family][2]}", f"model.path={folder}", "model.dtype=float32", "metrics=paired"]
+    given += [f"weight.quantizer.granularity.group={group}", "rounding.steps=3", "rounding.batch=4"]
+    given += ["model.tokens=20"] if family == "alpha" else []
+    stage = plan(composed(*FEW, *given))["generate"].make()
+    paths = run(tmp_path, *given, small=FEW)
+    pipeline = source.load()
+    activations, _ = load_weights_(pipeline, stage.weight, stage.activation, paths["reconstruct"] / "units")
+    load_scales_(activations, paths["activate"] / "scales.safetensors")
+    g = stage.generation
+    for chunk in chunked(stage.prompts(stage.count), g.chunk, g.seed):
+        GenerateTask(pipeline, tmp_path, g.steps, g.guidance).predict_step(chunk)
+    drawn, stored = (sorted(place.glob("*.png")) for place in (tmp_path, paths["generate"] / "images"))
+    assert [path.read_bytes() for path in drawn] == [path.read_bytes() for path in stored]
+    reference = sorted((paths["reference"] / "images").glob("*.png"))
+    assert all(a.read_bytes() != b.read_bytes() for a, b in zip(stored, reference, strict=True))
+
+
+@pytest.fixture(scope="module")
+def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    folder = tmp_path_factory.mktemp("one")
+    tiny.save_hunyuan(folder)
+    return Hunyuan(str(folder)).load()
+
+
+@pytest.mark.parametrize("named", [False, True])
+@torch.no_grad()
+def test_the_clock_reads_the_timestep_wherever_it_stands(hunyuan: Pipeline, named: bool):
+    class Model(nn.Module):
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return x
+
+    model, clock = Model(), Clock()
+    clock.follow(model)
+    t = torch.tensor([7.0, 8.0])
+    model(t, timestep=t) if named else model(t, t)
+    assert clock.now.tolist() == [7, 8]
+
+
+@pytest.mark.parametrize("before", [False, True])
+@torch.no_grad()
+def test_queries_and_keys_are_quantized_behind_their_norm_and_rotation_or_before(hunyuan: Pipeline, before: bool):
+    """Against the attention's own layers, by hand: RoPE turns queries, and in self-attention keys."""
+    dit = copy.deepcopy(hunyuan.dit)
+    attention = dit.blocks[0].attn1
+    rotation = hunyuan.rotary(torch.zeros(1, 4, 8, 8))
+    x, heads = torch.randn(2, 16, tiny.WIDTH), lambda y: y.unflatten(2, (2, 16)).transpose(1, 2)
+    normal = lambda y, norm: apply_rotary_emb(norm(y), rotation)
+    q, k, v = (heads(layer(x)) for layer in (attention.to_q, attention.to_k, attention.to_v))
+    q, k = (
+        normal(TOKEN(y), norm) if before else TOKEN(normal(y, norm))
+        for y, norm in ((q, attention.norm_q), (k, attention.norm_k))
+    )
+    product = F.scaled_dot_product_attention(q, k, TOKEN(v))
+    expected = attention.to_out[0](product.transpose(1, 2).flatten(2))
+    policy.quantize_activations_(dit, [Rule("*", TOKEN, before_norm=before)])
+    assert torch.equal(attention(x, image_rotary_emb=rotation), expected)
+
+
+def test_the_long_skips_pair_the_blocks_from_both_ends(hunyuan: Pipeline):
+    seen: dict[str, Tensor] = {}
+    for i, block in enumerate(hunyuan.dit.blocks):
+        block.register_forward_hook(
+            lambda _m, args, given, out, i=i: seen.update({f"in {i}": given.get("skip"), f"out {i}": out}),
+            with_kwargs=True,
+        )
+    hunyuan.sample(tiny.PROMPTS[:1], [0], 1, 4.5)
+    pairs = [(i, j) for i in range(6) for j in range(6) if seen[f"in {j}"] is seen[f"out {i}"]]
+    assert pairs == [(0, 5), (1, 4)]
+    left = {unit.module: unit.answer for unit in hunyuan.units()}
+    assert {module: answer for module, answer in left.items() if "skip" in answer[0]} == {
+        "blocks.0": ("skip_0",),
+        "blocks.1": ("skip_1",),
+    }
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    folder = tmp_path_factory.mktemp("dit")
+    tiny.save_dit(folder)
+    return DiT(str(folder)).load()
+
+
+def test_classes_are_numbers_or_names(classes: Pipeline):
+    assert [classes.label(given) for given in ["tench", "Tinca tinca", "goldfish", "0", "999"]] == [0, 0, 1, 0, 999]
+    assert torch.equal(*(classes.sample([given], [3], 2, 4.0) for given in ["Tinca tinca", "0"]))
+    for unknown in ("1000", "-1", "goldfisch", "a red square"):
+        with pytest.raises(UserError, match=rf"^'{unknown}' is no class: give a number below 1000, or a name"):
+            classes.sample([unknown], [0], 2, 4.0)
+    with pytest.raises(UserError, match="such as 'goldfish'"):
+        classes.label("goldfisch")
+
+
+def test_a_transformer_alone_is_completed_by_the_rest(tmp_path: Path):
+    whole, alone = tmp_path / "whole", tmp_path / "alone"
+    tiny.save(whole)
+    alone.mkdir()
+    (whole / "transformer").rename(alone / "transformer")
+    source = PixArt(str(alone), tokens=20, rest=str(whole))
+    images = source.load().sample(tiny.PROMPTS[:1], [0], 2, 4.5)
+    assert images.shape == (1, 3, 16, 16)
+    assert sum(1 for _ in source.skeleton().parameters()) > 0
+    with pytest.raises(UserError, match="has no model_index"):
+        PixArt(str(alone), tokens=20).load()
+
+
+def test_folders_from_when_diffusers_had_one_transformer_class_for_all(tmp_path: Path):
+    """As PixArt and DiT lie on the hub."""
+    tiny.save(tmp_path)
+    for file, old in (
+        ("model_index.json", "PixArtTransformer2DModel"),
+        ("transformer/config.json", "PixArtTransformer2DModel"),
+    ):
+        path = tmp_path / file
+        path.write_text(path.read_text().replace(old, "Transformer2DModel"))
+    source = PixArt(str(tmp_path), tokens=20)
+    names = dict(source.load().dit.named_parameters())
+    assert names.keys() == dict(source.skeleton().named_parameters()).keys()
