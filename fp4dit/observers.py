@@ -56,12 +56,20 @@ class MovingRange:
 
 @dataclass(frozen=True)
 class ChannelRange:
-    """The extremes of each input channel, for scales that differ by channel."""
+    """The extremes of each input channel, for scales that differ by channel; and at most `tokens` tokens of each call,
+    evenly spread, for what depends on more than extremes, as the choice of a format does."""
 
-    def note(self, x: Float[Tensor, "..."]) -> Float[Tensor, "2 k"]:
+    tokens: int = 0
+
+    def note(self, x: Float[Tensor, "..."]) -> Float[Tensor, "n k"]:
         tokens = x.reshape(-1, x.shape[-1])
-        return torch.stack([tokens.amin(0), tokens.amax(0)]).float().cpu()
+        some = tokens[spread(len(tokens), self.tokens).to(x.device)] if self.tokens else tokens[:0]
+        return torch.cat([extremes(tokens), some]).float().cpu()
 
-    def gather(self, notes: Sequence[Tensor]) -> Float[Tensor, "2 k"]:
-        low, high = torch.stack(list(notes)).unbind(1)
-        return torch.stack([low.amin(0), high.amax(0)])
+    def gather(self, notes: Sequence[Tensor]) -> Float[Tensor, "n k"]:
+        return torch.cat([extremes(torch.cat([note[:2] for note in notes])), *(note[2:] for note in notes)])
+
+
+def extremes(tokens: Float[Tensor, "n k"]) -> Float[Tensor, "2 k"]:
+    """The least and the largest value of each channel."""
+    return torch.stack([tokens.amin(0), tokens.amax(0)])

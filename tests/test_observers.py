@@ -33,6 +33,15 @@ def test_channel_ranges_are_those_of_all_tokens_together():
     assert torch.equal(observed(ChannelRange(), given), torch.stack([tokens.amin(0), tokens.amax(0)]))
 
 
+def test_channel_ranges_may_come_with_tokens_of_every_call():
+    given = calls()
+    found = observed(ChannelRange(3), given)
+    assert torch.equal(found[:2], observed(ChannelRange(), given))
+    assert len(found) == 2 + 3 * len(given)
+    for x, some in zip(given, found[2:].split(3), strict=True):
+        assert (some[:, None] == x.view(-1, 12)).all(2).any(1).all()
+
+
 @tried(st.integers(1, 10**6), st.integers(1, 2000))
 def test_places_are_spread_evenly(n: int, count: int):
     places = spread(n, count)

@@ -121,8 +121,10 @@ def test_channels_are_shifted_by_powers_of_two_up_to_the_span():
 
 def test_a_few_tokens_are_spread_over_all_calls_and_unquantized():
     layer, examples = layer_and_examples(WEIGHTS["row"], STATIC)
-    [found] = OutputSearch(tokens=24, batch=16).sampled(layer, [layer], examples)
-    everything = examples.inputs["x"][:48].flatten(0, 1)
+    [sampled] = OutputSearch(tokens=24, batch=16).sampled(layer, [layer], examples)
+    assert sampled
+    everything, (found, ends) = examples.inputs["x"][:48].flatten(0, 1), sampled
+    assert torch.equal(ends, torch.stack([everything.amin(0), everything.amax(0)]))
     where = (found[:, None] == everything).all(2).nonzero()[:, 1]
     assert len(where) == len(found) == 24
     assert (where // 64).bincount().tolist() == [8, 8, 8]  # of each batch as many

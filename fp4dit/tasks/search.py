@@ -15,7 +15,7 @@ from fp4dit.errors import UserError
 from fp4dit.formats import Format
 from fp4dit.grid import Grid, formats
 from fp4dit.layer import QuantLayer
-from fp4dit.observers import spread
+from fp4dit.observers import ChannelRange
 from fp4dit.quantizer import Quantizer
 from fp4dit.scales import anchored
 from fp4dit.scaling import Scaling, from_parts, parts
@@ -114,38 +114,43 @@ class OutputSearch:
     def __call__(
         self, module: nn.Module, layers: list[QuantLayer], examples: Examples, trainer: Callable[..., L.Trainer]
     ) -> Curve:
-        for layer, x in zip(layers, self.sampled(module, layers, examples), strict=True):
-            if x is not None:
-                self.search(layer, x)
+        for layer, found in zip(layers, self.sampled(module, layers, examples), strict=True):
+            if found is not None:
+                self.search(layer, *found)
             layer.freeze()
         return []
 
-    def sampled(self, module: nn.Module, layers: list[QuantLayer], examples: Examples) -> list[Tokens | None]:
-        """Tokens of each layer's unquantized input, evenly spread over the calls to learn from."""
+    def sampled(
+        self, module: nn.Module, layers: list[QuantLayer], examples: Examples
+    ) -> list[tuple[Tokens, Float[Tensor, "2 k"]] | None]:
+        """Tokens of each layer's unquantized input, evenly spread over the calls to learn from; and the extremes of
+        each channel over all of these, for rarely does a sample hold them."""
         grids = [layer.activation for layer in layers]
         for layer in layers:
             layer.activation = nn.Identity()
         n = max(1, self.tokens // math.ceil(len(examples.trained) / self.batch))
+        note = ChannelRange(n)
         found: list[list[Tokens]] = [[] for _ in layers]
         for seen in inputs(module, layers, examples, examples.trained, self.batch):
             for kept, x in zip(found, seen, strict=True):
                 if x is not None:
-                    part = x.flatten(0, 1)
-                    kept.append(part[spread(len(part), n).to(part.device)].float())
+                    kept.append(note.note(x))
         for layer, grid in zip(layers, grids, strict=True):
             layer.activation = grid
-        return [torch.cat(kept) if kept else None for kept in found]
+        gathered = [note.gather(kept) if kept else None for kept in found]
+        return [None if rows is None else (rows[2:], rows[:2]) for rows in gathered]
 
     @torch.no_grad()
-    def search(self, layer: QuantLayer, x: Tokens) -> None:
+    def search(self, layer: QuantLayer, x: Tokens, ends: Float[Tensor, "2 k"]) -> None:
         weight, activation = layer.rows.float(), layer.activation
+        x, ends = x.to(weight.device), ends.to(weight.device)
         target, least = x @ weight.T, torch.inf
         for _ in range(self.rounds):
             x_hat = activation(x)
             self.search_weight(layer.grid, weight, x, x_hat)
             weight_hat = layer.grid(weight)
             if isinstance(activation, Grid) and activation.static:
-                self.search_input(activation, x, weight_hat, target)
+                self.search_input(activation, x, ends, weight_hat, target)
             error = (activation(x) @ weight_hat.T - target).square().sum().item()
             if error >= least:
                 return
@@ -177,12 +182,20 @@ class OutputSearch:
             tried.append((least.sum().item(), i, best))
         keep(grid, *min(tried, key=lambda one: one[0])[1:])
 
-    def search_input(self, grid: Grid, x: Tokens, weight: Float[Tensor, "o k"], target: Float[Tensor, "n o"]) -> None:
-        blocks = grid.quantizer.granularity.split(x)
+    def search_input(
+        self,
+        grid: Grid,
+        x: Tokens,
+        ends: Float[Tensor, "2 k"],
+        weight: Float[Tensor, "o k"],
+        target: Float[Tensor, "n o"],
+    ) -> None:
+        """The format and range of least error for these tokens, ranges being shares of what all tokens span."""
+        blocks, whole = (grid.quantizer.granularity.split(values) for values in (x, ends))
         tried = []
         for i, fmt in enumerate(formats(grid.quantizer)):
-            start = current(grid, i) or grid.quantizer.scale(blocks, fmt)
-            for scaling in [start, *self.scalings(grid.quantizer, blocks, fmt)]:
+            start = current(grid, i) or grid.quantizer.scale(whole, fmt)
+            for scaling in [start, *self.scalings(grid.quantizer, whole, fmt)]:
                 error = (fake(scaling, blocks, fmt).view_as(x) @ weight.T - target).square().sum().item()
                 tried.append((error, i, scaling))
         keep(grid, *min(tried, key=lambda one: one[0])[1:])
