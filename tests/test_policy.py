@@ -188,11 +188,19 @@ def test_good_activation_rules_pass_on_the_skeleton(source: PixArt, quantizer: Q
     assert policy.check_activations(skeleton(), tiny.rules(), [Rule("*", quantizer)]) is None
 
 
+def test_exceptions_that_one_model_has_and_another_has_not():
+    rules = everywhere(GROUP, by_row=["patches"], by_part={"*.joined": 2}, match="blocks.*")
+    chosen = policy.assign(["blocks.0.joined", "blocks.0.x", "out"], rules)
+    assert chosen["blocks.0.joined"].quantizer == Quantizer(E2M1, Granularity("part", parts=2), AbsMax(fp16))
+    assert chosen.keys() == {"blocks.0.joined", "blocks.0.x"}
+    assert policy.assign(["blocks.0.x"], rules).keys() == {"blocks.0.x"}
+
+
 def test_everywhere_is_one_quantizer_but_for_those_named():
     chain = [Balance()]
     rules = everywhere(GROUP, by_row=["a"], formats={"b*": E3M0}, leave=["c"], transforms=chain)
     chosen = policy.assign(["a", "b1", "c", "d"], rules)
-    assert chosen["a"] == Rule("a", Quantizer(E2M1, Granularity("row"), AbsMax(fp16)))
+    assert chosen["a"] == Rule("a", Quantizer(E2M1, Granularity("row"), AbsMax(fp16)), optional=True)
     assert chosen["b1"] == Rule("b*", Quantizer(E3M0, GROUP.granularity, AbsMax(fp16)), chain)
     assert chosen["c"] == Rule("c", None)
     assert chosen["d"] == Rule("*", GROUP, chain)

@@ -58,9 +58,10 @@ def text_encoder(words: int) -> T5EncoderModel:
     )
 
 
-def autoencoder(halvings: int = 1) -> AutoencoderKL:
+def autoencoder(halvings: int = 1, attention: bool = True) -> AutoencoderKL:
     levels = halvings + 1
     return AutoencoderKL(
+        mid_block_add_attention=attention,
         block_out_channels=(8,) * levels,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
