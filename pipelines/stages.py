@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from fp4dit import policy, reconstruction
 from fp4dit.columns import Room
@@ -216,7 +216,8 @@ def costs(needs: Mapping[str, Path]) -> Mapping[str, int | float]:
     )
 
 
-def one_by_one(items: Sequence[Any] | Dataset[Any]) -> DataLoader:
+def one_by_one(items: Any) -> DataLoader:
+    """What is in `items`, a sequence or a Dataset, one at a time."""
     return DataLoader(items, batch_size=None, collate_fn=lambda item: item)  # pyright: ignore[reportArgumentType]
 
 
