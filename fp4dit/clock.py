@@ -1,6 +1,6 @@
 """The timestep that a model is at, for what depends on it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fp4dit.calls import Call
-from fp4dit.stream import Unit
+from fp4dit.stream import Rows, Unit
 
 
 class Clock:
@@ -28,7 +28,7 @@ class Clock:
     def told(self, unit: Unit) -> Unit:
         """The unit, whose calls set this clock before they reach its module."""
 
-        def call(s: Mapping[str, Tensor]) -> Timed:
+        def call(s: Rows) -> Timed:
             made = unit.call(s)
             return Timed(made.args, made.kwargs, type(made), self, s["timestep"])
 

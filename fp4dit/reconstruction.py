@@ -47,9 +47,10 @@ class Steps(Dataset[State]):
     """The given rows of captured calls, step by step: an item holds those that the model was given at once."""
 
     def __init__(self, columns: Mapping[str, Captured], index: Int[Tensor, "n"]) -> None:
+        places = next(iter(columns.values())).places
         by_step: dict[tuple[Path, int], list[int]] = {}
         for i in index.tolist():
-            by_step.setdefault(columns["prompt"].places[i][:2], []).append(i)
+            by_step.setdefault(places[i][:2], []).append(i)
         self.columns, self.steps = columns, [torch.tensor(step) for step in by_step.values()]
 
     def __len__(self) -> int:

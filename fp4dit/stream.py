@@ -16,6 +16,7 @@ from fp4dit.columns import Column, Index, OnDisk, Room, write
 from fp4dit.health import not_finite
 
 State = dict[str, Tensor]  # rows of calibration calls, by what they are
+Rows = Mapping[str, Tensor]  # the same, to be read
 Columns = Mapping[str, Column]  # all rows, which may lie in files
 
 
@@ -28,7 +29,7 @@ class Unit:
     """
 
     module: str
-    call: Callable[[Mapping[str, Tensor]], Call]
+    call: Callable[[Rows], Call]
     answer: tuple[str, ...]
 
 

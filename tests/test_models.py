@@ -21,7 +21,7 @@ from fp4dit.models.hunyuan import Hunyuan
 from fp4dit.models.pixart import PixArt
 from fp4dit.policy import Rule
 from fp4dit.quantizer import Granularity, Quantizer
-from fp4dit.reconstruction import Reconstruction, load_calls, load_weights_, split
+from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, load_weights_, split
 from fp4dit.tasks.activate import load_scales_
 from fp4dit.tasks.capture import CaptureTask, Chunk, chunked
 from fp4dit.tasks.generate import GenerateTask
@@ -97,7 +97,7 @@ def test_units_over_captured_calls_answer_as_the_model_did(
         policy.quantize_activations_(pipeline.dit, [Rule("*", TOKEN)])
     with calls.listen(pipeline.dit) as heard:
         CaptureTask(pipeline, tmp_path, 2, 4.5).predict_step(Chunk(0, prompts[:2], [5, 6]))
-    states = calls.load(tmp_path / "00000.safetensors")
+    states = list(load_steps(tmp_path, trained=2)[0])
     assert [set(state["timestep"].tolist()) for state in states] == [
         set(call.named(pipeline.dit)["timestep"].tolist()) for call in heard
     ]

@@ -1,6 +1,6 @@
 """DiT (arXiv:2212.09748), conditioned on classes, from any folder or hub id that diffusers loads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import ClassVar
@@ -13,9 +13,7 @@ from torch.nn import functional as F
 from fp4dit.calls import Call
 from fp4dit.errors import UserError
 from fp4dit.models.checkpoint import Adapter, Checkpoint
-from fp4dit.stream import State, Unit
-
-Columns = Mapping[str, Tensor]
+from fp4dit.stream import Rows, State, Unit
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class ClassPipeline(Adapter):
             call = lambda s: kind((s["hidden"],), {"timestep": s["timestep"], "class_labels": s["label"]})
             return Unit(f"transformer_blocks.{i}", call, answer)
 
-        def project(s: Columns) -> Call:
+        def project(s: Rows) -> Call:
             shift, scale = s["modulation"][:, None].chunk(2, dim=2)
             return Call((dit.norm_out(s["hidden"]) * (1 + scale) + shift,), {})
 

@@ -1,6 +1,6 @@
 """HunyuanDiT 1.0 to 1.2, from any folder or hub id that diffusers loads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -14,9 +14,7 @@ from torch import Tensor
 
 from fp4dit.calls import Call
 from fp4dit.models.checkpoint import Adapter, Checkpoint
-from fp4dit.stream import State, Unit
-
-Columns = Mapping[str, Tensor]
+from fp4dit.stream import Rows, State, Unit
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,14 @@ class HunyuanPipeline(Adapter):
         dit, count = self.dit, len(self.dit.blocks)
         first_half = range(count // 2 - 1)
 
-        def embed_time(s: Columns) -> Call:
+        def embed_time(s: Rows) -> Call:
             conditions = (s.get("image_meta_size"), s.get("style"))
             return Call((s["timestep"], s["t5"], *conditions), {"hidden_dtype": s["timestep"].dtype})
 
         def block(i: int) -> Unit:
             source, target = (f"skip_{j}" if j in first_half else "hidden" for j in (i - 1, i))
 
-            def call(s: Columns) -> Call:
+            def call(s: Rows) -> Call:
                 text = torch.cat([s["clip"], s["text"]], dim=1)
                 given = {
                     "encoder_hidden_states": torch.where(s["mask"][..., None], text, dit.text_embedding_padding),

@@ -1,6 +1,6 @@
 """PixArt-alpha and PixArt-Sigma, from any folder or hub id that diffusers loads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,9 +10,7 @@ from torch import Tensor
 
 from fp4dit.calls import Call
 from fp4dit.models.checkpoint import Adapter, Checkpoint
-from fp4dit.stream import State, Unit
-
-Columns = Mapping[str, Tensor]
+from fp4dit.stream import Rows, State, Unit
 
 
 @dataclass(frozen=True)
@@ -56,11 +54,11 @@ class PixArtPipeline(Adapter):
     def units(self) -> list[Unit]:
         dit, dtype = self.dit, self.dit.dtype
 
-        def embed_time(s: Columns) -> Call:
+        def embed_time(s: Rows) -> Call:
             conditions = {name: s.get(name) for name in ("resolution", "aspect_ratio")}
             return Call((s["timestep"], conditions), {"batch_size": len(s["timestep"]), "hidden_dtype": dtype})
 
-        def block(s: Columns) -> Call:
+        def block(s: Rows) -> Call:
             given = {
                 "encoder_hidden_states": s["text"],
                 "encoder_attention_mask": s["bias"],
@@ -68,7 +66,7 @@ class PixArtPipeline(Adapter):
             }
             return Call((s["hidden"],), given)
 
-        def project(s: Columns) -> Call:
+        def project(s: Rows) -> Call:
             shift, scale = (dit.scale_shift_table[None] + s["time"][:, None]).chunk(2, dim=1)
             return Call((dit.norm_out(s["hidden"]) * (1 + scale) + shift,), {})
 
