@@ -60,16 +60,17 @@ def examples(module: nn.Module, width: int, tokens: int, batch: int) -> Examples
     call = lambda s: Call((s["hidden"],), {"encoder_hidden_states": s["text"], "timestep": s["modulation"]})
     with torch.no_grad():
         answer = call(given)(module)
-    return Examples(Unit("", call, ("hidden",)), given, {"hidden": answer}, torch.arange(batch))
+    return Examples(Unit("", tuple(given), call, ("hidden",)), given, {"hidden": answer}, torch.arange(batch))
 
 
 def bare(module: nn.Module, given: Examples, batch: int) -> float:
     """Seconds of a forward and backward pass to all weights."""
     module.requires_grad_(True)
-    example, seconds = given.at(torch.arange(batch)), []
+    rows, seconds = torch.arange(batch), []
+    call, target = given.call(rows, "cpu"), given.at(rows).target[0]
     for _ in range(STEPS):
         began = time.perf_counter()
-        (example.call(module) - example.target[0]).square().mean().backward()
+        (call(module) - target).square().mean().backward()
         seconds.append(time.perf_counter() - began)
     module.requires_grad_(False)
     return min(seconds[1:])

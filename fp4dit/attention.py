@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -39,10 +39,10 @@ class QuantProcessor(nn.Module):
         self.q, self.k, self.v = nn.Identity(), nn.Identity(), nn.Identity()
 
     @property
-    def __call__(self) -> Callable[..., Tensor]:
+    def __call__(self) -> Callable[..., Any]:
         """With the signature of the inner processor, where attention looks up which arguments to pass on."""
         return wraps(self.inner.__call__)(partial(super().__call__))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         with _Intercept({"q": self.q, "k": self.k, "v": self.v}):
             return self.inner(*args, **kwargs)

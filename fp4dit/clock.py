@@ -32,7 +32,7 @@ class Clock:
             made = unit.call(s)
             return Timed(made.args, made.kwargs, type(made), self, s["timestep"])
 
-        return replace(unit, call=call)
+        return replace(unit, reads=(*unit.reads, "timestep"), call=call)
 
 
 def tell(model: nn.Module, timestep: Tensor) -> None:

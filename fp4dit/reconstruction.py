@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from fp4dit import policy
 from fp4dit.clock import Clock
 from fp4dit.columns import Captured, Column, Room, captured
+from fp4dit.errors import UserError
 from fp4dit.grid import Grid
 from fp4dit.layer import QuantLayer
 from fp4dit.models.base import Pipeline
@@ -106,6 +107,7 @@ class Reconstruction:
         original, quantized, reports = {**columns}, {**columns}, []
         clock = Clock()
         units = [clock.told(unit) for unit in self.pipeline.units()]
+        check_reached(self.rules, units)
         for number, unit in enumerate(units, 1):
             teacher = copy.deepcopy(self.pipeline.dit.get_submodule(unit.module))
             target = self.forward(teacher, unit, original)
@@ -129,7 +131,8 @@ class Reconstruction:
                 save_layers(layers, path.with_suffix(".safetensors"))
                 publish(path, json.dumps(report))
             reports.append(report)
-            original, quantized = original | target, quantized | answer
+            later = {name for unit in units[number:] for name in unit.reads}  # all else gives its room back
+            original, quantized = needed(later, original | target), needed(later, quantized | answer)
         return reports
 
     def prepare(self, unit: Unit, teacher: nn.Module, layers: Mapping[str, QuantLayer], examples: Examples) -> None:
@@ -162,15 +165,28 @@ def sample_inputs(
         for name in names
     ]
     if handles:
-        examples.at(index).call.to(next(teacher.parameters()).device)(teacher)
+        examples.call(index, next(teacher.parameters()).device)(teacher)
     for handle in handles:
         handle.remove()
     return seen
 
 
+def check_reached(rules: Mapping[str, Rule], units: Sequence[Unit]) -> None:
+    """Raises UserError if a layer that is to be quantized is in no unit."""
+    reached = {name for unit in units for name in within(rules, unit)}
+    for name in (name for name, rule in rules.items() if rule.quantizer and name not in reached):
+        raise UserError(
+            f"{name} cannot be quantized, for the model does not run it: +weight.leave=['{name}'] leaves it"
+        )
+
+
 def within(named: Mapping[str, T], unit: Unit) -> dict[str, T]:
     """What belongs to the layers inside a unit."""
     return {n: value for n, value in named.items() if n == unit.module or n.startswith(f"{unit.module}.")}
+
+
+def needed(names: Collection[str], columns: Mapping[str, T]) -> dict[str, T]:
+    return {name: column for name, column in columns.items() if name in names}
 
 
 def publish(path: Path, text: str) -> None:

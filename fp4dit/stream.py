@@ -6,10 +6,12 @@ models are advanced side by side, unit by unit, over all calibration calls: two 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fp4dit.calls import Call
 from fp4dit.columns import Column, Index, OnDisk, Room, write
@@ -24,21 +26,29 @@ Columns = Mapping[str, Column]  # all rows, which may lie in files
 class Unit:
     """A part of the model that is reconstructed as one.
 
-    `call` reads the unit's arguments from the rows of a state; `answer` names the columns it leaves.
-    `module` is the unit's name in the model.
+    `module` is the unit's name in the model. `call` makes its arguments of rows of the columns that `reads` names, as
+    far as there are such; `answer` names the columns it leaves.
     """
 
     module: str
+    reads: tuple[str, ...]
     call: Callable[[Rows], Call]
     answer: tuple[str, ...]
 
+    def rows(self, columns: Columns, index: Index) -> State:
+        return rows({name: columns[name] for name in self.reads if name in columns}, index)
 
-def answers(output: Tensor | tuple) -> tuple[Tensor, ...]:
-    return (output,) if isinstance(output, Tensor) else tuple(output)
+
+def answers(output: Any) -> tuple[Tensor, ...]:
+    return tuple(value for value in tree_leaves(output) if isinstance(value, Tensor))
 
 
 def rows(columns: Columns, index: Index) -> State:
     return {name: value[index] for name, value in columns.items()}
+
+
+def on(device: torch.device | str, state: Rows) -> State:
+    return {name: value.to(device, non_blocking=True) for name, value in state.items()}
 
 
 def count(columns: Columns) -> int:
@@ -57,12 +67,12 @@ def advance(
     room, total = room or Room(), count(columns)
     made: dict[str, Tensor | OnDisk] = {}
     for start in range(0, total, size):
-        part = rows(columns, slice(start, start + size))
-        call = unit.call({name: value.to(device) for name, value in part.items()})
+        index = slice(start, start + size)
+        call = unit.call(on(device, unit.rows(columns, index)))
         for name, answer in zip(unit.answer, answers(call(module)), strict=True):
             bad = ~answer.isfinite().flatten(1).all(1)
             if bad.any():
-                raise not_finite(unit.module, float(part["timestep"][bad.cpu()][0]))
+                raise not_finite(unit.module, float(columns["timestep"][index][bad.cpu()][0]))
             if name not in made:
                 made[name] = room.column(torch.Size([total, *answer.shape[1:]]), answer.dtype)
             write(made[name], start, answer.cpu())

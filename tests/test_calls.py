@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from fp4dit import calls
-from fp4dit.calls import Call, Example
 from fp4dit.columns import captured
 from fp4dit.reconstruction import Steps
 from fp4dit.stream import count
@@ -78,13 +77,3 @@ def test_listening_hears_calls_by_argument_and_then_stops():
     module(x, y=y)
     assert [(c.args, c.kwargs) for c in heard] == [((x,), {"y": y}), ((y,), {"y": x})]
     assert torch.equal(heard[0](module), x + y)
-
-
-def test_moving_a_call_moves_nested_tensors_and_keeps_the_rest():
-    call = Call((torch.ones(2), None), {"cond": {"size": torch.ones(1)}, "flag": True})
-    example = Example(call, (torch.ones(3),)).to("meta")
-    moved = example.call
-    assert moved.args[0].is_meta
-    assert moved.kwargs["cond"]["size"].is_meta
-    assert example.target[0].is_meta
-    assert (moved.args[1], moved.kwargs["flag"]) == (None, True)

@@ -231,7 +231,7 @@ def unit() -> tuple[Pair, list[QuantLayer], Examples]:
     return (
         module,
         layers,
-        Examples(Unit("", lambda s: Call((s["x"],), {}), tuple("abc")), {"x": x}, target, torch.arange(30)),
+        Examples(Unit("", ("x",), lambda s: Call((s["x"],), {}), tuple("abc")), {"x": x}, target, torch.arange(30)),
     )
 
 

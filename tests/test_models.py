@@ -1,43 +1,89 @@
 """Every family of models: its units are the model, cost what the design says, and go through all stages."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from fp4dit import calls, policy
+from fp4dit.calls import Call
 from fp4dit.clock import Clock
 from fp4dit.errors import UserError
 from fp4dit.formats import integer
+from fp4dit.layer import QuantLayer
 from fp4dit.models.base import Pipeline, Source
 from fp4dit.models.dit import DiT
+from fp4dit.models.generic import Generic
 from fp4dit.models.hunyuan import Hunyuan
 from fp4dit.models.pixart import PixArt
 from fp4dit.policy import Rule
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, load_weights_, split
+from fp4dit.rounding import ulp
+from fp4dit.stream import Rows, Unit, answers
 from fp4dit.tasks.activate import load_scales_
 from fp4dit.tasks.capture import CaptureTask, Chunk, chunked
 from fp4dit.tasks.generate import GenerateTask
-from fp4dit.tasks.reconstruct import Rounded
+from fp4dit.tasks.reconstruct import Examples, Fit, Rounded
 from pipelines.plan import plan
 from tests import tiny
 from tests.conftest import Compose
 from tests.test_end_to_end import FEW, run
-from tests.test_stream import chain
+from tests.test_stream import chain, forward
 
 TOKEN = Quantizer(integer(8), Granularity("row"))
-FAMILIES: dict[str, tuple[Callable[[Path], None], type, str]] = {
-    "alpha": (tiny.save_alpha, PixArt, "pixart_alpha"),
-    "hunyuan": (tiny.save_hunyuan, Hunyuan, "hunyuan"),
-    "hunyuan_v1_2": (partial(tiny.save_hunyuan, conditions=False), Hunyuan, "hunyuan_v1_2"),
-    "dit": (tiny.save_dit, DiT, "dit_xl_2"),
+SMALL = {"height": 32, "width": 32}
+SANA = SMALL | {"use_resolution_binning": False, "complex_human_instruction": None, "clean_caption": False}
+GROUPS_OF_32 = ["weight.quantizer.granularity.group=32"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a tiny replica is made, how it is loaded, and the overrides that a run with it needs."""
+
+    save: Callable[[Path], None]
+    source: Callable[[str], Source]
+    overrides: Sequence[str]
+
+
+def generic(options: Mapping[str, Any], *overrides: str) -> Mapping[str, Any]:
+    given = [f"+model.options.{name}={'null' if value is None else value}" for name, value in options.items()]
+    overrides = ("model=generic", *given, *GROUPS_OF_32, *overrides)
+    return {"source": partial(Generic, options=options), "overrides": overrides}
+
+
+FAMILIES = {
+    "alpha": Family(
+        tiny.save_alpha,
+        partial(PixArt, tokens=20),
+        ["model=pixart_alpha", "model.tokens=20", "weight.quantizer.granularity.group=16"],
+    ),
+    "hunyuan": Family(tiny.save_hunyuan, Hunyuan, ["model=hunyuan", *GROUPS_OF_32]),
+    "hunyuan_v1_2": Family(
+        partial(tiny.save_hunyuan, conditions=False), Hunyuan, ["model=hunyuan_v1_2", *GROUPS_OF_32]
+    ),
+    "dit": Family(tiny.save_dit, DiT, ["model=dit_xl_2", *GROUPS_OF_32]),
+    "sd3": Family(tiny.save_sd3, **generic(SMALL)),
+    "flux": Family(tiny.save_flux, **generic(SMALL, "~weight.formats", "weight.by_row=[x_embedder]")),
+    "sana": Family(
+        tiny.save_sana,
+        **generic(
+            SANA,
+            "~weight.formats",
+            "weight.by_row=[patch_embed.*]",
+            "+weight.leave=['*.conv_depth']",
+            "+activation.leave=['*.attn1.[qkv]']",
+        ),
+    ),
 }
 
 
@@ -49,13 +95,13 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp(family)
-    FAMILIES[family][0](made)
+    FAMILIES[family].save(made)
     return made
 
 
 @pytest.fixture(scope="module")
 def source(family: str, folder: Path) -> Source:
-    return FAMILIES[family][1](str(folder), **({"tokens": 20} if family == "alpha" else {}))
+    return FAMILIES[family].source(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +122,8 @@ def prompts(family: str) -> list[str]:
 def rules(model: nn.Module) -> list[Rule]:
     """4-bit weights, one scale per row; of a model with layers that are called in pieces, the blocks alone."""
     row = tiny.rules()[0].quantizer
-    return [Rule("blocks.*" if hasattr(model, "blocks") else "*", row)]
-
-
-def unpatchify(dit: nn.Module, hidden: Tensor) -> Tensor:
-    size, patch = int(hidden.shape[1] ** 0.5), dit.config.patch_size
-    grid = hidden.reshape(-1, size, size, patch, patch, dit.out_channels)
-    return torch.einsum("nhwpqc->nchpwq", grid).reshape(len(hidden), -1, size * patch, size * patch)
+    leave = Rule("*.conv_depth", None, optional=True)
+    return [leave, Rule("blocks.*" if hasattr(model, "blocks") else "*", row)]
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["full precision", "quantized"])
@@ -102,8 +143,8 @@ def test_units_over_captured_calls_answer_as_the_model_did(
         set(call.named(pipeline.dit)["timestep"].tolist()) for call in heard
     ]
     for call, state in zip(heard, states, strict=True):
-        answer = unpatchify(pipeline.dit, chain(pipeline, state, size=4)["hidden"])
-        assert torch.equal(answer, call(pipeline.dit)[0])
+        last = pipeline.units()[-1]
+        assert torch.equal(chain(pipeline, state, size=4)[last.answer[0]], forward(pipeline.dit, call)[last.module])
 
 
 def test_units_hold_every_layer_once_in_execution_order(pipeline: Pipeline, prompts: list[str]):
@@ -117,13 +158,16 @@ def test_units_hold_every_layer_once_in_execution_order(pipeline: Pipeline, prom
     assert ran == units * 2
 
 
-def test_capture_costs_one_pass_and_reconstruction_two(pipeline: Pipeline, prompts: list[str], tmp_path: Path):
+def test_capture_costs_one_pass_and_reconstruction_two(
+    family: str, pipeline: Pipeline, prompts: list[str], tmp_path: Path
+):
     blocks = [unit.module for unit in pipeline.units() if "blocks." in unit.module]
-    seen = [tiny.count(pipeline.dit.get_submodule(name)) for name in (blocks[0], blocks[-1])]
+    norms = [pipeline.dit.get_submodule(name).modules() for name in (blocks[0], blocks[-1])]
+    seen = [tiny.count(next(m for m in inside if isinstance(m, nn.LayerNorm))) for inside in norms]
     tiny.trainer()().predict(CaptureTask(pipeline, tmp_path, 2, 4.5), tiny.one_by_one(chunked(prompts, 2, seed=5)))
     state, out = load_calls(tmp_path), tmp_path / "units"
     samples = len(state["prompt"])
-    assert samples == 4 * 2 * 2  # prompts, steps, with and without the condition
+    assert samples == 4 * 2 * (1 if family == "flux" else 2)  # prompts, steps, with and without the condition
     assert [sum(rows) for rows in seen] == [samples, samples]
     out.mkdir()
     assigned = policy.assign(policy.layers(pipeline.dit), rules(pipeline.dit))
@@ -131,6 +175,63 @@ def test_capture_costs_one_pass_and_reconstruction_two(pipeline: Pipeline, promp
     assert [sum(rows) for rows in seen] == [3 * samples, 3 * samples]
     errors = {report["unit"]: report["error"] for report in reports}
     assert 0 < errors[blocks[-1]] < 0.5
+
+
+def columns_of(given: Sequence[tuple[Tensor, ...] | list[Any]]) -> dict[str, Tensor]:
+    """What has a row for each sample, of the flattened arguments or answers of several calls, by position."""
+    count = len(next(leaf for leaf in given[0] if isinstance(leaf, Tensor)))
+    columns = {str(i): leaves for i, leaves in enumerate(zip(*given, strict=True)) if isinstance(leaves[0], Tensor)}
+    return {i: torch.cat(leaves) for i, leaves in columns.items() if len(leaves[0]) == count}
+
+
+def replayed(pipeline: Pipeline, heard: Sequence[Call], fit: Fit, trained: Tensor) -> dict[str, Tensor]:
+    """Reconstruction without streams: for each unit both models are run whole, and what the unit is given is noted."""
+    original, quantized = copy.deepcopy(pipeline.dit), pipeline.dit
+    assigned = policy.assign(policy.layers(quantized), rules(quantized))
+    made: dict[str, QuantLayer] = {}
+    for name in [unit.module for unit in pipeline.units()]:
+        answered: list[tuple[Tensor, ...]] = []
+        note = lambda _m, _a, out, answered=answered: answered.append(answers(out))
+        handle = original.get_submodule(name).register_forward_hook(note)
+        with torch.no_grad(), calls.listen(quantized.get_submodule(name)) as given:
+            for call in heard:
+                call(original)
+                call(quantized)
+        handle.remove()
+        first, spec = tree_flatten((given[0].args, given[0].kwargs))
+        inputs, targets = columns_of([tree_leaves((call.args, call.kwargs)) for call in given]), columns_of(answered)
+
+        def again(rows: Rows, first: list[Any] = first, spec: TreeSpec = spec) -> Call:
+            return Call(*tree_unflatten([rows.get(str(i), leaf) for i, leaf in enumerate(first)], spec))
+
+        within = {layer: rule for layer, rule in assigned.items() if layer == name or layer.startswith(f"{name}.")}
+        layers = policy.quantize_weights_(quantized, within)
+        for layer in layers.values():
+            layer.prepare()
+        examples = Examples(Unit(name, tuple(inputs), again, tuple(targets)), inputs, targets, trained)
+        if layers:
+            fit(quantized.get_submodule(name), list(layers.values()), examples, tiny.trainer())
+        made |= layers
+    return {name: layer.rows for name, layer in made.items()}
+
+
+@pytest.mark.parametrize("family", ["alpha", "hunyuan", "flux"], indirect=True)
+def test_streams_reconstruct_the_same_bits_as_recording_the_whole_model_for_each_unit(
+    pipeline: Pipeline, prompts: list[str], tmp_path: Path
+):
+    pipeline.units()  # runs the model, if that has to be watched
+    fit, alone, untouched = tiny.learnt(ulp, steps=5), copy.deepcopy(pipeline), copy.deepcopy(pipeline)
+    with calls.listen(pipeline.dit) as heard:
+        CaptureTask(pipeline, tmp_path, 2, 4.5).predict_step(Chunk(0, prompts, [1, 2, 3, 4]))
+    columns, out = load_calls(tmp_path), tmp_path / "units"
+    out.mkdir()
+    rows, (trained, held_out) = len(columns["prompt"]) // 2, split(columns, 3)
+    assigned = policy.assign(policy.layers(pipeline.dit), rules(pipeline.dit))
+    Reconstruction(pipeline, assigned, fit, trained, held_out, rows, out).run(columns, tiny.trainer)
+    expected, without = replayed(alone, heard, fit, trained), replayed(untouched, heard, Rounded(), trained)
+    learnt = {name: pipeline.dit.get_submodule(name).rows for name in expected}
+    assert all(torch.equal(learnt[name], weight) for name, weight in expected.items())
+    assert sum(not torch.equal(weight, without[name]) for name, weight in expected.items()) > 10
 
 
 def test_skeleton_has_the_models_layers_and_no_memory(source: Source, loaded: Pipeline):
@@ -150,10 +251,8 @@ def test_each_ones_noise_comes_from_its_own_seed(pipeline: Pipeline, prompts: li
 def test_every_stage_runs_and_what_is_loaded_draws_the_same_bits(
     family: str, folder: Path, source: Source, composed: Compose, tmp_path: Path
 ):
-    group = 16 if family == "alpha" else 32
-    given = [f"model={FAMILIES[family][2]}", f"model.path={folder}", "model.dtype=float32", "metrics=paired"]
-    given += [f"weight.quantizer.granularity.group={group}", "rounding.steps=3", "rounding.batch=4"]
-    given += ["model.tokens=20"] if family == "alpha" else []
+    given = [f"model.path={folder}", "model.dtype=float32", "metrics=paired", "rounding.steps=3", "rounding.batch=4"]
+    given += FAMILIES[family].overrides
     stage = plan(composed(*FEW, *given))["generate"].make()
     paths = run(tmp_path, *given, small=FEW)
     pipeline = source.load()

@@ -41,7 +41,7 @@ def linear() -> nn.Linear:
 
 def layer_and_examples(weight: Quantizer, activation: Quantizer | None = None) -> tuple[QuantLayer, Examples]:
     source, x = linear(), tokens()
-    unit = Unit("", lambda s: Call((s["x"],), {}), ("y",))
+    unit = Unit("", ("x",), lambda s: Call((s["x"],), {}), ("y",))
     examples = Examples(unit, {"x": x}, {"y": source(x).detach()}, torch.arange(48))
     layer = wrap(source, weight)
     if activation:
@@ -154,7 +154,7 @@ def test_weighed_scales_are_a_search_with_mean_squares_as_importance(unit: str, 
     weights = [layer.rows.clone() for layer in layers]
     before = [layer.grid(layer.rows) for layer in layers]
     inner = module.first(x[:48]).tanh()
-    examples = Examples(Unit("", lambda s: Call((s["x"],), {}), ("y",)), {"x": x}, {"y": x}, torch.arange(48))
+    examples = Examples(Unit("", ("x",), lambda s: Call((s["x"],), {}), ("y",)), {"x": x}, {"y": x}, torch.arange(48))
     assert Weighed(Rounded(), batch=11)(module, layers, examples, tiny.trainer()) == []
     for layer, w, given, unweighed in zip(layers, weights, (x[:48], inner, None), before, strict=True):
         blocks = layer.grid.quantizer.granularity.split(w)

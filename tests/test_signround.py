@@ -265,7 +265,7 @@ def fitted(learner: Callable, quantizer: Quantizer, steps: int, keep_best: bool 
         schedule=partial(linear_decay, steps=steps),
         keep_best=keep_best,
     )
-    unit = Unit("", lambda s: Call((s["x"],), {}), ("y",))
+    unit = Unit("", ("x",), lambda s: Call((s["x"],), {}), ("y",))
     fit(layer, [layer], Examples(unit, {"x": x}, {"y": target}, torch.arange(128)), tiny.trainer())
     error = (layer(x[128:]) - target[128:]).square().sum() / target[128:].square().sum()
     return error.item(), layer

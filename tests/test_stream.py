@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from fp4dit import calls, policy
 from fp4dit.calls import Call
@@ -42,6 +42,17 @@ def unpatchify(dit: PixArtTransformer2DModel, hidden: Tensor) -> Tensor:
     size, patch = 8 // dit.config.patch_size, dit.config.patch_size
     grid = hidden.reshape(-1, size, size, patch, patch, dit.out_channels)
     return torch.einsum("nhwpqc->nchpwq", grid).reshape(len(hidden), -1, 8, 8)
+
+
+def forward(dit: nn.Module, call: Call) -> dict[str, Tensor]:
+    """What each module answers while the model answers a call, as far as it is one tensor."""
+    seen: dict[str, Tensor] = {}
+    note = lambda name: lambda _m, _a, out: seen.update({name: out}) if isinstance(out, Tensor) else None
+    handles = [module.register_forward_hook(note(name)) for name, module in dit.named_modules()]
+    call(dit)
+    for handle in handles:
+        handle.remove()
+    return seen
 
 
 @pytest.mark.parametrize("resolution", [False, True], ids=["sigma", "alpha-1024"])

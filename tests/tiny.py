@@ -9,20 +9,38 @@ from typing import Any
 import lightning as L
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     HunyuanDiT2DModel,
     HunyuanDiTPipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
 )
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    T5Config,
+    T5EncoderModel,
+)
 
 from fp4dit.formats import NumberFormat, floating, fp16, integer
 from fp4dit.models.shapes.build import scheduler, tokenizer
@@ -52,15 +70,16 @@ def transformer() -> PixArtTransformer2DModel:
     )
 
 
-def text_encoder(words: int) -> T5EncoderModel:
+def text_encoder(words: int, width: int = WIDTH) -> T5EncoderModel:
     return T5EncoderModel(
-        T5Config(vocab_size=words, d_model=WIDTH, d_kv=16, num_heads=2, d_ff=64, num_layers=1, dropout_rate=0.0)
+        T5Config(vocab_size=words, d_model=width, d_kv=16, num_heads=2, d_ff=64, num_layers=1, dropout_rate=0.0)
     )
 
 
-def autoencoder(halvings: int = 1, attention: bool = True) -> AutoencoderKL:
+def autoencoder(halvings: int = 1, attention: bool = True, shift: float | None = None) -> AutoencoderKL:
     levels = halvings + 1
     return AutoencoderKL(
+        shift_factor=shift,
         mid_block_add_attention=attention,
         block_out_channels=(8,) * levels,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -140,6 +159,104 @@ def save_dit(folder: Path) -> None:
     index = folder / "model_index.json"
     named = json.loads(index.read_text()) | {"id2label": {"0": "tench, Tinca tinca", "1": "goldfish"}}
     index.write_text(json.dumps(named))
+
+
+def clip(words: int) -> CLIPTextModelWithProjection:
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 64,
+        "projection_dim": WIDTH,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    config = CLIPTextConfig(vocab_size=words, num_hidden_layers=2, num_attention_heads=2, **sizes)
+    return CLIPTextModelWithProjection(config)
+
+
+def save_sd3(folder: Path) -> None:
+    """Stable Diffusion 3: blocks with two streams, of which the last answers with one."""
+    torch.manual_seed(0)
+    dit = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=WIDTH // 2,
+        num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=2 * WIDTH,
+        out_channels=4,
+        pos_embed_max_size=8,
+    )
+    words = tokenizer()
+    encoders = (clip(len(words)), words, clip(len(words)), words, text_encoder(len(words), 2 * WIDTH), words)
+    StableDiffusion3Pipeline(dit, FlowMatchEulerDiscreteScheduler(), autoencoder(shift=0.1), *encoders).save_pretrained(
+        folder
+    )
+
+
+def save_flux(folder: Path) -> None:
+    """Flux: two lists of blocks, the second over text and image as one sequence; rotary positions, no guided pair."""
+    torch.manual_seed(0)
+    dit = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=WIDTH // 2,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    words = tokenizer()
+    pooled = CLIPTextModel(clip(len(words)).config)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    FluxPipeline(
+        scheduler, autoencoder(shift=0.1), pooled, words, text_encoder(len(words)), words, dit
+    ).save_pretrained(folder)
+
+
+def save_sana(folder: Path) -> None:
+    """Sana: linear attention and depthwise convolutions, neither of which can be quantized."""
+    torch.manual_seed(0)
+    dit = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=WIDTH // 2,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=WIDTH // 2,
+        cross_attention_dim=WIDTH,
+        caption_channels=WIDTH,
+        sample_size=8,
+        mlp_ratio=2.0,
+    )
+    words = tokenizer()
+    text = Gemma2Config(
+        vocab_size=len(words),
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    vae = AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_block_types=("ResBlock", "ResBlock"),
+        decoder_block_types=("ResBlock", "ResBlock"),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+    )
+    SanaPipeline(words, Gemma2Model(text), vae, dit, FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
 
 
 def rules(fmt: NumberFormat | None = None, affine: bool = False) -> list[Rule]:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import AutoModel, DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -27,7 +28,6 @@ class Checkpoint:
     rest: str | None = field(default=None, kw_only=True)
 
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]]  # that the adapter is for
-    transformer: ClassVar[type[ModelMixin]]
 
     def open(self) -> DiffusionPipeline:
         """Raises UserError if another pipeline is there, or none."""
@@ -35,7 +35,7 @@ class Checkpoint:
         if self.rest is None or (Path(folder) / INDEX).is_file():
             pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
         else:
-            dit = self.transformer.from_pretrained(folder, subfolder="transformer", dtype=dtype)
+            dit = AutoModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
             pipe = DiffusionPipeline.from_pretrained(locate(self.rest), transformer=dit, dtype=dtype)
         if not isinstance(pipe, self.pipelines):
             raise self.refusal(type(pipe).__name__)
@@ -43,10 +43,9 @@ class Checkpoint:
 
     def skeleton(self) -> nn.Module:
         """The transformer without its weights, to check rules on before anything is loaded."""
-        kind: Any = self.transformer
-        config = kind.load_config(self.folder(), subfolder="transformer")
+        config: Any = AutoModel.load_config(self.folder(), subfolder="transformer")
         with init_empty_weights():
-            return kind.from_config(config)
+            return getattr(diffusers, config["_class_name"]).from_config(config)
 
     def folder(self) -> str:
         """Raises UserError if this is a path and no such pipeline is there; a hub id is not looked up."""
@@ -59,14 +58,19 @@ class Checkpoint:
             if self.rest and (Path(folder) / "transformer").is_dir():
                 return folder
             raise UserError(f"{self.path} is not a diffusers pipeline: the folder has no {INDEX}")
-        found = json.loads((Path(folder) / INDEX).read_text()).get("_class_name")
-        if found not in {kind.__name__ for kind in self.pipelines}:
+        index = json.loads((Path(folder) / INDEX).read_text())
+        found = index.get("_class_name")
+        if not issubclass(getattr(diffusers, str(found), type(None)), self.pipelines):
             raise self.refusal(found)
+        if "transformer" not in index:
+            raise UserError(
+                f"{self.path} holds a {found}, which has no transformer: only diffusion transformers are quantized"
+            )
         return folder
 
     def refusal(self, found: str | None) -> UserError:
         wanted = " or ".join(kind.__name__ for kind in self.pipelines)
-        return UserError(f"{self.path} holds a {found}; this adapter is for a {wanted}")
+        return UserError(f"{self.path} holds a {found}; this adapter is for a {wanted}. Others: model=generic")
 
 
 class Adapter:

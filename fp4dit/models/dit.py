@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import ClassVar
 
-from diffusers import DiffusionPipeline, DiTPipeline, DiTTransformer2DModel, ModelMixin
+from diffusers import DiffusionPipeline, DiTPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +21,6 @@ class DiT(Checkpoint):
     """Where a DiT is and how to load it."""
 
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (DiTPipeline,)
-    transformer: ClassVar[type[ModelMixin]] = DiTTransformer2DModel
 
     def load(self) -> "ClassPipeline":
         return ClassPipeline(self.open())
@@ -65,16 +64,17 @@ class ClassPipeline(Adapter):
 
         def block(i: int) -> Unit:
             kind, answer = (First, ("hidden", "condition")) if i == 0 else (Call, ("hidden",))
+            reads = ("hidden", "timestep", "label")
             call = lambda s: kind((s["hidden"],), {"timestep": s["timestep"], "class_labels": s["label"]})
-            return Unit(f"transformer_blocks.{i}", call, answer)
+            return Unit(f"transformer_blocks.{i}", reads, call, answer)
 
         def project(s: Rows) -> Call:
             shift, scale = s["modulation"][:, None].chunk(2, dim=2)
             return Call((dit.norm_out(s["hidden"]) * (1 + scale) + shift,), {})
 
         return [
-            Unit("pos_embed", lambda s: Call((s["latent"],), {}), ("hidden",)),
+            Unit("pos_embed", ("latent",), lambda s: Call((s["latent"],), {}), ("hidden",)),
             *(block(i) for i in range(len(dit.transformer_blocks))),
-            Unit("proj_out_1", lambda s: Call((F.silu(s["condition"]),), {}), ("modulation",)),
-            Unit("proj_out_2", project, ("hidden",)),
+            Unit("proj_out_1", ("condition",), lambda s: Call((F.silu(s["condition"]),), {}), ("modulation",)),
+            Unit("proj_out_2", ("hidden", "modulation"), project, ("hidden",)),
         ]

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, HunyuanDiT2DModel, HunyuanDiTPipeline, ModelMixin
+from diffusers import DiffusionPipeline, HunyuanDiTPipeline
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from jaxtyping import Float
@@ -22,7 +22,6 @@ class Hunyuan(Checkpoint):
     """Where a HunyuanDiT is and how to load it."""
 
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (HunyuanDiTPipeline,)
-    transformer: ClassVar[type[ModelMixin]] = HunyuanDiT2DModel
 
     def load(self) -> "HunyuanPipeline":
         return HunyuanPipeline(self.open())
@@ -58,6 +57,7 @@ class HunyuanPipeline(Adapter):
 
         def block(i: int) -> Unit:
             source, target = (f"skip_{j}" if j in first_half else "hidden" for j in (i - 1, i))
+            skip = (f"skip_{count - 1 - i}",) if i > count // 2 else ()
 
             def call(s: Rows) -> Call:
                 text = torch.cat([s["clip"], s["text"]], dim=1)
@@ -65,19 +65,19 @@ class HunyuanPipeline(Adapter):
                     "encoder_hidden_states": torch.where(s["mask"][..., None], text, dit.text_embedding_padding),
                     "temb": s["time"],
                     "image_rotary_emb": self.rotary(s["latent"]),
-                    "skip": s.get(f"skip_{count - 1 - i}") if i > count // 2 else None,
+                    "skip": s[skip[0]] if skip else None,
                 }
                 return Call((s[source],), given)
 
-            return Unit(f"blocks.{i}", call, (target,))
+            return Unit(f"blocks.{i}", (source, *skip, "time", "clip", "text", "mask", "latent"), call, (target,))
 
         return [
-            Unit("pos_embed", lambda s: Call((s["latent"],), {}), ("hidden",)),
-            Unit("time_extra_emb", embed_time, ("time",)),
-            Unit("text_embedder", lambda s: Call((s["t5"],), {}), ("text",)),
+            Unit("pos_embed", ("latent",), lambda s: Call((s["latent"],), {}), ("hidden",)),
+            Unit("time_extra_emb", ("timestep", "t5", "image_meta_size", "style"), embed_time, ("time",)),
+            Unit("text_embedder", ("t5",), lambda s: Call((s["t5"],), {}), ("text",)),
             *(block(i) for i in range(count)),
-            Unit("norm_out", lambda s: Call((s["hidden"], s["time"].float()), {}), ("hidden",)),
-            Unit("proj_out", lambda s: Call((s["hidden"],), {}), ("hidden",)),
+            Unit("norm_out", ("hidden", "time"), lambda s: Call((s["hidden"], s["time"].float()), {}), ("hidden",)),
+            Unit("proj_out", ("hidden",), lambda s: Call((s["hidden"],), {}), ("hidden",)),
         ]
 
     def rotary(self, latent: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "t d"], Float[Tensor, "t d"]]:

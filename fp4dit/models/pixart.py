@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffusers import DiffusionPipeline, ModelMixin, PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,7 +20,6 @@ class PixArt(Checkpoint):
     tokens: int = 300
 
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (PixArtAlphaPipeline, PixArtSigmaPipeline)
-    transformer: ClassVar[type[ModelMixin]] = PixArtTransformer2DModel
 
     def load(self) -> "PixArtPipeline":
         return PixArtPipeline(self.open(), self.tokens)
@@ -58,6 +57,8 @@ class PixArtPipeline(Adapter):
             conditions = {name: s.get(name) for name in ("resolution", "aspect_ratio")}
             return Call((s["timestep"], conditions), {"batch_size": len(s["timestep"]), "hidden_dtype": dtype})
 
+        block_reads = ("hidden", "text", "bias", "modulation")
+
         def block(s: Rows) -> Call:
             given = {
                 "encoder_hidden_states": s["text"],
@@ -71,9 +72,12 @@ class PixArtPipeline(Adapter):
             return Call((dit.norm_out(s["hidden"]) * (1 + scale) + shift,), {})
 
         return [
-            Unit("pos_embed", lambda s: Call((s["latent"],), {}), ("hidden",)),
-            Unit("adaln_single", embed_time, ("modulation", "time")),
-            Unit("caption_projection", lambda s: Call((s["text"],), {}), ("text",)),
-            *(Unit(f"transformer_blocks.{i}", block, ("hidden",)) for i in range(len(dit.transformer_blocks))),
-            Unit("proj_out", project, ("hidden",)),
+            Unit("pos_embed", ("latent",), lambda s: Call((s["latent"],), {}), ("hidden",)),
+            Unit("adaln_single", ("timestep", "resolution", "aspect_ratio"), embed_time, ("modulation", "time")),
+            Unit("caption_projection", ("text",), lambda s: Call((s["text"],), {}), ("text",)),
+            *(
+                Unit(f"transformer_blocks.{i}", block_reads, block, ("hidden",))
+                for i in range(len(dit.transformer_blocks))
+            ),
+            Unit("proj_out", ("hidden", "time"), project, ("hidden",)),
         ]

@@ -107,6 +107,12 @@ class Measure(Replay):
         ]
 
     def audit(self, rules: Mapping[str, Rule]) -> list[Entry]:
+        """Raises UserError if the model never read an activation that was to be quantized."""
+        for name in self.activations.keys() - self.shapes.keys():
+            raise UserError(
+                f"{name} is not quantized: the model never reads it, or not by way of F.scaled_dot_product_attention. "
+                f"Leave it as it is: +activation.leave=['{name}'], where wildcards are understood"
+            )
         return [
             Entry(
                 name,

@@ -1,0 +1,72 @@
+"""Any diffusers pipeline whose transformer has a list of blocks: its units are found by watching it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from diffusers import DiffusionPipeline
+from jaxtyping import Float
+from torch import Tensor
+
+from fp4dit.calls import Call
+from fp4dit.errors import UserError
+from fp4dit.models.checkpoint import Adapter, Checkpoint
+from fp4dit.models.trace import Arguments, Reached, verify, watch
+from fp4dit.stream import State, Unit
+
+
+@dataclass(frozen=True)
+class Generic(Checkpoint):
+    """Where the pipeline is and how to load it. `options` are what else it is called with, as `height`."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (DiffusionPipeline,)
+
+    def load(self) -> "GenericPipeline":
+        return GenericPipeline(self.open(), self.options)
+
+
+class GenericPipeline(Adapter):
+    """A transformer as a chain of what it is found to run."""
+
+    PROMPTS = ("a", "b", "c")  # an odd number of samples, which no other size is likely to equal
+
+    def __init__(self, pipe: DiffusionPipeline, options: Mapping[str, Any]) -> None:
+        super().__init__(pipe)
+        self.options = options
+        self.arguments: Arguments | None = None
+        self.chain: list[Unit] | None = None
+
+    def sample(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
+    ) -> Float[Tensor, "n 3 h w"]:
+        return self.draw(prompts, seeds, steps, guidance, **self.options)
+
+    def begin(self, call: Call) -> State:
+        self.arguments = self.arguments or Arguments.of(self.dit, call)
+        return self.arguments.state(self.dit, call)
+
+    def units(self) -> list[Unit]:
+        """The first time, the transformer is run twice on a few samples: to see what it does, and to check that."""
+        if self.chain is None:
+            call = self.first_call()
+            trace = watch(self.dit, call)
+            verify(self.dit, call, trace)
+            self.chain = trace.units(self.dit)
+        return self.chain
+
+    def first_call(self) -> Call:
+        """What the sampler calls the transformer with at its first step."""
+
+        def stop(_: Any, args: tuple, kwargs: dict) -> None:
+            raise Reached(Call(args, kwargs))
+
+        handle = self.dit.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.sample(self.PROMPTS, range(len(self.PROMPTS)), 1, 4.5)
+        except Reached as reached:
+            return reached.call
+        finally:
+            handle.remove()
+        raise UserError(f"{type(self.pipe).__name__} draws without calling its transformer")
