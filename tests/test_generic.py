@@ -3,23 +3,27 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from accelerate import init_empty_weights
+from diffusers import FluxTransformer2DModel, SanaTransformer2DModel, SD3Transformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
 from fp4dit import calls
 from fp4dit.calls import Call
 from fp4dit.errors import UserError
-from fp4dit.models.generic import Generic
+from fp4dit.models.check import make_tiny, verify
+from fp4dit.models.generic import Generic, GenericPipeline
 from fp4dit.models.pixart import PixArt
-from fp4dit.models.trace import parts, verify, watch
+from fp4dit.models.trace import parts, watch
 from fp4dit.stream import answers
 from tests import tiny
+from tests.test_published import PUBLISHED
 
 OPTIONS = {"max_sequence_length": 20, "use_resolution_binning": False, "clean_caption": False}
 
@@ -66,21 +70,31 @@ class Model(nn.Module):
         return self.blocks[1](x, timestep)
 
 
+class Alone(GenericPipeline):
+    """A transformer without the rest of a pipeline, which is first called so."""
+
+    def __init__(self, dit: nn.Module, first: Call) -> None:
+        self.dit, self.first, self.device = dit.requires_grad_(False), first, torch.device("cpu")
+        self.arguments = self.chain = None
+
+    def first_call(self) -> Call:
+        return self.first
+
+
 def call(rows: int = 3, **other: Any) -> Call:
     return Call((torch.randn(rows, 4),), {"timestep": torch.rand(rows), **other})
 
 
 def test_what_lies_between_blocks_is_made_again_from_what_it_reads():
-    model = Model(lambda _, x: x.flip(1) * 2).requires_grad_(False)
-    trace = watch(model, call())
-    verify(model, call(), trace)
-    assert [(unit.module, unit.reads, unit.answer) for unit in trace.units(model)] == [
+    pipeline = Alone(Model(lambda _, x: x.flip(1) * 2), call())
+    verify(pipeline, call(4))
+    assert [(unit.module, unit.reads, unit.answer) for unit in pipeline.units()] == [
         ("embed", ("latent", "timestep"), ("embed.0",)),
         ("blocks.0", ("timestep", "embed.0"), ("blocks.0.0",)),
         ("blocks.1", ("timestep", "blocks.0.0"), ("blocks.1.0",)),
     ]
     x, time = torch.randn(5, 8), torch.rand(5)
-    made = trace.units(model)[2].call({"timestep": time, "blocks.0.0": x})
+    made = pipeline.units()[2].call({"timestep": time, "blocks.0.0": x})
     assert torch.equal(made.args[0], x.flip(1) * 2)
     assert torch.equal(made.args[1], time)
 
@@ -98,14 +112,12 @@ def inner(model: Model, x: Tensor) -> Tensor:
     [
         (twice, "embed of Model runs more than once"),
         (inner, "Model runs blocks.0.linear itself, outside the block that owns it"),
-        (lambda _, x: x.detach() + 1, "the call of blocks.1 in Model could not be made again"),
+        (lambda _, x: x.detach() + 1, "blocks.1 of Model, called alone, answers otherwise"),
     ],
 )
 def test_what_cannot_be_made_again_is_refused_by_name(between: Callable, message: str):
-    model = Model(between).requires_grad_(False)
-    given = call()
     with pytest.raises(UserError, match=message + ".*docs/your_model.md"):
-        verify(model, given, watch(model, given))
+        Alone(Model(between), call()).units()
 
 
 def test_a_part_must_answer_with_rows():
@@ -167,3 +179,37 @@ def test_a_pipeline_without_a_transformer(tmp_path: Path):
     for attempt in (Generic(str(tmp_path)).skeleton, Generic(str(tmp_path)).load):
         with pytest.raises(UserError, match=re.escape("holds a DDPMPipeline, which has no transformer")):
             attempt()
+
+
+@torch.no_grad()
+def test_an_adapter_that_forgets_something_is_told_at_which_unit(tmp_path: Path):
+    tiny.save(tmp_path)
+    pipeline = PixArt(str(tmp_path), tokens=20).load()
+    with calls.listen(pipeline.dit) as heard:
+        pipeline.sample(tiny.PROMPTS[:2], [5, 6], 2, 4.5)
+    verify(pipeline, heard[1])
+    begin = pipeline.begin
+    pipeline.begin = lambda given: {name: value for name, value in begin(given).items() if name != "bias"}
+    units = pipeline.units
+    forgetful = lambda unit: replace(unit, call=lambda s: unit.call({**s, "bias": torch.zeros(len(s["text"]), 1, 20)}))
+    pipeline.units = lambda: [forgetful(unit) if "blocks" in unit.module else unit for unit in units()]
+    with pytest.raises(UserError, match=r"transformer_blocks\.0 of PixArtTransformer2DModel, called alone, answers"):
+        verify(pipeline, heard[1])
+
+
+CONFIGS = {  # besides those of tests.test_published
+    "sd3": (SD3Transformer2DModel, {"caption_projection_dim": 1152, "qk_norm": "rms_norm"}),
+    "flux": (FluxTransformer2DModel, {"guidance_embeds": True}),
+    "sana": (SanaTransformer2DModel, {}),
+}
+
+
+@pytest.mark.parametrize("model", [*CONFIGS, *PUBLISHED])
+def test_a_tiny_replica_has_the_structure_of_the_whole(model: str):
+    kind, config = (CONFIGS | PUBLISHED)[model]
+    with init_empty_weights():
+        whole = kind(**config)
+        replica = kind.from_config(make_tiny(whole.config))
+    kinds = lambda dit: {(re.sub(r"\d+", "n", name), type(module).__name__) for name, module in dit.named_modules()}
+    assert kinds(replica) == kinds(whole)
+    assert sum(p.numel() for p in replica.parameters()) < 1e6

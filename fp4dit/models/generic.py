@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fp4dit.calls import Call
 from fp4dit.errors import UserError
+from fp4dit.models.check import verify
 from fp4dit.models.checkpoint import Adapter, Checkpoint
-from fp4dit.models.trace import Arguments, Reached, verify, watch
+from fp4dit.models.trace import Arguments, Reached, watch
 from fp4dit.stream import State, Unit
 
 
@@ -48,12 +49,16 @@ class GenericPipeline(Adapter):
         return self.arguments.state(self.dit, call)
 
     def units(self) -> list[Unit]:
-        """The first time, the transformer is run twice on a few samples: to see what it does, and to check that."""
+        """The first time, the transformer is run twice on a few samples: to see what it does, and to check that.
+
+        Raises:
+            UserError: if it cannot be taken apart; the message names what stands in the way.
+        """
         if self.chain is None:
             call = self.first_call()
             trace = watch(self.dit, call)
-            verify(self.dit, call, trace)
-            self.chain = trace.units(self.dit)
+            self.arguments, self.chain = trace.arguments, trace.units(self.dit)
+            verify(self, call)
         return self.chain
 
     def first_call(self) -> Call:

@@ -4,7 +4,7 @@ Between its parts a transformer computes things without weights: positions, mask
 the call of one part again, the transformer itself is run with all parts before it answered for, up to that part.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
-from torch.utils.hooks import RemovableHandle
 
 from fp4dit.calls import Call
 from fp4dit.errors import UserError
+from fp4dit.models.check import HELP, removed
 from fp4dit.policy import layers
-from fp4dit.stream import Rows, State, Unit, answers
-
-ADAPTER = "Write an adapter for this model: docs/your_model.md shows one."
+from fp4dit.stream import Rows, State, Unit
 
 
 def parts(dit: nn.Module) -> list[str]:
@@ -32,7 +30,7 @@ def parts(dit: nn.Module) -> list[str]:
     lists = {name: child for name, child in dit.named_children() if isinstance(child, nn.ModuleList) and layers(child)}
     if not lists:
         children = ", ".join(f"{name} ({type(child).__name__})" for name, child in dit.named_children())
-        raise UserError(f"{type(dit).__name__} has no list of blocks, only {children}. {ADAPTER}")
+        raise UserError(f"{type(dit).__name__} has no list of blocks, only {children}. {HELP}")
     return [
         part
         for name, child in dit.named_children()
@@ -82,7 +80,7 @@ class Arguments:
     def of(cls, dit: nn.Module, call: Call) -> "Arguments":
         named = call.named(dit)
         if "timestep" not in named:
-            raise UserError(f"{type(dit).__name__} is not called with a timestep by that name. {ADAPTER}")
+            raise UserError(f"{type(dit).__name__} is not called with a timestep by that name. {HELP}")
         count = len(next(iter(named.values())))
         found, spec = tree_flatten_with_path(named)
         names = [".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in found]
@@ -99,13 +97,13 @@ class Arguments:
         given, spec = tree_flatten(named)
         count, state = len(next(iter(named.values()))), {}
         if spec != self.tree.spec:
-            raise UserError(f"{type(dit).__name__} is not called with the same arguments at each step. {ADAPTER}")
+            raise UserError(f"{type(dit).__name__} is not called with the same arguments at each step. {HELP}")
         for name, leaf, value in zip(self.names, self.tree.leaves, given, strict=True):
             if isinstance(leaf, Shape):
                 state[name] = value if leaf.row else value.reshape(-1).expand(count)
             elif not same(leaf, value):
                 raise UserError(
-                    f"{type(dit).__name__}: {name} differs from call to call, and has no row for each sample. {ADAPTER}"
+                    f"{type(dit).__name__}: {name} differs from call to call, and has no row for each sample. {HELP}"
                 )
         return state
 
@@ -203,7 +201,7 @@ class Trace:
             return self.answers[name].filled(fill)
 
         def stray(name: str) -> None:
-            raise UserError(f"{type(dit).__name__} runs {name} itself, outside the block that owns it. {ADAPTER}")
+            raise UserError(f"{type(dit).__name__} runs {name} itself, outside the block that owns it. {HELP}")
 
         inside = {name: layer for name, layer in layers(dit).items() if name not in self.answers}
         hooks = [layer.register_forward_pre_hook(lambda *_, name=name: stray(name)) for name, layer in inside.items()]
@@ -222,16 +220,6 @@ def reaches(source: Tensor, values: Sequence[Tensor]) -> bool:
     )
 
 
-@contextmanager
-def removed(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
-    """They are, at the end of the block."""
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @torch.no_grad()
 def watch(dit: nn.Module, call: Call) -> Trace:
     """Runs the call.
@@ -244,9 +232,9 @@ def watch(dit: nn.Module, call: Call) -> Trace:
     def hook(name: str, output: Any) -> None:
         leaves, spec = tree_flatten(output)
         if name in answers:
-            raise UserError(f"{name} of {type(dit).__name__} runs more than once in a call. {ADAPTER}")
+            raise UserError(f"{name} of {type(dit).__name__} runs more than once in a call. {HELP}")
         if any(isinstance(leaf, Tensor) and len(leaf) != count for leaf in leaves):
-            raise UserError(f"{name} of {type(dit).__name__} does not answer with a row for each sample. {ADAPTER}")
+            raise UserError(f"{name} of {type(dit).__name__} does not answer with a row for each sample. {HELP}")
         answers[name] = Tree(tuple(shape(f"{name}.{i}", leaf, count) for i, leaf in enumerate(leaves)), spec)
 
     modules = {name: dit.get_submodule(name) for name in parts(dit)}
@@ -254,34 +242,3 @@ def watch(dit: nn.Module, call: Call) -> Trace:
     with removed(hooks):
         call(dit)
     return Trace(Arguments.of(dit, call), answers)
-
-
-@torch.no_grad()
-def verify(dit: nn.Module, call: Call, trace: Trace) -> None:
-    """Runs the call again, and makes each part's call of what the parts before it answered.
-
-    Raises:
-        UserError: that names the part whose call is not the same to the bit.
-    """
-    units = {unit.module: unit for unit in trace.units(dit)}
-    state, busy = trace.arguments.state(dit, call), False
-
-    def before(name: str, given: Call) -> None:
-        nonlocal busy
-        if not busy:
-            busy = True  # making a call runs the transformer within the transformer
-            mine = units[name].call({column: state[column] for column in units[name].reads})
-            if not all(map(same, tree_leaves((mine.args, mine.kwargs)), tree_leaves((given.args, given.kwargs)))):
-                raise UserError(f"the call of {name} in {type(dit).__name__} could not be made again. {ADAPTER}")
-            busy = False
-
-    def after(name: str, output: Any) -> None:
-        if not busy:
-            state.update(zip(units[name].answer, answers(output), strict=True))
-
-    modules = {name: dit.get_submodule(name) for name in units}
-    enter = lambda n: lambda _m, args, kwargs: before(n, Call(args, kwargs))
-    leave = lambda n: lambda _m, _args, output: after(n, output)
-    hooks = [m.register_forward_pre_hook(enter(n), with_kwargs=True) for n, m in modules.items()]
-    with removed(hooks + [m.register_forward_hook(leave(n)) for n, m in modules.items()]):
-        call(dit)
