@@ -85,7 +85,7 @@ class Reconstruct:
     activation: Sequence[Rule] | None = None
 
     def check(self) -> None:
-        reconstruction.check(self.model.skeleton(), self.weight, self.rounding, self.activation or ())
+        reconstruction.check(self.model.skeleton().dit, self.weight, self.rounding, self.activation or ())
 
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         c, pipeline = self.calibration, self.model.load()
@@ -134,7 +134,7 @@ class Activate:
     calibration: Calibration
 
     def check(self) -> None:
-        policy.check_activations(self.model.skeleton(), self.weight, self.activation)
+        policy.check_activations(self.model.skeleton().dit, self.weight, self.activation)
 
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         pipeline = self.model.load()

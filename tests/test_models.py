@@ -4,12 +4,14 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fp4dit import calls, policy
 from fp4dit.clock import Clock
@@ -117,6 +119,23 @@ def test_units_hold_every_layer_once_in_execution_order(pipeline: Pipeline, prom
     assert ran == units * 2
 
 
+def test_a_blank_call_is_what_sampling_passes_without_content(source: Source, loaded: Pipeline, prompts: list[str]):
+    with calls.listen(loaded.dit) as heard:
+        loaded.sample(prompts[:3], [0, 1, 2], 2, 4.5)
+    skeleton = source.skeleton()
+    blank, made = skeleton.blank(6), heard[0]  # guidance asks twice for each prompt
+    assert len(blank.args) == len(made.args)
+    assert described(blank.named(skeleton.dit)) == described(made.named(loaded.dit))
+    assert {x.device.type for x in tree_leaves((blank.args, blank.kwargs)) if isinstance(x, Tensor)} == {"meta"}
+    state, heard_state = skeleton.begin(blank), loaded.begin(made)
+    assert described(state) == described(heard_state)
+
+
+def described(given: Any) -> Any:
+    """Shape and dtype for each tensor."""
+    return tree_map(lambda x: (x.shape, x.dtype) if isinstance(x, Tensor) else x, given)
+
+
 def test_capture_costs_one_pass_and_reconstruction_two(pipeline: Pipeline, prompts: list[str], tmp_path: Path):
     blocks = [unit.module for unit in pipeline.units() if "blocks." in unit.module]
     seen = [tiny.count(pipeline.dit.get_submodule(name)) for name in (blocks[0], blocks[-1])]
@@ -134,7 +153,7 @@ def test_capture_costs_one_pass_and_reconstruction_two(pipeline: Pipeline, promp
 
 
 def test_skeleton_has_the_models_layers_and_no_memory(source: Source, loaded: Pipeline):
-    skeleton = dict(source.skeleton().named_parameters())
+    skeleton = dict(source.skeleton().dit.named_parameters())
     assert {n: p.shape for n, p in skeleton.items()} == {n: p.shape for n, p in loaded.dit.named_parameters()}
     assert all(p.is_meta for p in skeleton.values())
 
@@ -251,7 +270,7 @@ def test_a_transformer_alone_is_completed_by_the_rest(tmp_path: Path):
     source = PixArt(str(alone), tokens=20, rest=str(whole))
     images = source.load().sample(tiny.PROMPTS[:1], [0], 2, 4.5)
     assert images.shape == (1, 3, 16, 16)
-    assert sum(1 for _ in source.skeleton().parameters()) > 0
+    assert sum(1 for _ in source.skeleton().dit.parameters()) > 0
     with pytest.raises(UserError, match="has no model_index"):
         PixArt(str(alone), tokens=20).load()
 
@@ -267,4 +286,4 @@ def test_folders_from_when_diffusers_had_one_transformer_class_for_all(tmp_path:
         path.write_text(path.read_text().replace(old, "Transformer2DModel"))
     source = PixArt(str(tmp_path), tokens=20)
     names = dict(source.load().dit.named_parameters())
-    assert names.keys() == dict(source.skeleton().named_parameters()).keys()
+    assert names.keys() == dict(source.skeleton().dit.named_parameters()).keys()

@@ -10,7 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from fp4dit.errors import UserError
 from fp4dit.resources import locate
@@ -29,6 +29,14 @@ class Checkpoint:
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]]  # that the adapter is for
     transformer: ClassVar[type[ModelMixin]]
 
+    def around(self, dit: ModelMixin, pipe: DiffusionPipeline | None = None) -> "Adapter":
+        """The adapter of a transformer, and of the pipeline that it draws in."""
+        raise NotImplementedError
+
+    def load(self) -> "Adapter":
+        pipe: Any = self.open()
+        return self.around(pipe.transformer, pipe)
+
     def open(self) -> DiffusionPipeline:
         """Raises UserError if another pipeline is there, or none."""
         folder, dtype = self.folder(), getattr(torch, self.dtype)
@@ -41,12 +49,23 @@ class Checkpoint:
             raise self.refusal(type(pipe).__name__)
         return pipe
 
-    def skeleton(self) -> nn.Module:
-        """The transformer without its weights, to check rules on before anything is loaded."""
+    def skeleton(self) -> "Adapter":
+        """The transformer alone and without its weights, on the meta device: nothing but its config is read.
+
+        Raises:
+            UserError: as `folder`, or if the config of a hub id is neither here nor to be had.
+        """
         kind: Any = self.transformer
-        config = kind.load_config(self.folder(), subfolder="transformer")
+        folder = self.folder()
+        try:
+            config = kind.load_config(folder, subfolder="transformer")
+        except OSError as error:
+            raise UserError(
+                f"the transformer/config.json of {self.path} cannot be read: be online, for that file alone is needed "
+                "of the hub, or give a diffusers pipeline's folder with model.path"
+            ) from error
         with init_empty_weights():
-            return kind.from_config(config)
+            return self.around(kind.from_config(config).to("meta", getattr(torch, self.dtype)))
 
     def folder(self) -> str:
         """Raises UserError if this is a path and no such pipeline is there; a hub id is not looked up."""
@@ -70,17 +89,26 @@ class Checkpoint:
 
 
 class Adapter:
-    """A diffusers pipeline and its transformer, `dit`."""
+    """A transformer, `dit`, and the diffusers pipeline that it draws in; without one it is a chain of units alone."""
 
-    def __init__(self, pipe: DiffusionPipeline) -> None:
+    def __init__(self, dit: ModelMixin, pipe: DiffusionPipeline | None = None) -> None:
+        self.dit: Any = dit.eval().requires_grad_(False)
         self.pipe: Any = pipe
-        self.device = torch.device("cpu")
-        self.pipe.set_progress_bar_config(disable=True)
-        self.dit: Any = self.pipe.transformer.eval().requires_grad_(False)
+        self.device = dit.device
+        if pipe is not None:
+            pipe.set_progress_bar_config(disable=True)
 
     def to(self, device: torch.device | str) -> None:
-        self.pipe.to(device)
+        (self.dit if self.pipe is None else self.pipe).to(device)
         self.device = torch.device(device)
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor on the meta device, of the transformer's dtype if no other is given."""
+        return torch.empty(shape, dtype=dtype or self.dit.dtype, device="meta")
+
+    def latent(self, n: int) -> Float[Tensor, "n c h w"]:
+        config = self.dit.config
+        return self.empty(n, config.in_channels, config.sample_size, config.sample_size)
 
     @torch.no_grad()
     def draw(
