@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import lightning as L
 import torch
@@ -23,10 +22,9 @@ from fp4dit.models.base import Pipeline
 from fp4dit.observers import spread
 from fp4dit.policy import Rule
 from fp4dit.ranges import shares, whole
-from fp4dit.stream import Columns, State, Unit, advance, relative_error, rows
+from fp4dit.stream import Columns, State, Unit, advance, relative_error, rows, within
 from fp4dit.tasks.reconstruct import Examples, Fit, check_fit
 
-T = TypeVar("T")
 TrainerFactory = Callable[..., L.Trainer]
 
 
@@ -166,11 +164,6 @@ def sample_inputs(
     for handle in handles:
         handle.remove()
     return seen
-
-
-def within(named: Mapping[str, T], unit: Unit) -> dict[str, T]:
-    """What belongs to the layers inside a unit."""
-    return {n: value for n, value in named.items() if n == unit.module or n.startswith(f"{unit.module}.")}
 
 
 def publish(path: Path, text: str) -> None:

@@ -6,6 +6,7 @@ models are advanced side by side, unit by unit, over all calibration calls: two 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int
@@ -15,6 +16,7 @@ from fp4dit.calls import Call
 from fp4dit.columns import Column, Index, OnDisk, Room, write
 from fp4dit.health import not_finite
 
+T = TypeVar("T")
 State = dict[str, Tensor]  # rows of calibration calls, by what they are
 Rows = Mapping[str, Tensor]  # the same, to be read
 Columns = Mapping[str, Column]  # all rows, which may lie in files
@@ -31,6 +33,11 @@ class Unit:
     module: str
     call: Callable[[Rows], Call]
     answer: tuple[str, ...]
+
+
+def within(named: Mapping[str, T], unit: Unit) -> dict[str, T]:
+    """What belongs to the layers inside a unit."""
+    return {n: value for n, value in named.items() if n == unit.module or n.startswith(f"{unit.module}.")}
 
 
 def answers(output: Tensor | tuple) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,20 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fp4dit import calls, policy
 from fp4dit.clock import Clock
+from fp4dit.columns import Room
 from fp4dit.errors import UserError
+from fp4dit.estimate import Estimator
+from fp4dit.estimate import calls as samples
+from fp4dit.footprint import footprint
 from fp4dit.formats import integer
+from fp4dit.machine import Machine
 from fp4dit.models.base import Pipeline, Source
 from fp4dit.models.dit import DiT
 from fp4dit.models.hunyuan import Hunyuan
@@ -24,6 +31,7 @@ from fp4dit.models.pixart import PixArt
 from fp4dit.policy import Rule
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, load_weights_, split
+from fp4dit.stream import advance
 from fp4dit.tasks.activate import load_scales_
 from fp4dit.tasks.capture import CaptureTask, Chunk, chunked
 from fp4dit.tasks.generate import GenerateTask
@@ -134,6 +142,47 @@ def test_a_blank_call_is_what_sampling_passes_without_content(source: Source, lo
 def described(given: Any) -> Any:
     """Shape and dtype for each tensor."""
     return tree_map(lambda x: (x.shape, x.dtype) if isinstance(x, Tensor) else x, given)
+
+
+@torch.no_grad()
+def test_a_footprint_has_the_bytes_of_every_column(
+    source: Source, pipeline: Pipeline, prompts: list[str], tmp_path: Path
+):
+    CaptureTask(pipeline, tmp_path, 3, 4.5).predict_step(Chunk(0, prompts[:2], [5, 6]))
+    state, own = load_calls(tmp_path), footprint(source.skeleton())
+    rows = samples(2, 3, 4.5)
+    each = lambda columns: {name: column[:].nbytes / rows for name, column in columns.items()}
+    assert each(state) == own.given | {"prompt": 8}
+    for unit, its in zip(pipeline.units(), own.passes, strict=True):
+        left = advance(pipeline.dit.get_submodule(unit.module), unit, state, 4, "cpu")
+        assert each(left) == its.left
+        state = state | left
+    machine = Machine(torch.device("cpu"), 1.0, 0, 0, None)
+    written = sum(column[:].nbytes for column in load_file(tmp_path / "00000.safetensors").values())
+    assert written - Estimator(own, machine, 0.0, torch.float32).captured(2, 3, 4.5) == 8 * 4  # whose prompt
+
+
+@torch.no_grad()
+def test_reconstruction_holds_as_many_bytes_as_estimated(
+    source: Source, pipeline: Pipeline, prompts: list[str], tmp_path: Path
+):
+    @dataclass
+    class Watched(Room):
+        most: int = 0
+
+        def column(self, *given: Any) -> Any:
+            made = super().column(*given)
+            self.most = max(self.most, self.used)
+            return made
+
+    tiny.trainer()().predict(CaptureTask(pipeline, tmp_path, 2, 4.5), tiny.one_by_one(chunked(prompts, 2, seed=5)))
+    state, room, out = load_calls(tmp_path), Watched(), tmp_path / "units"
+    out.mkdir()
+    assigned = policy.assign(policy.layers(pipeline.dit), rules(pipeline.dit))
+    Reconstruction(pipeline, assigned, Rounded(), *split(state, 3), 8, out, room=room).run(state, tiny.trainer)
+    machine = Machine(torch.device("cpu"), 1.0, 0, 0, None)
+    estimator = Estimator(footprint(source.skeleton()), machine, 0.0, torch.float32)
+    assert room.most == len(state["prompt"]) * estimator.both_streams()
 
 
 def test_capture_costs_one_pass_and_reconstruction_two(pipeline: Pipeline, prompts: list[str], tmp_path: Path):

@@ -10,7 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from fp4dit.errors import UserError
 from fp4dit.resources import locate
@@ -65,7 +65,9 @@ class Checkpoint:
                 "of the hub, or give a diffusers pipeline's folder with model.path"
             ) from error
         with init_empty_weights():
-            return self.around(kind.from_config(config).to("meta", getattr(torch, self.dtype)))
+            dit = kind.from_config(config)
+        nn.Module.to(dit, "meta", getattr(torch, self.dtype))  # diffusers' own warns, whatever the model
+        return self.around(dit)
 
     def folder(self) -> str:
         """Raises UserError if this is a path and no such pipeline is there; a hub id is not looked up."""
