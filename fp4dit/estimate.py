@@ -25,11 +25,11 @@ class Cost:
     disk. `data` is how large calibration data get, in memory or not; `lower` the option that memory depends on."""
 
     seconds: float
-    device: float
-    host: float
-    disk: float
+    device: int | float
+    host: int | float
+    disk: int
     lower: str
-    data: float = 0.0
+    data: int = 0
 
 
 def calls(prompts: int, steps: int, guidance: float) -> int:
@@ -61,11 +61,11 @@ class Estimator:
 
     footprint: Footprint
     machine: Machine
-    budget: float
+    budget: int | float
     dtype: torch.dtype
 
     def sampling(
-        self, prompts: int, steps: int, guidance: float, chunk: int, activation: Sequence[Rule], disk: float, lower: str
+        self, prompts: int, steps: int, guidance: float, chunk: int, activation: Sequence[Rule], disk: int, lower: str
     ) -> Cost:
         """Prompts denoised `chunk` at a time."""
         seconds = calls(prompts, steps, guidance) * (self.forward + self.quantizing(activation))
@@ -127,7 +127,7 @@ class Estimator:
                 total += each * sum(shape.numel() for shape in shapes)
         return total
 
-    def cost(self, seconds: float, working: float, disk: float, lower: str, data: float = 0.0) -> Cost:
+    def cost(self, seconds: float, working: int, disk: int, lower: str, data: int = 0) -> Cost:
         """`working` is where the model computes, beside its weights."""
         weights, kept = self.footprint.parameters, min(data, self.budget)
         if self.machine.own is None:

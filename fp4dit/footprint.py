@@ -41,8 +41,8 @@ class Pass:
 class Work:
     """What fitting a unit takes besides the passes that advance the models: arithmetic, and bytes where it is done."""
 
-    flops: float = 0.0
-    bytes: float = 0.0
+    flops: int = 0
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
