@@ -18,7 +18,7 @@ from fp4dit.calls import Call
 from fp4dit.layer import QuantLayer
 from fp4dit.models.base import Pipeline
 from fp4dit.policy import Rule
-from fp4dit.stream import State, answers, within
+from fp4dit.stream import Rows, answers, within
 
 
 @dataclass(frozen=True)
@@ -122,15 +122,19 @@ def footprint(pipeline: Pipeline, weight: Sequence[Rule] = ()) -> Footprint:
         note = lambda _m, given, name=name: seen.update({name: given[0].shape})
         getattr(place.owner, place.attribute).register_forward_pre_hook(note)
     state, passes = pipeline.begin(pipeline.blank(1)), []
-    given = {name: value.nbytes for name, value in state.items()}
+    given = sizes(state)
     for unit in pipeline.units():
         call, module = unit.call(state), dit.get_submodule(unit.module)
         answer, flops, widest = measured(module, call)
         left = dict(zip(unit.answer, answer, strict=True))
-        columns, inside = {name: value.nbytes for name, value in left.items()}, list(within(layers, unit).values())
-        passes.append(Pass(unit.module, flops, widest, kept(module, call), columns, inside))
-        state: State = state | left
+        inside = list(within(layers, unit).values())
+        passes.append(Pass(unit.module, flops, widest, kept(module, call), sizes(left), inside))
+        state = state | left
     return Footprint(given, passes, seen, parameters)
+
+
+def sizes(rows: Rows) -> dict[str, int]:
+    return {name: value.nbytes for name, value in rows.items()}
 
 
 @torch.no_grad()

@@ -32,8 +32,8 @@ def main(cfg: DictConfig) -> None:
     skeleton = drawing.model.skeleton()
     for name, stage in stages.items():
         check(name, stage)
-    own = footprint(drawing.model.skeleton(), drawing.weight)
-    weights, inputs = audit(skeleton, drawing.weight), activations(own.seen, drawing.activation)
+    weights, own = audit(skeleton, drawing.weight), footprint(skeleton, drawing.weight)
+    inputs = activations(own.seen, drawing.activation)
     print(*listed(skeleton, list(own.seen), weights, inputs, cfg.layers == "all"), sep="\n")
     print("", *totals(skeleton, weights, inputs), "", sep="\n")
     dtype: Any = skeleton.dit.dtype
@@ -72,7 +72,7 @@ def device(trainer: DictConfig) -> Any:
     try:
         return Runtime(devices).device
     except MisconfigurationException as error:
-        print(f"warning: trainer={trainer.accelerator}: {error}. Estimated for the CPU", file=sys.stderr)
+        print(f"warning: {error} Estimated for the CPU: trainer=cpu would run here", file=sys.stderr)
         return Runtime({"accelerator": "cpu", "devices": 1}).device
 
 

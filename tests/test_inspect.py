@@ -38,15 +38,18 @@ def config_only(folder: Path, model: str, pipeline: str) -> str:
         ("hunyuan", "HunyuanDiTPipeline", "459 of 472", "blocks.21-39"),
     ],
 )
-def test_a_published_models_config_is_enough(run: Run, tmp_path: Path, capfd, model, pipeline, line, block):
+def test_a_published_models_config_is_enough(
+    run: Run, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch, model: str, pipeline: str, line: str, block: str
+):
+    monkeypatch.setattr(Machine, "here", lambda *_: Machine(CPU, 1e12, 1 << 35, 1 << 50, None))
     (tmp_path / "model").mkdir()
     path = config_only(tmp_path / "model", model, pipeline)
-    given = [f"model={model}", f"model.path={path}", "model.dtype=bfloat16", "prompts=shapes"]
+    given = [f"model={model}", f"model.path={path}", "prompts=shapes", "activation=none"]
     assert run(*given, main=pipelines.inspect.main) == 0
     shown = capfd.readouterr()
     assert f"layers       {line} quantized" in shown.out
     assert f"\n{block}\n" in shown.out
-    assert shown.err.count("warning:") == shown.err.count("warning: about")  # of the disk, if at all
+    assert "warning:" not in shown.err
 
 
 def test_everything_is_shown_and_nothing_made(run: Run, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch):
