@@ -11,7 +11,6 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import PixArtTransformer2DModel
@@ -31,17 +30,10 @@ SAMPLES, BUDGETS, BLOCKS, WIDTH, SIDE, TEXT, HELD_OUT = (64, 256), (None, 0.1), 
 ROWS = [Rule("*", Quantizer(floating(2, 1), Granularity("row"), AbsMax(fp16)))]
 
 
-class Bare(PixArtPipeline):
-    """The transformer without the rest of its pipeline."""
-
-    def __init__(self, dit: PixArtTransformer2DModel) -> None:
-        self.dit, self.device = dit.eval().requires_grad_(False), torch.device("cpu")
-
-
-def model() -> Any:
+def model() -> PixArtPipeline:
     heads = {"num_attention_heads": WIDTH // 64, "attention_head_dim": 64, "cross_attention_dim": WIDTH}
     shape = {"sample_size": SIDE, "caption_channels": WIDTH, "use_additional_conditions": False}
-    return Bare(PixArtTransformer2DModel(num_layers=BLOCKS, **heads, **shape))
+    return PixArtPipeline(PixArtTransformer2DModel(num_layers=BLOCKS, **heads, **shape), TEXT)
 
 
 def measure(samples: int, budget_gb: float | None) -> str:

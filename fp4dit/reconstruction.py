@@ -2,10 +2,9 @@
 
 import copy
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import lightning as L
 import torch
@@ -24,10 +23,9 @@ from fp4dit.models.base import Pipeline
 from fp4dit.observers import spread
 from fp4dit.policy import Rule
 from fp4dit.ranges import shares, whole
-from fp4dit.stream import Columns, State, Unit, advance, relative_error, rows
+from fp4dit.stream import Columns, State, Unit, advance, needed, relative_error, rows, within
 from fp4dit.tasks.reconstruct import Examples, Fit, check_fit
 
-T = TypeVar("T")
 TrainerFactory = Callable[..., L.Trainer]
 
 
@@ -178,15 +176,6 @@ def check_reached(rules: Mapping[str, Rule], units: Sequence[Unit]) -> None:
         raise UserError(
             f"{name} cannot be quantized, for the model does not run it: +weight.leave=['{name}'] leaves it"
         )
-
-
-def within(named: Mapping[str, T], unit: Unit) -> dict[str, T]:
-    """What belongs to the layers inside a unit."""
-    return {n: value for n, value in named.items() if n == unit.module or n.startswith(f"{unit.module}.")}
-
-
-def needed(names: Collection[str], columns: Mapping[str, T]) -> dict[str, T]:
-    return {name: column for name, column in columns.items() if name in names}
 
 
 def publish(path: Path, text: str) -> None:

@@ -4,9 +4,9 @@ To reconstruct unit k one needs its input in the quantized model and its answer 
 models are advanced side by side, unit by unit, over all calibration calls: two passes in all, whatever the depth.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -17,6 +17,7 @@ from fp4dit.calls import Call
 from fp4dit.columns import Column, Index, OnDisk, Room, write
 from fp4dit.health import not_finite
 
+T = TypeVar("T")
 State = dict[str, Tensor]  # rows of calibration calls, by what they are
 Rows = Mapping[str, Tensor]  # the same, to be read
 Columns = Mapping[str, Column]  # all rows, which may lie in files
@@ -36,7 +37,16 @@ class Unit:
     answer: tuple[str, ...]
 
     def rows(self, columns: Columns, index: Index) -> State:
-        return rows({name: columns[name] for name in self.reads if name in columns}, index)
+        return rows(needed(self.reads, columns), index)
+
+
+def within(named: Mapping[str, T], unit: Unit) -> dict[str, T]:
+    """What belongs to the layers inside a unit."""
+    return {n: value for n, value in named.items() if n == unit.module or n.startswith(f"{unit.module}.")}
+
+
+def needed(names: Collection[str], columns: Mapping[str, T]) -> dict[str, T]:
+    return {name: column for name, column in columns.items() if name in names}
 
 
 def answers(output: Any) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from fp4dit import policy, reconstruction
 from fp4dit.columns import Room
 from fp4dit.errors import UserError
+from fp4dit.estimate import Cost, Estimator, calls
 from fp4dit.metrics.base import PerImage
 from fp4dit.models.base import Source
 from fp4dit.policy import Rule
@@ -49,6 +50,11 @@ class Calibration:
         if self.trained < 1 or self.held_out < 1:
             raise UserError("calibration.trained and calibration.held_out must be at least 1")
 
+    @property
+    def rows(self) -> tuple[int, int]:
+        """How many calls there are to learn from, and to measure on."""
+        return calls(self.trained, self.steps, self.guidance), calls(self.held_out, self.steps, self.guidance)
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -64,6 +70,11 @@ class Capture:
 
     model: Source
     calibration: Calibration
+
+    def cost(self, at: Estimator) -> Cost:
+        c = self.calibration
+        given = c.trained + c.held_out, c.steps, c.guidance
+        return at.sampling(*given, c.chunk, [], at.captured(*given), "calibration.chunk")
 
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         c = self.calibration
@@ -85,7 +96,13 @@ class Reconstruct:
     activation: Sequence[Rule] | None = None
 
     def check(self) -> None:
-        reconstruction.check(self.model.skeleton(), self.weight, self.rounding, self.activation or ())
+        reconstruction.check(self.model.skeleton().dit, self.weight, self.rounding, self.activation or ())
+
+    def cost(self, at: Estimator) -> Cost:
+        at_once = 2 * self.calibration.chunk
+        return at.reconstruction(
+            *self.calibration.rows, at_once, self.rounding, self.activation or (), "rounding.batch"
+        )
 
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         c, pipeline = self.calibration, self.model.load()
@@ -134,7 +151,12 @@ class Activate:
     calibration: Calibration
 
     def check(self) -> None:
-        policy.check_activations(self.model.skeleton(), self.weight, self.activation)
+        policy.check_activations(self.model.skeleton().dit, self.weight, self.activation)
+
+    def cost(self, at: Estimator) -> Cost:
+        trained, held_out = self.calibration.rows
+        observed = trained if any(rule.observe for rule in self.activation) else 0
+        return at.replay(observed, held_out, 2 * self.calibration.chunk, self.activation, "calibration.chunk")
 
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         pipeline = self.model.load()
@@ -164,6 +186,11 @@ class Generate:
     generation: Generation
     prompts: Prompts
     count: int
+
+    def cost(self, at: Estimator) -> Cost:
+        g = self.generation
+        images = at.images(self.count)
+        return at.sampling(self.count, g.steps, g.guidance, g.chunk, self.activation, images, "generation.chunk")
 
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         g, pipeline, prompts = self.generation, self.model.load(), self.prompts(self.count)

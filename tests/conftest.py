@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
+import pipelines.run
+from pipelines.command import command
 from pipelines.resolvers import CONF, register
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from fp4dit.models.pixart import PixArt, PixArtPipeline
 
 Compose = Callable[..., DictConfig]
+Run = Callable[..., int]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -30,6 +35,28 @@ def composed(tmp_path: Path) -> Iterator[Compose]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield lambda *overrides: compose("run", [*overrides, f"outputs={tmp_path}"])
     GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command in this process and returns its exit code."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.chdir(ROOT)
+
+    def call(*arguments: str, main: Callable = pipelines.run.main) -> int:
+        GlobalHydra.instance().clear()
+        os.environ["HYDRA_FULL_ERROR"] = "0"
+        monkeypatch.setattr(sys, "argv", ["command", *arguments, f"outputs={tmp_path}"])
+        try:
+            command(main)()
+        except SystemExit as stop:
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+                return 1
+            return stop.code or 0
+        return 0
+
+    return call
 
 
 @pytest.fixture

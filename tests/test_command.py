@@ -2,45 +2,19 @@
 
 import csv
 import errno
-import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 import pipelines.run
 import pipelines.table
-from pipelines.command import command, explain
+from pipelines.command import explain
 from pipelines.resolvers import options
-from tests.conftest import TOY
+from tests.conftest import TOY, Run
 
 ROOT = Path(__file__).parents[1]
-Run = Callable[..., int]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command in this process and returns its exit code."""
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.chdir(ROOT)
-
-    def call(*arguments: str, main: Callable = pipelines.run.main) -> int:
-        GlobalHydra.instance().clear()
-        os.environ["HYDRA_FULL_ERROR"] = "0"
-        monkeypatch.setattr(sys, "argv", ["command", *arguments, f"outputs={tmp_path}"])
-        try:
-            command(main)()
-        except SystemExit as stop:
-            if isinstance(stop.code, str):
-                print(stop.code, file=sys.stderr)
-                return 1
-            return stop.code or 0
-        return 0
-
-    return call
 
 
 @pytest.mark.parametrize(

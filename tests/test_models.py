@@ -10,16 +10,22 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fp4dit import calls, policy
 from fp4dit.calls import Call
 from fp4dit.clock import Clock
+from fp4dit.columns import Room
 from fp4dit.errors import UserError
+from fp4dit.estimate import Estimator
+from fp4dit.estimate import calls as samples
+from fp4dit.footprint import footprint
 from fp4dit.formats import integer
 from fp4dit.layer import QuantLayer
+from fp4dit.machine import Machine
 from fp4dit.models.base import Pipeline, Source
 from fp4dit.models.dit import DiT
 from fp4dit.models.generic import Generic
@@ -29,7 +35,7 @@ from fp4dit.policy import Rule
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, load_weights_, split
 from fp4dit.rounding import ulp
-from fp4dit.stream import Rows, Unit, answers
+from fp4dit.stream import Rows, Unit, advance, answers
 from fp4dit.tasks.activate import load_scales_
 from fp4dit.tasks.capture import CaptureTask, Chunk, chunked
 from fp4dit.tasks.generate import GenerateTask
@@ -158,6 +164,67 @@ def test_units_hold_every_layer_once_in_execution_order(pipeline: Pipeline, prom
     assert ran == units * 2
 
 
+def test_a_blank_call_is_what_sampling_passes_without_content(source: Source, loaded: Pipeline, prompts: list[str]):
+    with calls.listen(loaded.dit) as heard:
+        loaded.sample(prompts[:3], [0, 1, 2], 2, 4.5)
+    skeleton = source.skeleton()
+    made = heard[0]
+    blank = skeleton.blank(len(made.named(loaded.dit)["hidden_states"]))
+    assert described(blank.named(skeleton.dit)) == described(made.named(loaded.dit))
+    assert {x.device.type for x in tree_leaves((blank.args, blank.kwargs)) if isinstance(x, Tensor)} == {"meta"}
+    state, heard_state = skeleton.begin(blank), loaded.begin(made)
+    assert described(state) == described(heard_state)
+
+
+def described(given: Any) -> Any:
+    """Shape and dtype for each tensor."""
+    return tree_map(lambda x: (x.shape, x.dtype) if isinstance(x, Tensor) else x, given)
+
+
+@torch.no_grad()
+def test_a_footprint_has_the_bytes_of_every_column(
+    family: str, source: Source, pipeline: Pipeline, prompts: list[str], tmp_path: Path
+):
+    CaptureTask(pipeline, tmp_path, 3, 4.5).predict_step(Chunk(0, prompts[:2], [5, 6]))
+    state, own = load_calls(tmp_path), footprint(source.skeleton())
+    guidance = 1.0 if family == "flux" else 4.5  # which has it as an argument
+    rows = samples(2, 3, guidance)
+    each = lambda columns: {name: column[:].nbytes / rows for name, column in columns.items()}
+    assert each(state) == own.given | {"prompt": 8}
+    for unit, its in zip(pipeline.units(), own.passes, strict=True):
+        left = advance(pipeline.dit.get_submodule(unit.module), unit, state, 4, "cpu")
+        assert each(left) == its.left
+        state = state | left
+    machine = Machine(torch.device("cpu"), 1.0, 0, 0, None)
+    written = sum(column[:].nbytes for column in load_file(tmp_path / "00000.safetensors").values())
+    assert (
+        written - Estimator(own, machine, 0.0, torch.float32).captured(2, 3, guidance) == 8 * rows // 3
+    )  # whose prompt
+
+
+@torch.no_grad()
+def test_reconstruction_holds_as_many_bytes_as_estimated(
+    source: Source, pipeline: Pipeline, prompts: list[str], tmp_path: Path
+):
+    @dataclass
+    class Watched(Room):
+        most: int = 0
+
+        def column(self, *given: Any) -> Any:
+            made = super().column(*given)
+            self.most = max(self.most, self.used)
+            return made
+
+    tiny.trainer()().predict(CaptureTask(pipeline, tmp_path, 2, 4.5), tiny.one_by_one(chunked(prompts, 2, seed=5)))
+    state, room, out = load_calls(tmp_path), Watched(), tmp_path / "units"
+    out.mkdir()
+    assigned = policy.assign(policy.layers(pipeline.dit), rules(pipeline.dit))
+    Reconstruction(pipeline, assigned, Rounded(), *split(state, 3), 8, out, room=room).run(state, tiny.trainer)
+    machine = Machine(torch.device("cpu"), 1.0, 0, 0, None)
+    estimator = Estimator(footprint(source.skeleton()), machine, 0.0, torch.float32)
+    assert room.most == len(state["prompt"]) * estimator.both_streams()
+
+
 def test_capture_costs_one_pass_and_reconstruction_two(
     family: str, pipeline: Pipeline, prompts: list[str], tmp_path: Path
 ):
@@ -235,7 +302,7 @@ def test_streams_reconstruct_the_same_bits_as_recording_the_whole_model_for_each
 
 
 def test_skeleton_has_the_models_layers_and_no_memory(source: Source, loaded: Pipeline):
-    skeleton = dict(source.skeleton().named_parameters())
+    skeleton = dict(source.skeleton().dit.named_parameters())
     assert {n: p.shape for n, p in skeleton.items()} == {n: p.shape for n, p in loaded.dit.named_parameters()}
     assert all(p.is_meta for p in skeleton.values())
 
@@ -350,7 +417,7 @@ def test_a_transformer_alone_is_completed_by_the_rest(tmp_path: Path):
     source = PixArt(str(alone), tokens=20, rest=str(whole))
     images = source.load().sample(tiny.PROMPTS[:1], [0], 2, 4.5)
     assert images.shape == (1, 3, 16, 16)
-    assert sum(1 for _ in source.skeleton().parameters()) > 0
+    assert sum(1 for _ in source.skeleton().dit.parameters()) > 0
     with pytest.raises(UserError, match="has no model_index"):
         PixArt(str(alone), tokens=20).load()
 
@@ -366,4 +433,4 @@ def test_folders_from_when_diffusers_had_one_transformer_class_for_all(tmp_path:
         path.write_text(path.read_text().replace(old, "Transformer2DModel"))
     source = PixArt(str(tmp_path), tokens=20)
     names = dict(source.load().dit.named_parameters())
-    assert names.keys() == dict(source.skeleton().named_parameters()).keys()
+    assert names.keys() == dict(source.skeleton().dit.named_parameters()).keys()

@@ -36,6 +36,6 @@ def test_a_folder_that_is_no_pixart(tmp_path: Path, index: dict | None, message:
 
 
 def test_skeleton_has_the_models_layers_and_no_memory(source: PixArt, pipeline: PixArtPipeline):
-    skeleton = {name: p.shape for name, p in source.skeleton().named_parameters()}
+    skeleton = {name: p.shape for name, p in source.skeleton().dit.named_parameters()}
     assert skeleton == {name: p.shape for name, p in pipeline.dit.named_parameters()}
-    assert all(p.is_meta for p in source.skeleton().parameters())
+    assert all(p.is_meta for p in source.skeleton().dit.parameters())

@@ -56,18 +56,18 @@ def test_an_idle_rule_is_an_error_that_shows_names(idle: list[Rule]):
 def test_nothing_quantized_is_an_error(source: PixArt):
     for rules in ([], [Rule("*", None)]):
         with pytest.raises(UserError, match="no layer is quantized"):
-            policy.check_weights(source.skeleton(), rules)
+            policy.check_weights(source.skeleton().dit, rules)
 
 
 def test_a_group_that_does_not_divide_names_the_layer_and_the_rule(source: PixArt):
     with pytest.raises(UserError, match=r"pos_embed\.proj \(rule '\*'\): a group of 32 does not divide a row of 16"):
-        policy.check_weights(source.skeleton(), [Rule("*", GROUP)])
+        policy.check_weights(source.skeleton().dit, [Rule("*", GROUP)])
 
 
 def test_audit_of_the_skeleton_in_closed_form(source: PixArt):
     """Nothing is loaded, and the audit is that of the model itself."""
     rules = [PATCH, Rule("*.ff.net.0.proj", ROW), Rule("proj_out", None), Rule("*", GROUP)]
-    skeleton = source.skeleton()
+    skeleton = source.skeleton().dit
     assert all(p.is_meta for p in skeleton.parameters())
     audit = {e.name: e for e in policy.check_weights(skeleton, rules)}
     assert audit.keys() == policy.layers(skeleton).keys()
@@ -173,18 +173,18 @@ def test_no_activation_rules_change_no_bit(quantized: nn.Module):
 )
 def test_bad_activation_rules_are_found_on_the_skeleton(source: PixArt, activations: list[Rule], message: str):
     with pytest.raises(UserError, match=message):
-        policy.check_activations(source.skeleton(), tiny.rules(), activations)
+        policy.check_activations(source.skeleton().dit, tiny.rules(), activations)
 
 
 def test_scales_per_channel_pass_with_what_makes_them(source: PixArt):
     shifted = Quantizer(Choice([E2M1, E3M0], LeastError()), Granularity("channel"), PreShift(3))
     rules = [Rule("*", shifted, observe=ChannelRange())]
-    assert policy.check_activations(source.skeleton(), tiny.rules(), rules) is None
+    assert policy.check_activations(source.skeleton().dit, tiny.rules(), rules) is None
 
 
 @pytest.mark.parametrize("quantizer", [TOKEN, Quantizer(E2M1, Granularity("group", 16)), TENSOR], ids=str)
 def test_good_activation_rules_pass_on_the_skeleton(source: PixArt, quantizer: Quantizer):
-    skeleton: Callable[[], nn.Module] = source.skeleton
+    skeleton: Callable[[], nn.Module] = lambda: source.skeleton().dit
     assert policy.check_activations(skeleton(), tiny.rules(), [Rule("*", quantizer)]) is None
 
 
@@ -211,7 +211,7 @@ def test_everywhere_is_one_quantizer_but_for_those_named():
 def test_the_audit_counts_what_transforms_keep(source: PixArt):
     """16 bits for each number of a branch and each divisor; a rotation is made from its seed."""
     rules = everywhere(GROUP, by_row=["pos_embed.proj"], transforms=[Balance(), Hadamard(), LowRank(2)])
-    audit = {e.name: e for e in policy.check_weights(source.skeleton(), rules)}
+    audit = {e.name: e for e in policy.check_weights(source.skeleton().dit, rules)}
     ff = audit["transformer_blocks.1.ff.net.0.proj"]
     out, k = 128, 32
     assert ff.bits == pytest.approx(4 + 16 / 32 + 16 * (k + 2 * (out + k)) / (out * k))
@@ -236,12 +236,12 @@ def test_weights_that_cannot_be_are_found_on_the_skeleton(
 ):
     rules = [PATCH, Rule("*attn1*", quantizer, chain), Rule("*", GROUP)]
     with pytest.raises(UserError, match=message):
-        policy.check_weights(source.skeleton(), rules)
+        policy.check_weights(source.skeleton().dit, rules)
 
 
 def test_transforms_of_a_convolution_are_found_on_the_skeleton(source: PixArt):
     with pytest.raises(UserError, match=r"is a convolution, and transforms are for linear layers"):
-        policy.check_weights(source.skeleton(), [Rule("*", ROW, [Balance()])])
+        policy.check_weights(source.skeleton().dit, [Rule("*", ROW, [Balance()])])
 
 
 def test_one_format_of_a_choice_cannot_cost_more_than_another():
@@ -272,7 +272,7 @@ def test_a_format_that_a_fit_cannot_round_in_is_found_on_the_skeleton(
     source: PixArt, fmt: SharedMantissa, fit: Fit, message: str
 ):
     with pytest.raises(ValueError, match=message):
-        check(source.skeleton(), [PATCH, Rule("*", Quantizer(fmt, Granularity("row")))], fit)
+        check(source.skeleton().dit, [PATCH, Rule("*", Quantizer(fmt, Granularity("row")))], fit)
 
 
 GOOD_FITS = {
@@ -287,11 +287,11 @@ GOOD_FITS = {
 
 @pytest.mark.parametrize(("fmt", "fit"), GOOD_FITS.values(), ids=GOOD_FITS.keys())
 def test_fits_that_can_round_pass_on_the_skeleton(source: PixArt, fmt: SharedMantissa, fit: Fit):
-    assert check(source.skeleton(), [PATCH, Rule("*", Quantizer(fmt, Granularity("row")))], fit) is None
+    assert check(source.skeleton().dit, [PATCH, Rule("*", Quantizer(fmt, Granularity("row")))], fit) is None
 
 
 def test_timed_activations_and_learnt_weights_clash(source: PixArt):
     timed = [Rule("*", TENSOR, observe=Sample(8), timed=True)]
-    assert policy.check_activations(source.skeleton(), tiny.rules(), timed) is None
+    assert policy.check_activations(source.skeleton().dit, tiny.rules(), timed) is None
     with pytest.raises(UserError, match=r"'\*' is timed, and weights are learnt at all timesteps.*joint=null"):
-        check(source.skeleton(), tiny.rules(), Rounded(), timed)
+        check(source.skeleton().dit, tiny.rules(), Rounded(), timed)

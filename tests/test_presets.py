@@ -25,7 +25,7 @@ OPTIONS = [f"{group}={name}" for group in ("weight", "activation", "rounding", "
 def skeleton() -> nn.Module:
     from fp4dit.models.pixart import PixArt
 
-    return PixArt("pkg://fp4dit.models.shapes/weights").skeleton()
+    return PixArt("pkg://fp4dit.models.shapes/weights").skeleton().dit
 
 
 def fits(composed: Compose, skeleton: nn.Module, *overrides: str) -> None:

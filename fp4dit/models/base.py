@@ -25,6 +25,10 @@ class Pipeline(Protocol):
         """Images in [0, 1]. Each prompt's noise comes from its own seed alone."""
         ...
 
+    def blank(self, n: int) -> Call:
+        """A call of `dit` for n samples as `sample` makes it, on the meta device and so without content."""
+        ...
+
     def begin(self, call: Call) -> State:
         """The tensors of one call of `dit`, a row for each of its samples."""
         ...
@@ -39,6 +43,6 @@ class Source(Protocol):
     """Where a pipeline is: light, so that a plan can hold it."""
 
     def load(self) -> Pipeline: ...
-    def skeleton(self) -> nn.Module:
-        """The transformer on the meta device."""
+    def skeleton(self) -> Pipeline:
+        """The transformer on the meta device: all but `to` and `sample`."""
         ...

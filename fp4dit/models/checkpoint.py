@@ -4,12 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoModel, DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -29,6 +29,14 @@ class Checkpoint:
 
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]]  # that the adapter is for
 
+    def around(self, dit: ModelMixin, pipe: DiffusionPipeline | None = None) -> "Adapter":
+        """The adapter of a transformer, and of the pipeline that it draws in."""
+        raise NotImplementedError
+
+    def load(self) -> "Adapter":
+        pipe: Any = self.open()
+        return self.around(pipe.transformer, pipe)
+
     def open(self) -> DiffusionPipeline:
         """Raises UserError if another pipeline is there, or none."""
         folder, dtype = self.folder(), getattr(torch, self.dtype)
@@ -41,11 +49,24 @@ class Checkpoint:
             raise self.refusal(type(pipe).__name__)
         return pipe
 
-    def skeleton(self) -> nn.Module:
-        """The transformer without its weights, to check rules on before anything is loaded."""
-        config: Any = AutoModel.load_config(self.folder(), subfolder="transformer")
+    def skeleton(self) -> "Adapter":
+        """The transformer alone and without its weights, on the meta device: nothing but its config is read.
+
+        Raises:
+            UserError: as `folder`, or if the config of a hub id is neither here nor to be had.
+        """
+        loader, folder = cast(Any, AutoModel), self.folder()
+        try:
+            config = loader.load_config(folder, subfolder="transformer")
+        except OSError as error:
+            raise UserError(
+                f"the transformer/config.json of {self.path} cannot be read: be online, for that file alone is needed "
+                "of the hub, or give a diffusers pipeline's folder with model.path"
+            ) from error
         with init_empty_weights():
-            return getattr(diffusers, config["_class_name"]).from_config(config)
+            dit = getattr(diffusers, config["_class_name"]).from_config(config)
+        nn.Module.to(dit, "meta", getattr(torch, self.dtype))  # diffusers' own warns, whatever the model
+        return self.around(dit)
 
     def folder(self) -> str:
         """Raises UserError if this is a path and no such pipeline is there; a hub id is not looked up."""
@@ -74,17 +95,26 @@ class Checkpoint:
 
 
 class Adapter:
-    """A diffusers pipeline and its transformer, `dit`."""
+    """A transformer, `dit`, and the diffusers pipeline that it draws in; without one it is a chain of units alone."""
 
-    def __init__(self, pipe: DiffusionPipeline) -> None:
+    def __init__(self, dit: ModelMixin, pipe: DiffusionPipeline | None = None) -> None:
+        self.dit: Any = dit.eval().requires_grad_(False)
         self.pipe: Any = pipe
-        self.device = torch.device("cpu")
-        self.pipe.set_progress_bar_config(disable=True)
-        self.dit: Any = self.pipe.transformer.eval().requires_grad_(False)
+        self.device = dit.device
+        if pipe is not None:
+            pipe.set_progress_bar_config(disable=True)
 
     def to(self, device: torch.device | str) -> None:
-        self.pipe.to(device)
+        (self.dit if self.pipe is None else self.pipe).to(device)
         self.device = torch.device(device)
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor on the meta device, of the transformer's dtype if no other is given."""
+        return torch.empty(shape, dtype=dtype or self.dit.dtype, device="meta")
+
+    def latent(self, n: int) -> Float[Tensor, "n c h w"]:
+        config = self.dit.config
+        return self.empty(n, config.in_channels, config.sample_size, config.sample_size)
 
     @torch.no_grad()
     def draw(

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import ClassVar
 
-from diffusers import DiffusionPipeline, DiTPipeline
+from diffusers import DiffusionPipeline, DiTPipeline, ModelMixin
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor, int64, nn
 from torch.nn import functional as F
 
 from fp4dit.calls import Call
@@ -22,8 +22,8 @@ class DiT(Checkpoint):
 
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (DiTPipeline,)
 
-    def load(self) -> "ClassPipeline":
-        return ClassPipeline(self.open())
+    def around(self, dit: ModelMixin, pipe: DiffusionPipeline | None = None) -> "ClassPipeline":
+        return ClassPipeline(dit, pipe)
 
 
 class First(Call):
@@ -54,6 +54,10 @@ class ClassPipeline(Adapter):
         close = get_close_matches(prompt, names, n=1)
         hint = f", such as {close[0]!r}" if close else ""
         raise UserError(f"{prompt!r} is no class: give a number below {count}, or a name that the model knows{hint}")
+
+    def blank(self, n: int) -> Call:
+        numbers = self.empty(n, dtype=int64)
+        return Call((self.latent(n),), {"timestep": numbers, "class_labels": numbers})
 
     def begin(self, call: Call) -> State:
         given = call.named(self.dit)

@@ -1,12 +1,14 @@
 """Any diffusers pipeline whose transformer has a list of blocks: its units are found by watching it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from diffusers import DiffusionPipeline
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fp4dit.calls import Call
 from fp4dit.errors import UserError
@@ -24,18 +26,25 @@ class Generic(Checkpoint):
 
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (DiffusionPipeline,)
 
-    def load(self) -> "GenericPipeline":
-        return GenericPipeline(self.open(), self.options)
+    def around(self, dit: ModelMixin, pipe: DiffusionPipeline | None = None) -> "GenericPipeline":
+        return GenericPipeline(dit, self.options, self.load, pipe)
 
 
 class GenericPipeline(Adapter):
-    """A transformer as a chain of what it is found to run."""
+    """A transformer as a chain of what it is found to run. On the meta device that takes loading the whole with `load`,
+    for only a pipeline knows what it calls its transformer with."""
 
     PROMPTS = ("a", "b", "c")  # an odd number of samples, which no other size is likely to equal
 
-    def __init__(self, pipe: DiffusionPipeline, options: Mapping[str, Any]) -> None:
-        super().__init__(pipe)
-        self.options = options
+    def __init__(
+        self,
+        dit: ModelMixin,
+        options: Mapping[str, Any],
+        load: Callable[[], Any],
+        pipe: DiffusionPipeline | None = None,
+    ) -> None:
+        super().__init__(dit, pipe)
+        self.options, self.load = options, load
         self.arguments: Arguments | None = None
         self.chain: list[Unit] | None = None
 
@@ -44,12 +53,17 @@ class GenericPipeline(Adapter):
     ) -> Float[Tensor, "n 3 h w"]:
         return self.draw(prompts, seeds, steps, guidance, **self.options)
 
+    def blank(self, n: int) -> Call:
+        self.units()
+        assert self.arguments is not None
+        return self.arguments.call(lambda shape: shape.blank(n, torch.device("meta")))
+
     def begin(self, call: Call) -> State:
         self.arguments = self.arguments or Arguments.of(self.dit, call)
         return self.arguments.state(self.dit, call)
 
     def units(self) -> list[Unit]:
-        """The first time, the transformer is run twice on a few samples: to see what it does, and to check that.
+        """The first time, the transformer is run on a few samples, twice: to see what it does, and to check that.
 
         Raises:
             UserError: if it cannot be taken apart; the message names what stands in the way.
@@ -58,11 +72,16 @@ class GenericPipeline(Adapter):
             call = self.first_call()
             trace = watch(self.dit, call)
             self.arguments, self.chain = trace.arguments, trace.units(self.dit)
-            verify(self, call)
+            if self.device.type != "meta":
+                verify(self, call)
         return self.chain
 
     def first_call(self) -> Call:
         """What the sampler calls the transformer with at its first step."""
+        if self.pipe is None:
+            call = self.load().first_call()
+            emptied = lambda x: x.to("meta") if isinstance(x, Tensor) else x
+            return Call(tree_map(emptied, call.args), tree_map(emptied, call.kwargs))
 
         def stop(_: Any, args: tuple, kwargs: dict) -> None:
             raise Reached(Call(args, kwargs))

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, HunyuanDiTPipeline
+from diffusers import DiffusionPipeline, HunyuanDiTPipeline, ModelMixin
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from jaxtyping import Float
@@ -23,8 +23,8 @@ class Hunyuan(Checkpoint):
 
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (HunyuanDiTPipeline,)
 
-    def load(self) -> "HunyuanPipeline":
-        return HunyuanPipeline(self.open())
+    def around(self, dit: ModelMixin, pipe: DiffusionPipeline | None = None) -> "HunyuanPipeline":
+        return HunyuanPipeline(dit, pipe)
 
 
 class HunyuanPipeline(Adapter):
@@ -34,6 +34,20 @@ class HunyuanPipeline(Adapter):
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
     ) -> Float[Tensor, "n 3 h w"]:
         return self.draw(prompts, seeds, steps, guidance, use_resolution_binning=False)
+
+    def blank(self, n: int) -> Call:
+        config, latent = self.dit.config, self.latent(n)
+        given = {
+            "encoder_hidden_states": self.empty(n, config.text_len, config.cross_attention_dim),
+            "text_embedding_mask": self.empty(n, config.text_len, dtype=torch.int64),
+            "encoder_hidden_states_t5": self.empty(n, config.text_len_t5, config.cross_attention_dim_t5),
+            "text_embedding_mask_t5": self.empty(n, config.text_len_t5, dtype=torch.int64),
+            "image_meta_size": self.empty(n, 6),
+            "style": self.empty(n, dtype=torch.int64),
+            "image_rotary_emb": self.rotary(latent),
+            "return_dict": False,
+        }
+        return Call((latent, self.empty(n)), given)
 
     def begin(self, call: Call) -> State:
         given = call.named(self.dit)

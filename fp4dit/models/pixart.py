@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline
+from diffusers import DiffusionPipeline, ModelMixin, PixArtAlphaPipeline, PixArtSigmaPipeline
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, int64
 
 from fp4dit.calls import Call
 from fp4dit.models.checkpoint import Adapter, Checkpoint
@@ -21,15 +21,15 @@ class PixArt(Checkpoint):
 
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (PixArtAlphaPipeline, PixArtSigmaPipeline)
 
-    def load(self) -> "PixArtPipeline":
-        return PixArtPipeline(self.open(), self.tokens)
+    def around(self, dit: ModelMixin, pipe: DiffusionPipeline | None = None) -> "PixArtPipeline":
+        return PixArtPipeline(dit, self.tokens, pipe)
 
 
 class PixArtPipeline(Adapter):
     """A PixArt as a chain of units: its embeddings, its blocks, its output layer."""
 
-    def __init__(self, pipe: DiffusionPipeline, tokens: int) -> None:
-        super().__init__(pipe)
+    def __init__(self, dit: ModelMixin, tokens: int, pipe: DiffusionPipeline | None = None) -> None:
+        super().__init__(dit, pipe)
         self.tokens = tokens
 
     def sample(
@@ -37,6 +37,21 @@ class PixArtPipeline(Adapter):
     ) -> Float[Tensor, "n 3 h w"]:
         options = {"max_sequence_length": self.tokens, "use_resolution_binning": False, "clean_caption": False}
         return self.draw(prompts, seeds, steps, guidance, **options)
+
+    def blank(self, n: int) -> Call:
+        config = self.dit.config
+        sized = config.sample_size == 128  # by which diffusers knows the models that are told the image's size
+        given = {
+            "encoder_hidden_states": self.empty(n, self.tokens, config.caption_channels),
+            "encoder_attention_mask": self.empty(n, self.tokens, dtype=int64),
+            "timestep": self.empty(n, dtype=int64),
+            "added_cond_kwargs": {
+                "resolution": self.empty(n, 2) if sized else None,
+                "aspect_ratio": self.empty(n, 1) if sized else None,
+            },
+            "return_dict": False,
+        }
+        return Call((self.latent(n),), given)
 
     def begin(self, call: Call) -> State:
         given = call.named(self.dit)

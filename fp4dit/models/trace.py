@@ -84,6 +84,7 @@ class Arguments:
         count = len(next(iter(named.values())))
         found, spec = tree_flatten_with_path(named)
         names = [".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in found]
+        names[0] = "latent"  # as it is in other models
         leaves = tuple(shape(name, leaf, count) for name, (_, leaf) in zip(names, found, strict=True))
         return cls(Tree(leaves, spec), tuple(names))
 
@@ -121,7 +122,9 @@ def shape(name: str, leaf: Any, count: int) -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
-    return torch.equal(a, b.to(a.device)) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return a == b
+    return a.shape == b.shape and (a.is_meta or b.is_meta or torch.equal(a, b.to(a.device)))
 
 
 class Reached(Exception):

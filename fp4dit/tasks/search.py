@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fp4dit.choice import Choice, split
 from fp4dit.errors import UserError
+from fp4dit.footprint import Pass, Work
 from fp4dit.formats import Format
 from fp4dit.grid import Grid, formats
 from fp4dit.layer import QuantLayer
@@ -19,7 +20,7 @@ from fp4dit.observers import ChannelRange
 from fp4dit.quantizer import Quantizer
 from fp4dit.scales import anchored
 from fp4dit.scaling import Scaling, from_parts, parts
-from fp4dit.tasks.reconstruct import Curve, Examples, Fit, Rounded, check_fit, inputs
+from fp4dit.tasks.reconstruct import Curve, Examples, Fit, Rounded, check_fit, fit_work, inputs
 
 Tokens = Float[Tensor, "n k"]
 
@@ -34,6 +35,10 @@ class Weighed:
 
     def check(self, layers: Sequence[QuantLayer]) -> None:
         check_fit(self.then, layers)
+
+    def work(self, unit: Pass, rows: int) -> Work:
+        then = fit_work(self.then, unit, rows)
+        return Work(then.flops + rows * unit.flops, max(then.bytes, self.batch * unit.widest))
 
     def __call__(
         self, module: nn.Module, layers: list[QuantLayer], examples: Examples, trainer: Callable[..., L.Trainer]
@@ -110,6 +115,16 @@ class OutputSearch:
                     f"the search by a layer's output finds one format for a layer, and {fmt.name} is chosen per block: "
                     "choose per tensor, or another rounding"
                 )
+
+    def work(self, unit: Pass, rows: int) -> Work:
+        """A pass over the rows, then a product for each range of each format, round for round: of the layer's weight
+        with its inputs' moment, and of its sampled inputs with its weight."""
+        search = 0
+        for layer in unit.layers:
+            outputs, inputs = layer.rows.shape
+            ranges = sum(len(list(self.candidates(torch.ones(1), fmt))) for fmt in formats(layer.grid.quantizer))
+            search += 2 * self.rounds * ranges * outputs * inputs * (inputs + self.tokens)
+        return Work(rows * unit.flops + search, self.batch * unit.widest)
 
     def __call__(
         self, module: nn.Module, layers: list[QuantLayer], examples: Examples, trainer: Callable[..., L.Trainer]

@@ -1,0 +1,80 @@
+"""Print what a run would do to each layer, and roughly what its stages would take here, without loading a weight."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+
+from fp4dit import policy
+from fp4dit.estimate import SHARE, Estimator, activations
+from fp4dit.footprint import footprint
+from fp4dit.machine import Machine
+from fp4dit.models.base import Pipeline
+from fp4dit.policy import Entry, Rule
+from fp4dit.store import Store
+from pipelines.command import command
+from pipelines.listing import expected, listed, size, warnings
+from pipelines.plan import check, pending, plan
+from pipelines.resolvers import CONF
+from pipelines.runtime import Runtime
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="inspect")
+def main(cfg: DictConfig) -> None:
+    steps, store = plan(cfg), Store(Path(cfg.outputs) / "store")
+    todo = [step.name for step in pending(steps, cfg.targets, store)]
+    stages = {name: step.make() for name, step in steps.items() if "model" in step.config}
+    drawing = stages[steps["score"].needs["images"]]
+    skeleton = drawing.model.skeleton()
+    for name, stage in stages.items():
+        check(name, stage)
+    weights, own = audit(skeleton, drawing.weight), footprint(skeleton, drawing.weight)
+    inputs = activations(own.seen, drawing.activation)
+    print(*listed(skeleton, list(own.seen), weights, inputs, cfg.layers == "all"), sep="\n")
+    print("", *totals(skeleton, weights, inputs), "", sep="\n")
+    dtype: Any = skeleton.dit.dtype
+    machine = Machine.here(device(cfg.trainer), dtype, Path(cfg.outputs))
+    estimator = Estimator(own, machine, 1e9 * cfg.memory_budget_gb, dtype)
+    costs = {name: stages[name].cost(estimator) for name in todo if name in stages}
+    print(
+        f"Estimated, roughly, for one device here ({machine.device}) at {estimator.speed / 1e9:.0f} GFLOP/s, which is "
+        f"{SHARE} of what a product of {dtype} matrices reaches. Not counted: text encoders and autoencoders.",
+        *expected(list(steps), todo, costs),
+        sep="\n",
+    )
+    for text in warnings(costs, machine, estimator.budget, cfg.outputs):
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def audit(skeleton: Pipeline, rules: Sequence[Rule]) -> list[Entry]:
+    """Of full precision too, which has no rules."""
+    if rules:
+        return policy.check_weights(skeleton.dit, rules)
+    return [policy.entry(name, layer, None) for name, layer in policy.layers(skeleton.dit).items()]
+
+
+def totals(skeleton: Pipeline, weights: Sequence[Entry], inputs: Sequence[Entry]) -> Iterator[str]:
+    packed, whole = (policy.checkpoint_bytes(skeleton.dit, entries) for entries in (weights, []))
+    quantized = sum(e.format != "fp16" for e in weights)
+    bits = policy.effective_bits(inputs) if inputs else 16.0
+    yield f"layers       {quantized} of {len(weights)} quantized: {policy.effective_bits(weights):.2f} bits per weight"
+    yield f"activations  {len(inputs)} quantized: {bits:.2f} bits per value"
+    yield f"checkpoint   {size(packed)}; {size(whole)} in 16 bits"
+
+
+def device(trainer: DictConfig) -> Any:
+    """The torch.device to estimate for: the CPU, with a warning, where what is asked for is not."""
+    devices: Any = OmegaConf.to_container(trainer, resolve=True)
+    try:
+        return Runtime(devices).device
+    except MisconfigurationException as error:
+        print(f"warning: {error} Estimated for the CPU: trainer=cpu would run here", file=sys.stderr)
+        return Runtime({"accelerator": "cpu", "devices": 1}).device
+
+
+if __name__ == "__main__":
+    command(main)()

@@ -1,0 +1,170 @@
+"""What is printed before a run is what the run then does, and what it would take is as closed forms have it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import pipelines.inspect
+from fp4dit import policy
+from fp4dit.estimate import Cost, activations
+from fp4dit.footprint import footprint
+from fp4dit.machine import Machine
+from pipelines.listing import duration, size, warnings
+from pipelines.plan import plan
+from tests.conftest import Compose, Run
+from tests.test_end_to_end import FEW
+from tests.test_end_to_end import run as make
+from tests.test_published import PUBLISHED
+
+CPU = torch.device("cpu")
+
+
+def config_only(folder: Path, model: str, pipeline: str) -> str:
+    """What the hub has of a published model, without its weights."""
+    kind, config = PUBLISHED[model]
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "config.json").write_text(json.dumps(config | {"_class_name": kind.__name__}))
+    index = {"_class_name": pipeline, "transformer": ["diffusers", kind.__name__]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("model", "pipeline", "line", "block"),
+    [
+        ("pixart_alpha", "PixArtAlphaPipeline", "291 of 291", "transformer_blocks.0-27"),
+        ("pixart_sigma_512", "PixArtSigmaPipeline", "287 of 287", "transformer_blocks.0-27"),
+        ("hunyuan", "HunyuanDiTPipeline", "459 of 472", "blocks.21-39"),
+    ],
+)
+def test_a_published_models_config_is_enough(
+    run: Run, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch, model: str, pipeline: str, line: str, block: str
+):
+    monkeypatch.setattr(Machine, "here", lambda *_: Machine(CPU, 1e12, 1 << 35, 1 << 50, None))
+    (tmp_path / "model").mkdir()
+    path = config_only(tmp_path / "model", model, pipeline)
+    given = [f"model={model}", f"model.path={path}", "prompts=shapes", "activation=none"]
+    assert run(*given, main=pipelines.inspect.main) == 0
+    shown = capfd.readouterr()
+    assert f"layers       {line} quantized" in shown.out
+    assert f"\n{block}\n" in shown.out
+    assert "warning:" not in shown.err
+
+
+def test_everything_is_shown_and_nothing_made(run: Run, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Machine, "here", lambda *_: Machine(CPU, 1e11, 8 << 30, 1 << 30, None))
+    assert run("activation=int8_static", main=pipelines.inspect.main) == 0
+    lines = capfd.readouterr().out.splitlines()
+    words = [line.split() for line in lines]
+    assert ["ff.net.0.proj", "1024x256", "e3m0", "4.12", "*.ff.net.0.proj", "uint8", "8.00", "*"] in words
+    assert ["attn2.k", "uint8", "8.00", "*"] in words
+    assert ["transformer_blocks.0-5"] in words
+    stages = {line[0]: line[1:] for line in words[-6:]}
+    assert list(stages) == ["capture", "reconstruct", "activate", "generate", "reference", "score"]
+    assert stages["score"] == ["not", "estimated"]
+    assert stages["reconstruct"][-2:] == ["28.0", "MB"]  # of files
+    assert not list((tmp_path / "store").glob("*/*"))
+    assert run("layers=all", "method=fp16", main=pipelines.inspect.main) == 0
+    text = capfd.readouterr().out
+    assert all(f"\ntransformer_blocks.{i}\n" in text for i in range(6))
+    assert "0 of 67 quantized: 16.00 bits per weight" in text
+    assert "checkpoint   14.0 MB; 14.0 MB in 16 bits" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["weight=fp4dlt"], "'weight' has no option 'fp4dlt'; did you mean fp4dit"),
+        (["model.path=/nowhere"], "there is nothing at '/nowhere'"),
+        (["weight.quantizer.granularity.group=100"], "a group of 100 does not divide a row of 256 values"),
+        (["calibration.trained=0"], "calibration.trained and calibration.held_out must be at least 1"),
+        (["targets=[scores]"], "no stage is called 'scores'"),
+        (
+            ["model=pixart_alpha"],
+            "error: the transformer/config.json of PixArt-alpha/PixArt-XL-2-1024-MS cannot be read",
+        ),
+    ],
+)
+def test_a_mistake_gets_one_message(run: Run, capfd, arguments: list[str], message: str):
+    assert run(*arguments, main=pipelines.inspect.main) == 1
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.count("error:") == 1
+    assert "Traceback" not in error
+
+
+def test_help_names_the_one_option_of_its_own(run: Run, capfd):
+    assert run("--help", main=pipelines.inspect.main) == 0
+    text = capfd.readouterr().out
+    assert "[layers=all]" in text
+    assert "python -m pipelines.inspect" in text
+
+
+@pytest.mark.parametrize("activation", ["e3m4_token", "int8_static", "mxfp4"])
+def test_bits_are_those_that_the_run_reports(composed: Compose, run: Run, tmp_path: Path, capfd, activation: str):
+    given = [*FEW, "rounding=nearest", f"activation={activation}", "prompts.count=1"]
+    stage = plan(composed(*given))["generate"].make()
+    paths = make(tmp_path, *given, small=[])
+    audits = [json.loads((paths[stage] / "audit.json").read_text()) for stage in ("reconstruct", "activate")]
+    audit = policy.check_weights(stage.model.skeleton().dit, stage.weight)
+    entries = activations(footprint(stage.model.skeleton(), stage.weight).seen, stage.activation)
+    assert policy.effective_bits(audit) == audits[0]["bits_weight"]
+    assert policy.checkpoint_bytes(stage.model.skeleton().dit, audit) == audits[0]["checkpoint_bytes"]
+    assert policy.effective_bits(entries) == pytest.approx(audits[1]["bits_activation"], rel=1e-12)
+    assert {e.name: e.bits for e in entries} == {e["name"]: e["bits"] for e in audits[1]["layers"]}
+    assert run(*given, main=pipelines.inspect.main) == 0
+    assert capfd.readouterr().out.count("there, or not needed") == 6
+
+
+@pytest.mark.parametrize(
+    ("host", "disk", "own", "budget", "expected"),
+    [
+        (100, 1000, 100, 5, []),
+        (
+            100,
+            1,
+            None,
+            5,
+            ["7.0 GB of disk are needed, and 1.0 GB are left where outputs=o"],
+        ),
+        (
+            3,
+            1000,
+            None,
+            2,
+            ["6.0 GB of host memory, and there are 3.0 GB: give a smaller rounding.batch or m"],
+        ),
+        (100, 1000, 1, 5, ["5.0 GB of GPU memory, and there are 1.0 GB: give a smaller rounding.batch"]),
+        (
+            100,
+            1000,
+            None,
+            1,
+            ["of the 4.0 GB of calibration data of x, what exceeds memory_budget_gb=1"],
+        ),
+        (100, 1000, None, 1000, ["memory_budget_gb=1000 is more than the 100.0 GB of memory"]),
+    ],
+)
+def test_what_does_not_fit_is_said(host: int, disk: int, own: int | None, budget: int, expected: list[str]):
+    """In GB."""
+    machine = Machine(CPU, 1.0, host * 10**9, disk * 10**9, own and own * 10**9)
+    cost = Cost(1.0, 5 * 10**9, 6 * 10**9, 7 * 10**9, "rounding.batch", 4 * 10**9)
+    found = list(warnings({"x": cost}, machine, budget * 1e9, "o"))
+    assert len(found) == len(expected)
+    assert all(part in text for part, text in zip(expected, found, strict=True))
+
+
+def test_warnings_come_on_stderr(run: Run, capfd, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Machine, "here", lambda *_: Machine(CPU, 1e11, 10**7, 10**6, None))
+    assert run("trainer=gpu" if not torch.cuda.is_available() else "trainer=cpu", main=pipelines.inspect.main) == 0
+    error = capfd.readouterr().err.splitlines()
+    assert sum("1.0 MB are left" in line for line in error) == 1
+    assert sum("memory_budget_gb=4 is more than the 10.0 MB" in line for line in error) == 1
+    assert sum("Estimated for the CPU" in line for line in error) == (not torch.cuda.is_available())
+
+
+def test_quantities_are_readable():
+    assert [duration(seconds) for seconds in (5, 119, 120, 7200, 200_000)] == ["5 s", "119 s", "2 min", "2 h", "2 days"]
+    assert [size(count) for count in (0, 3e5, 2.5e9)] == ["", "0.3 MB", "2.5 GB"]
