@@ -2,16 +2,17 @@
 
 Without arguments the shipped model's block as the laptop's budget learns it, then PixArt-alpha's for one image of 512
 pixels. Beside it in the same run what no reconstruction can do without: the block forwards, and backwards to its
-weights, in the precision it has. The block's inputs are random; each part has a process of its own, whose peak it is.
+weights, in the precision it has; and the plain reference, `benchmarks.plain`. The block's inputs are random; each
+part has a process of its own, whose peak it is.
 """
 
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import repeat
+from itertools import pairwise, repeat
 from multiprocessing import get_context
 
 import lightning as L
@@ -19,8 +20,9 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import nn
 
+from benchmarks import plain
 from fp4dit import policy
-from fp4dit.calls import Call
+from fp4dit.calls import Call, Example
 from fp4dit.formats import floating, fp16
 from fp4dit.policy import Rule
 from fp4dit.quantizer import Granularity, Quantizer
@@ -43,6 +45,17 @@ class Stopwatch(L.Callback):
 
     def on_train_batch_start(self, *_: object) -> None:
         self.began.append(time.perf_counter())
+
+    def handing_out(self, example: Example) -> Iterator[Example]:
+        """The same one at each step."""
+        while True:
+            self.on_train_batch_start()
+            yield example
+
+    def least(self) -> float:
+        """Seconds of a step, of those whose roundings are pressed to decide, as most are."""
+        pressed = self.began[2:]
+        return min(b - a for a, b in pairwise(pressed))
 
 
 def block(width: int) -> nn.Module:
@@ -84,13 +97,21 @@ def learnt(module: nn.Module, given: Examples, batch: int, learner: Learner) -> 
     trainer = Runtime({"accelerator": "cpu", "devices": 1}, "none").trainer
     fit = Learnt(learner, adam, Relative(), STEPS, batch, precision="bf16-mixed")
     fit(module, list(layers.values()), given, partial(trainer, "", callbacks=[watch]))
-    return min(b - a for a, b in zip(watch.began[1:], watch.began[2:], strict=False))
+    return watch.least()
+
+
+def reference(module: nn.Module, given: Examples, batch: int) -> float:
+    """Seconds of a step."""
+    watch = Stopwatch()
+    plain.fit(module, plain.round_(module), watch.handing_out(given.at(torch.arange(batch))), STEPS)
+    return watch.least()
 
 
 PARTS: dict[str, Callable[[nn.Module, Examples, int], float]] = {
     "forward and backward": bare,
     "AdaRound": partial(learnt, learner=logit),
     "scale-aware AdaRound": partial(learnt, learner=ulp),
+    "plain reference": reference,
 }
 
 
