@@ -49,6 +49,10 @@ class Calibration:
         if self.trained < 1 or self.held_out < 1:
             raise UserError("calibration.trained and calibration.held_out must be at least 1")
 
+    @property
+    def drawn(self) -> list[str]:
+        return self.prompts(self.trained + self.held_out)
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -65,13 +69,14 @@ class Capture:
     model: Source
     calibration: Calibration
 
+    def check(self) -> None:
+        self.model.check(self.calibration.drawn)
+
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         c = self.calibration
         (out / "calls").mkdir(exist_ok=True)
         task = CaptureTask(self.model.load(), out / "calls", c.steps, c.guidance, c.alter)
-        runtime.trainer("capture").predict(
-            task, one_by_one(chunked(c.prompts(c.trained + c.held_out), c.chunk, c.seed))
-        )
+        runtime.trainer("capture").predict(task, one_by_one(chunked(c.drawn, c.chunk, c.seed)))
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,9 @@ class Generate:
     generation: Generation
     prompts: Prompts
     count: int
+
+    def check(self) -> None:
+        self.model.check(self.prompts(self.count))
 
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         g, pipeline, prompts = self.generation, self.model.load(), self.prompts(self.count)

@@ -39,6 +39,10 @@ class Source(Protocol):
     """Where a pipeline is: light, so that a plan can hold it."""
 
     def load(self) -> Pipeline: ...
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises UserError if it is known before loading that one of them cannot be drawn."""
+        ...
+
     def skeleton(self) -> nn.Module:
         """The transformer on the meta device."""
         ...
