@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import PixArtTransformer2DModel
 
+from benchmarks.published import bare
 from fp4dit import policy
 from fp4dit.columns import Room, write
 from fp4dit.formats import floating, fp16
@@ -31,17 +32,10 @@ SAMPLES, BUDGETS, BLOCKS, WIDTH, SIDE, TEXT, HELD_OUT = (64, 256), (None, 0.1), 
 ROWS = [Rule("*", Quantizer(floating(2, 1), Granularity("row"), AbsMax(fp16)))]
 
 
-class Bare(PixArtPipeline):
-    """The transformer without the rest of its pipeline."""
-
-    def __init__(self, dit: PixArtTransformer2DModel) -> None:
-        self.dit, self.device = dit.eval().requires_grad_(False), torch.device("cpu")
-
-
 def model() -> Any:
     heads = {"num_attention_heads": WIDTH // 64, "attention_head_dim": 64, "cross_attention_dim": WIDTH}
     shape = {"sample_size": SIDE, "caption_channels": WIDTH, "use_additional_conditions": False}
-    return Bare(PixArtTransformer2DModel(num_layers=BLOCKS, **heads, **shape))
+    return bare(PixArtPipeline, PixArtTransformer2DModel(num_layers=BLOCKS, **heads, **shape))
 
 
 def measure(samples: int, budget_gb: float | None) -> str:
