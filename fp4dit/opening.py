@@ -15,23 +15,26 @@ LOW, HIGH = -0.1, 1.1  # stretch the sigmoid so that h reaches 0 and 1 exactly
 PIECE = 2**15  # values worked on at once on a CPU: whole vectors, as their digits could be others at the end of one
 
 Flat = Float[Tensor, "n"]
-Temperature = Float[Tensor, "*n"] | Float[Tensor, ""]
+Temperature = Flat | Float[Tensor, ""]
 
 
-def h(v: Float[Tensor, "*n"], temperature: Temperature) -> Float[Tensor, "*n"]:
-    return stretched((v / temperature).sigmoid_()).clamp_(0, 1)
+def sigmoid(v: Flat, temperature: Temperature) -> Flat:
+    return (v / temperature).sigmoid_()
 
 
-def stretched(sigmoid: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+def stretched(sigmoid: Flat) -> Flat:
     return (sigmoid * (HIGH - LOW)).add_(LOW)
 
 
-def back(slope: Flat, v: Flat, temperature: Temperature) -> Flat:
+def h(sigmoid: Flat) -> Flat:
+    return stretched(sigmoid).clamp_(0, 1)
+
+
+def back(slope: Flat, sigmoid: Flat, temperature: Temperature) -> Flat:
     """The slope by v, given that by h."""
-    sigmoid = (v / temperature).sigmoid_()
     x = stretched(sigmoid)
     inside = x.clamp(0, 1).eq_(x)  # 1.0 or 0.0
-    return torch.ops.aten.sigmoid_backward((slope * inside).mul_(HIGH - LOW), sigmoid).div_(temperature)
+    return torch.ops.aten.sigmoid_backward(inside.mul_(slope).mul_(HIGH - LOW), sigmoid).div_(temperature)
 
 
 def pieces(first: Tensor, *others: Tensor) -> Iterator[list[Tensor]]:
@@ -48,17 +51,17 @@ class Soft(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v: Tensor, temperature: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
         ctx.save_for_backward(v, temperature, inner, outer)
-        soft = torch.empty_like(v)
+        soft = torch.empty_like(v, memory_format=torch.contiguous_format)
         for x, t, a, b, out in pieces(v, temperature, inner, outer, soft):
-            torch.lerp(a, b, h(x, t), out=out)
+            torch.lerp(a, b, h(sigmoid(x, t)), out=out)
         return soft
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
         v, *others = ctx.saved_tensors
-        slope = torch.empty_like(v)
+        slope = torch.empty_like(v, memory_format=torch.contiguous_format)
         for x, t, a, b, given, out in pieces(v, *others, *slopes, slope):
-            out.copy_(back((b - a).mul_(given), x, t))
+            out.copy_(back((b - a).mul_(given), sigmoid(x, t), t))
         return slope, None, None, None
 
 
@@ -69,17 +72,18 @@ class Undecided(torch.autograd.Function):
     def forward(ctx: Any, v: Tensor, temperature: Tensor, beta: float) -> Tensor:
         ctx.save_for_backward(v, temperature)
         ctx.beta = beta
-        undecided = torch.empty_like(v)
+        undecided = torch.empty_like(v, memory_format=torch.contiguous_format)
         for x, t, out in pieces(v, temperature, undecided):
-            torch.sub(1, h(x, t).mul_(2).sub_(1).abs_().pow_(beta), out=out)
+            torch.sub(1, h(sigmoid(x, t)).mul_(2).sub_(1).abs_().pow_(beta), out=out)
         return undecided
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
         v, temperature = ctx.saved_tensors
-        slope = torch.empty_like(v)
+        slope = torch.empty_like(v, memory_format=torch.contiguous_format)
         for x, t, given, out in pieces(v, temperature, *slopes, slope):
-            side = h(x, t).mul_(2).sub_(1)
+            s = sigmoid(x, t)
+            side = h(s).mul_(2).sub_(1)
             by_h = side.abs().pow_(ctx.beta - 1).mul_(ctx.beta).mul_(-given).mul_(side.sgn_()).mul_(2)
-            out.copy_(back(by_h, x, t))
+            out.copy_(back(by_h, s, t))
         return slope, None, None

@@ -39,3 +39,14 @@ def test_the_digits_are_those_of_autograd(rows: int, own: bool, beta: float | No
 
     for a, b in zip(found(ours), found(theirs), strict=True):  # pyright: ignore[reportArgumentType]
         assert torch.equal(a, b)
+
+
+def test_values_that_do_not_lie_in_order():
+    v, inner, outer = torch.randn(3, 8, 5).permute(0, 2, 1).unbind()
+    assert not v.is_contiguous()
+    x = v.detach().requires_grad_()
+    answer = Soft.apply(x, torch.tensor(1.0), inner, outer)
+    torch.testing.assert_close(answer, soft(v, torch.tensor(1.0), inner, outer))
+    answer.sum().backward()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    expected = torch.autograd.functional.jvp(lambda v: soft(v, torch.tensor(1.0), inner, outer), v, torch.ones_like(v))
+    torch.testing.assert_close(x.grad, expected[1])
