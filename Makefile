@@ -2,6 +2,7 @@
 # make table TABLE=methods    run what is missing of any other table, and print it
 # make test    check, then all tests
 # make check   lint, format and types
+# make bench-gpu   measure models of published size on a GPU, with random weights; outputs/benchmarks/gpu.md
 # Each sets up .venv first if need be. PYTHON=/a/python chooses the interpreter, JOBS=4 how many jobs run side by side.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
@@ -13,7 +14,7 @@ STAMP := .venv/installed
 # One thread for each job: spinning threads of two jobs on two cores slow both down many times over.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo table test check
+.PHONY: demo table test check bench-gpu
 .DEFAULT_GOAL := demo
 
 # The experiments named after a table, and the table. It is printed even if a job failed: it says what is missing.
@@ -33,6 +34,10 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# With all cores: one process at a time is measured.
+bench-gpu: $(STAMP)
+	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.gpu
 
 # hpsv2 pins an old pytest and protobuf that break the rest, and needs neither for what it is used for here.
 $(STAMP): pyproject.toml constraints.txt

@@ -2,23 +2,25 @@
 
 Without arguments the shipped model's block as the laptop's budget learns it, then PixArt-alpha's for one image of 512
 pixels. Beside it in the same run what no reconstruction can do without: the block forwards, and backwards to its
-weights, in the precision it has. The block's inputs are random; each part has a process of its own, whose peak it is.
+weights, in the precision it has; and the plain reference, `benchmarks.plain`. The block's inputs are random; each
+part has a process of its own, whose peak it is.
 """
 
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import repeat
+from itertools import pairwise, repeat
 from multiprocessing import get_context
 
 import lightning as L
 import torch
 from diffusers import PixArtTransformer2DModel
-from torch import nn
+from torch import Tensor, nn
 
+from benchmarks import plain
 from fp4dit import policy
 from fp4dit.calls import Call
 from fp4dit.formats import floating, fp16
@@ -33,16 +35,48 @@ from pipelines.runtime import Runtime
 SIZES: list[tuple[int, ...]] = [(256, 64, 16), (1152, 1024, 1)]
 HEAD, TEXT, STEPS = 64, 120, 6
 GROUPS = [Rule("*", Quantizer(floating(2, 1), Granularity("group", 128), AbsMax(fp16)))]
+ADAM = partial(torch.optim.Adam, lr=1e-2)
+CPU = torch.device("cpu")
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak(device: torch.device) -> float:
+    """MiB: of the device's memory or, on a CPU, of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def trainer(device: torch.device) -> Callable[..., L.Trainer]:
+    accelerator = "gpu" if device.type == "cuda" else "cpu"
+    return partial(Runtime({"accelerator": accelerator, "devices": 1}, "none").trainer, "")
 
 
 class Stopwatch(L.Callback):
     """When each step began."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.began: list[float] = []
 
     def on_train_batch_start(self, *_: object) -> None:
-        self.began.append(time.perf_counter())
+        self.began.append(now(self.device))
+
+    def handing_out(self, example: tuple[Call, Tensor]) -> Iterator[tuple[Call, Tensor]]:
+        """The same one at each step."""
+        while True:
+            self.on_train_batch_start()
+            yield example
+
+    def least(self) -> float:
+        """Seconds of a step, of those whose roundings are pressed to decide, as most are."""
+        return min(b - a for a, b in pairwise(self.began[2:]))
 
 
 def block(width: int) -> nn.Module:
@@ -51,7 +85,7 @@ def block(width: int) -> nn.Module:
     return dit.transformer_blocks[0].requires_grad_(False)
 
 
-def examples(module: nn.Module, width: int, tokens: int, batch: int) -> Examples:
+def examples(module: nn.Module, width: int, tokens: int, batch: int, device: torch.device = CPU) -> Examples:
     given = {
         "hidden": torch.randn(batch, tokens, width),
         "text": torch.randn(batch, TEXT, width),
@@ -59,51 +93,61 @@ def examples(module: nn.Module, width: int, tokens: int, batch: int) -> Examples
     }
     call = lambda s: Call((s["hidden"],), {"encoder_hidden_states": s["text"], "timestep": s["modulation"]})
     with torch.no_grad():
-        answer = call(given)(module)
+        answer = call({name: x.to(device) for name, x in given.items()})(module).cpu()
     return Examples(Unit("", tuple(given), call, ("hidden",)), given, {"hidden": answer}, torch.arange(batch))
 
 
-def bare(module: nn.Module, given: Examples, batch: int) -> float:
+def example(given: Examples, batch: int, device: torch.device) -> tuple[Call, Tensor]:
+    """A call, and the answer wanted."""
+    rows = torch.arange(batch)
+    return given.call(rows, device), given.at(rows).target[0].to(device)
+
+
+def bare(module: nn.Module, given: Examples, batch: int, device: torch.device) -> float:
     """Seconds of a forward and backward pass to all weights."""
     module.requires_grad_(True)
-    rows, seconds = torch.arange(batch), []
-    call, target = given.call(rows, "cpu"), given.at(rows).target[0]
-    for _ in range(STEPS):
-        began = time.perf_counter()
+    watch = Stopwatch(device)
+    for _, (call, target) in zip(range(STEPS), watch.handing_out(example(given, batch, device)), strict=False):
         (call(module) - target).square().mean().backward()
-        seconds.append(time.perf_counter() - began)
-    module.requires_grad_(False)
-    return min(seconds[1:])
+    return watch.least()
 
 
-def learnt(module: nn.Module, given: Examples, batch: int, learner: Learner) -> float:
+def learnt(module: nn.Module, given: Examples, batch: int, device: torch.device, learner: Learner) -> float:
     """Seconds of a step."""
     layers = policy.quantize_weights_(module, policy.assign(policy.layers(module), GROUPS))
     for layer in layers.values():
         layer.prepare()
-    watch, adam = Stopwatch(), partial(torch.optim.Adam, lr=1e-2)
-    trainer = Runtime({"accelerator": "cpu", "devices": 1}, "none").trainer
-    fit = Learnt(learner, adam, Relative(), STEPS, batch, precision="bf16-mixed")
-    fit(module, list(layers.values()), given, partial(trainer, "", callbacks=[watch]))
-    return min(b - a for a, b in zip(watch.began[1:], watch.began[2:], strict=False))
+    watch = Stopwatch(device)
+    fit = Learnt(learner, ADAM, Relative(), STEPS, batch, precision="bf16-mixed")
+    fit(module, list(layers.values()), given, partial(trainer(device), callbacks=[watch]))
+    return watch.least()
 
 
-PARTS: dict[str, Callable[[nn.Module, Examples, int], float]] = {
+def reference(module: nn.Module, given: Examples, batch: int, device: torch.device) -> float:
+    """Seconds of a step."""
+    watch = Stopwatch(device)
+    plain.fit(module, plain.round_(module), watch.handing_out(example(given, batch, device)), STEPS)
+    return watch.least()
+
+
+PARTS: dict[str, Callable[[nn.Module, Examples, int, torch.device], float]] = {
     "forward and backward": bare,
     "AdaRound": partial(learnt, learner=logit),
     "scale-aware AdaRound": partial(learnt, learner=ulp),
+    "plain reference": reference,
 }
 
 
-def measure(part: str, width: int, tokens: int, batch: int) -> str:
-    torch.set_num_threads(1)
+def measure(part: str, width: int, tokens: int, batch: int, device: torch.device = CPU) -> tuple[float, float]:
+    """Seconds of a step, and how many MiB it takes more than there were before it."""
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     torch.manual_seed(0)
-    module = block(width)
-    given = examples(module, width, tokens, batch)
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = PARTS[part](module, given, batch)
-    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024
-    return f"  {part:22} {1000 * seconds:8.0f} ms a step, {more:6.0f} MiB more than before it"
+    module = block(width).to(device)
+    given = examples(module, width, tokens, batch, device)
+    start = peak(device)
+    seconds = PARTS[part](module, given, batch, device)
+    return seconds, peak(device) - start
 
 
 def main(sizes: list[tuple[int, ...]]) -> None:
@@ -111,8 +155,9 @@ def main(sizes: list[tuple[int, ...]]) -> None:
         print(f"a block of width {width}, {batch} x {tokens} tokens, one core")
         # A process for each, for the peak of one only ever rises.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-            for line in pool.map(measure, PARTS, repeat(width), repeat(tokens), repeat(batch)):
-                print(line, flush=True)
+            found = pool.map(measure, PARTS, repeat(width), repeat(tokens), repeat(batch))
+            for part, (seconds, more) in zip(PARTS, found, strict=True):
+                print(f"  {part:22} {1000 * seconds:8.0f} ms a step, {more:6.0f} MiB more than before it", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ HUB_ID = re.compile(r"(hf-hub:)?[A-Za-z0-9][\w.-]*/[\w.-]+")
 WEIGHTS_AND_CONFIGS = (".safetensors", ".json", ".txt", ".model")
 
 
-def content(node: str | DictConfig, marker: str | None = None, *, _root_: DictConfig) -> str | dict[str, str]:
+def content(
+    node: str | DictConfig, marker: str | None = None, *others: str | None, _root_: DictConfig
+) -> str | dict[str, str]:
     """`${content:path}` or `${content:path,marker}`: hash of a file, or of the files in a model's folder.
 
-    A hub id stands for itself. `marker` is the file by which a folder is known to be the right kind of model. Given
-    a part of the config, `${content:${metrics}}`, the same for every `path` in it. Checksums are kept by size and
-    mtime in the store, so that large weights are read once.
+    A hub id stands for itself. `marker` is the file by which a folder is known to be the right kind of model; what
+    `others` there are, besides null, is hashed too. Given a part of the config, `${content:${metrics}}`, the same for
+    every `path` in it. Checksums are kept by size and mtime in the store, so that large weights are read once.
 
     Raises:
         UserError: if there is nothing there, or it is not such a model.
@@ -30,7 +32,7 @@ def content(node: str | DictConfig, marker: str | None = None, *, _root_: DictCo
     outputs = _root_.get("outputs")
     memory = Path(outputs) / "store" / ".checksums.json" if outputs else None
     if isinstance(node, str):
-        return of_path(node, marker, memory)
+        return " ".join([of_path(node, marker, memory), *(of_path(path, None, memory) for path in others if path)])
     return {name: of_path(path, marker, memory) for name, path in sorted(paths(node))}
 
 

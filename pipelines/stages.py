@@ -55,6 +55,10 @@ class Calibration:
         """How many calls there are to learn from, and to measure on."""
         return calls(self.trained, self.steps, self.guidance), calls(self.held_out, self.steps, self.guidance)
 
+    @property
+    def drawn(self) -> list[str]:
+        return self.prompts(self.trained + self.held_out)
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -76,13 +80,14 @@ class Capture:
         given = c.trained + c.held_out, c.steps, c.guidance
         return at.sampling(*given, c.chunk, [], at.captured(*given), "calibration.chunk")
 
+    def check(self) -> None:
+        self.model.check(self.calibration.drawn)
+
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         c = self.calibration
         (out / "calls").mkdir(exist_ok=True)
         task = CaptureTask(self.model.load(), out / "calls", c.steps, c.guidance, c.alter)
-        runtime.trainer("capture").predict(
-            task, one_by_one(chunked(c.prompts(c.trained + c.held_out), c.chunk, c.seed))
-        )
+        runtime.trainer("capture").predict(task, one_by_one(chunked(c.drawn, c.chunk, c.seed)))
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,9 @@ class Generate:
         g = self.generation
         images = at.images(self.count)
         return at.sampling(self.count, g.steps, g.guidance, g.chunk, self.activation, images, "generation.chunk")
+
+    def check(self) -> None:
+        self.model.check(self.prompts(self.count))
 
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         g, pipeline, prompts = self.generation, self.model.load(), self.prompts(self.count)

@@ -1,64 +1,20 @@
 """The published models, without their weights: the layers that the paper counts, and presets that fit them."""
 
-from typing import Any
-
 import pytest
 from accelerate import init_empty_weights
-from diffusers import DiTTransformer2DModel, HunyuanDiT2DModel, ModelMixin, PixArtTransformer2DModel
 from torch import nn
 
+from benchmarks.published import PUBLISHED, build
 from fp4dit import policy
 from pipelines.plan import plan
 from pipelines.resolvers import options
 from tests.conftest import Compose
 from tests.test_presets import fits
 
-# transformer/config.json of each on the hub
-PIXART = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "cross_attention_dim": 1152,
-    "caption_channels": 4096,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 28,
-    "patch_size": 2,
-}
-HUNYUAN = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 88,
-    "hidden_size": 1408,
-    "cross_attention_dim": 1024,
-    "cross_attention_dim_t5": 2048,
-    "pooled_projection_dim": 1024,
-    "text_len": 77,
-    "text_len_t5": 256,
-    "in_channels": 4,
-    "learn_sigma": True,
-    "mlp_ratio": 4.3637,
-    "num_layers": 40,
-    "patch_size": 2,
-    "sample_size": 128,
-}
-DIT = {"num_attention_heads": 16, "attention_head_dim": 72, "out_channels": 8, "num_layers": 28, "patch_size": 2}
-PUBLISHED: dict[str, tuple[type[ModelMixin], dict[str, Any]]] = {
-    "pixart_alpha": (PixArtTransformer2DModel, PIXART | {"sample_size": 128, "use_additional_conditions": True}),
-    "pixart_alpha_512": (PixArtTransformer2DModel, PIXART | {"sample_size": 64}),
-    "pixart_sigma": (PixArtTransformer2DModel, PIXART | {"sample_size": 128, "use_additional_conditions": False}),
-    "pixart_sigma_512": (PixArtTransformer2DModel, PIXART | {"sample_size": 64, "use_additional_conditions": False}),
-    "pixart_sigma_2k": (PixArtTransformer2DModel, PIXART | {"sample_size": 256, "use_additional_conditions": False}),
-    "hunyuan": (HunyuanDiT2DModel, HUNYUAN),
-    "hunyuan_v1_1": (HunyuanDiT2DModel, HUNYUAN),
-    "hunyuan_v1_2": (HunyuanDiT2DModel, HUNYUAN | {"use_style_cond_and_image_meta_size": False}),
-    "dit_xl_2": (DiTTransformer2DModel, DIT | {"sample_size": 32}),
-    "dit_xl_2_512": (DiTTransformer2DModel, DIT | {"sample_size": 64}),
-}
-
 
 def skeleton(model: str, **changed: int) -> nn.Module:
-    kind, config = PUBLISHED[model]
     with init_empty_weights():
-        return kind(**config | changed)  # pyright: ignore[reportReturnType]
+        return build(model, **changed)
 
 
 def test_every_published_model_is_here():

@@ -43,6 +43,10 @@ class Source(Protocol):
     """Where a pipeline is: light, so that a plan can hold it."""
 
     def load(self) -> Pipeline: ...
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises UserError if it is known before loading that one of them cannot be drawn."""
+        ...
+
     def skeleton(self) -> Pipeline:
         """The transformer on the meta device: all but `to` and `sample`."""
         ...

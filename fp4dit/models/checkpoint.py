@@ -37,17 +37,20 @@ class Checkpoint:
         pipe: Any = self.open()
         return self.around(pipe.transformer, pipe)
 
-    def open(self) -> DiffusionPipeline:
-        """Raises UserError if another pipeline is there, or none."""
+    def open(self, **parts: Any) -> DiffusionPipeline:
+        """With these `parts` in place of what is there. Raises UserError if another pipeline is there, or none."""
         folder, dtype = self.folder(), getattr(torch, self.dtype)
         if self.rest is None or (Path(folder) / INDEX).is_file():
-            pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+            pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **parts)
         else:
             dit = AutoModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
-            pipe = DiffusionPipeline.from_pretrained(locate(self.rest), transformer=dit, dtype=dtype)
+            pipe = DiffusionPipeline.from_pretrained(locate(self.rest), transformer=dit, dtype=dtype, **parts)
         if not isinstance(pipe, self.pipelines):
             raise self.refusal(type(pipe).__name__)
         return pipe
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises UserError if it is known before loading that one of them cannot be drawn."""
 
     def skeleton(self) -> "Adapter":
         """The transformer alone and without its weights, on the meta device: nothing but its config is read.
@@ -118,11 +121,12 @@ class Adapter:
 
     @torch.no_grad()
     def draw(
-        self, subjects: Sequence[str | int], seeds: Sequence[int], steps: int, guidance: float, **options: Any
+        self, subjects: Sequence[str | int] | None, seeds: Sequence[int], steps: int, guidance: float, **options: Any
     ) -> Float[Tensor, "n 3 h w"]:
-        """Images in [0, 1] of what the pipeline takes first. Each one's noise comes from its own seed alone."""
+        """Images in [0, 1] of what the pipeline takes first, if that is not among the options. Each one's noise comes
+        from its own seed alone."""
         return self.pipe(
-            list(subjects),
+            subjects and list(subjects),
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],

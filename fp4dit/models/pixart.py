@@ -1,42 +1,82 @@
 """PixArt-alpha and PixArt-Sigma, from any folder or hub id that diffusers loads."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+import torch
 from diffusers import DiffusionPipeline, ModelMixin, PixArtAlphaPipeline, PixArtSigmaPipeline
 from jaxtyping import Float
 from torch import Tensor, int64
 
 from fp4dit.calls import Call
+from fp4dit.embeddings import MAKE, Embeddings, Texts
+from fp4dit.errors import UserError
 from fp4dit.models.checkpoint import Adapter, Checkpoint
 from fp4dit.stream import Rows, State, Unit
 
 
 @dataclass(frozen=True)
 class PixArt(Checkpoint):
-    """Where a PixArt is and how to load it. `tokens` is the length that prompts are padded to."""
+    """Where a PixArt is and how to load it. `tokens` is the length that prompts are padded to.
+
+    With a file of `embeddings` it draws the texts in there, and its text encoder is not loaded.
+    """
 
     tokens: int = 300
+    embeddings: str | None = field(default=None, kw_only=True)
 
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (PixArtAlphaPipeline, PixArtSigmaPipeline)
 
     def around(self, dit: ModelMixin, pipe: DiffusionPipeline | None = None) -> "PixArtPipeline":
-        return PixArtPipeline(dit, self.tokens, pipe)
+        return PixArtPipeline(dit, self.tokens, pipe, Embeddings(self.embeddings) if self.embeddings else None)
+
+    def open(self, **parts: Any) -> DiffusionPipeline:
+        """Raises UserError, too, if the pipeline has no text encoder, and there are no embeddings."""
+        if self.embeddings:
+            return super().open(**{"text_encoder": None, "tokenizer": None, **parts})
+        pipe = super().open(**parts)
+        if pipe.components["text_encoder"] is None:
+            raise UserError(f"{self.path} has no text encoder: give model.embeddings=/a/file.safetensors, and {MAKE}")
+        return pipe
+
+    def check(self, prompts: Sequence[str]) -> None:
+        if self.embeddings:
+            Embeddings(self.embeddings).check(prompts)
 
 
 class PixArtPipeline(Adapter):
     """A PixArt as a chain of units: its embeddings, its blocks, its output layer."""
 
-    def __init__(self, dit: ModelMixin, tokens: int, pipe: DiffusionPipeline | None = None) -> None:
+    def __init__(
+        self,
+        dit: ModelMixin,
+        tokens: int,
+        pipe: DiffusionPipeline | None = None,
+        embeddings: Embeddings | None = None,
+    ) -> None:
         super().__init__(dit, pipe)
-        self.tokens = tokens
+        self.tokens, self.embeddings = tokens, embeddings
 
     def sample(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
     ) -> Float[Tensor, "n 3 h w"]:
-        options = {"max_sequence_length": self.tokens, "use_resolution_binning": False, "clean_caption": False}
-        return self.draw(prompts, seeds, steps, guidance, **options)
+        options = {"use_resolution_binning": False, "clean_caption": False}
+        if self.embeddings is None:
+            return self.draw(prompts, seeds, steps, guidance, max_sequence_length=self.tokens, **options)
+        for kind, texts in {"": prompts, "negative_": [""] * len(prompts)}.items():
+            embeds, mask = self.embeddings.of(texts)
+            options |= {f"{kind}prompt_embeds": embeds, f"{kind}prompt_attention_mask": mask.to(self.device)}
+        return self.draw(None, seeds, steps, guidance, negative_prompt=None, **options)
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str]) -> Texts:
+        """What the text encoder makes of them."""
+        alone = {"do_classifier_free_guidance": False, "clean_caption": False}
+        embeds, mask, *_ = self.pipe.encode_prompt(
+            list(prompts), device=self.device, max_sequence_length=self.tokens, **alone
+        )
+        return embeds, mask
 
     def blank(self, n: int) -> Call:
         config = self.dit.config

@@ -1,0 +1,32 @@
+"""Embed the prompts of a run once: `python -m pipelines.embed model=... prompts=... out=/a/file.safetensors`.
+
+With `model.embeddings=/a/file.safetensors` the run then needs no text encoder, neither its memory nor its weights.
+"""
+
+import logging
+from pathlib import Path
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from fp4dit import embeddings
+from pipelines.command import command
+from pipelines.resolvers import CONF
+from pipelines.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="embed")
+def main(cfg: DictConfig) -> None:
+    calibration, evaluation = instantiate(cfg.calibration), instantiate(cfg.prompts.evaluation)
+    prompts = calibration.drawn + evaluation(cfg.prompts.count)
+    pipeline = instantiate(cfg.model).load()
+    pipeline.to(Runtime(cfg.trainer).device)
+    count = embeddings.write(pipeline.embed, prompts, Path(cfg.out))
+    log.info("%s: %s texts", cfg.out, count)
+
+
+if __name__ == "__main__":
+    command(main)()
