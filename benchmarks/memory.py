@@ -26,7 +26,7 @@ from fp4dit.scales import AbsMax
 from fp4dit.tasks.reconstruct import Rounded
 from pipelines.runtime import Runtime
 
-SAMPLES, BUDGETS, BLOCKS, WIDTH, SIDE, TEXT, HELD_OUT = (64, 256), (None, 0.1), 4, 256, 32, 32, 16
+SAMPLES, BUDGETS, BLOCKS, WIDTH, SIDE, TEXT, HELD_OUT = (64, 256, 512), (None, 0.1), 4, 256, 32, 32, 16
 ROWS = [Rule("*", Quantizer(floating(2, 1), Granularity("row"), AbsMax(fp16)))]
 
 

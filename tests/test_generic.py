@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import FluxTransformer2DModel, SanaTransformer2DModel, SD3Transformer2DModel, UNet2DModel
+from diffusers import (
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DModel,
+)
 from torch import Tensor, nn
 
 from fp4dit import calls
@@ -23,6 +29,7 @@ from fp4dit.models.pixart import PixArt
 from fp4dit.models.trace import parts, watch
 from fp4dit.stream import answers
 from tests import tiny
+from tests.test_end_to_end import FEW, run
 from tests.test_published import PUBLISHED
 
 OPTIONS = {"max_sequence_length": 20, "use_resolution_binning": False, "clean_caption": False}
@@ -213,3 +220,24 @@ def test_a_tiny_replica_has_the_structure_of_the_whole(model: str):
     kinds = lambda dit: {(re.sub(r"\d+", "n", name), type(module).__name__) for name, module in dit.named_modules()}
     assert kinds(replica) == kinds(whole)
     assert sum(p.numel() for p in replica.parameters()) < 1e6
+
+
+def test_a_fine_tune_is_quantized_to_the_same_bits_described_or_not(tmp_path: Path):
+    tiny.save(tmp_path / "before")
+    pipe: Any = PixArtSigmaPipeline.from_pretrained(tmp_path / "before")
+    optimizer = torch.optim.Adam(pipe.transformer.parameters(), lr=1e-3)
+    for _ in range(3):
+        given = {"encoder_hidden_states": torch.randn(2, 20, tiny.WIDTH), "timestep": torch.tensor([3, 500])}
+        noise = pipe.transformer(torch.randn(2, 4, 8, 8), **given, added_cond_kwargs={}).sample[:, :4]
+        (noise - torch.randn(2, 4, 8, 8)).square().mean().backward()
+        optimizer.step()
+    pipe.save_pretrained(tmp_path / "after")
+    given = ["model.dtype=float32", "metrics=paired", "weight.quantizer.granularity.group=32", "rounding.steps=3"]
+    given += [f"model.path={tmp_path / 'after'}", "rounding.batch=4"]
+    described = run(tmp_path, "model=pixart_sigma", "model.tokens=20", *given, small=FEW)
+    options = [f"+model.options.{name}={value}" for name, value in OPTIONS.items()]
+    found = run(tmp_path, "model=generic", *options, *given, small=FEW)
+    for stage, files in (("reconstruct", "units/*.safetensors"), ("generate", "images/*"), ("reference", "images/*")):
+        left, right = (sorted(paths[stage].glob(files)) for paths in (described, found))
+        assert len(left) == len(right) > 0
+        assert [path.read_bytes() for path in left] == [path.read_bytes() for path in right]
