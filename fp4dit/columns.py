@@ -4,7 +4,7 @@ import json
 import mmap
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -111,6 +111,15 @@ class Room:
         column = torch.empty(shape, dtype=dtype)
         weakref.finalize(column, self.give_back, size)
         return column
+
+    def gather(self, count: int, parts: Iterable[Shaped[Tensor, "n ..."]]) -> Column | None:
+        """A column of `count` rows out of parts of them, from any device; None if there is no part."""
+        made, start = None, 0
+        for part in parts:
+            made = self.column(torch.Size([count, *part.shape[1:]]), part.dtype) if made is None else made
+            write(made, start, part.cpu())
+            start += len(part)
+        return made
 
     def give_back(self, size: int) -> None:
         self.used -= size

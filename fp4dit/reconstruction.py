@@ -117,7 +117,7 @@ class Reconstruction:
                 load_layers(layers, path.with_suffix(".safetensors"))
                 report = json.loads(path.read_text())
             else:
-                examples = Examples(unit, quantized, target, self.trained)
+                examples = Examples(unit, quantized, target, self.trained, self.room)
                 self.prepare(unit, teacher, layers, examples)
                 label = f"{number}/{len(units)} {unit.module}"
                 # A unit that the rules leave alone has nothing to learn.
