@@ -1,7 +1,7 @@
 """What one sample takes on its way through a model, from shapes alone: the model may be on the meta device."""
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,12 +125,13 @@ def footprint(pipeline: Pipeline, weight: Sequence[Rule] = ()) -> Footprint:
         getattr(place.owner, place.attribute).register_forward_pre_hook(note)
     state, passes = pipeline.begin(pipeline.blank(1)), []
     given = sizes(state)
+    known: dict[Hashable, tuple[int, int, int]] = {}
     for unit in pipeline.units():
         call, module = unit.call(state), dit.get_submodule(unit.module)
-        answer, flops, widest = measured(module, call)
-        left = dict(zip(unit.answer, answer, strict=True))
-        inside = list(within(layers, unit).values())
-        passes.append(Pass(unit.module, unit.reads, flops, widest, kept(module, call), sizes(left), inside))
+        own = kind(module, call)
+        known[own] = known.get(own) or (*measured(module, call), kept(module, call))  # one of many blocks will do
+        left = dict(zip(unit.answer, answers(call(module)), strict=True))
+        passes.append(Pass(unit.module, unit.reads, *known[own], sizes(left), list(within(layers, unit).values())))
         state = state | left
     return Footprint(given, passes, seen, parameters)
 
@@ -139,12 +140,19 @@ def sizes(rows: Rows) -> dict[str, int]:
     return {name: value.nbytes for name, value in rows.items()}
 
 
+def kind(module: nn.Module, call: Call) -> Hashable:
+    """What a module's operations depend on: its kind, and the shapes of its parameters and of what it is given."""
+    parameters = tuple((name, p.shape, p.dtype) for name, p in module.named_parameters())
+    given = tuple(x.shape if isinstance(x, Tensor) else type(x) for x in tree_leaves((call.args, call.kwargs)))
+    return type(module), parameters, given
+
+
 @torch.no_grad()
-def measured(module: nn.Module, call: Call) -> tuple[tuple[Tensor, ...], int, int]:
-    """The answer, the operations, and the most bytes at one time."""
+def measured(module: nn.Module, call: Call) -> tuple[int, int]:
+    """The operations, and the most bytes at one time."""
     with FlopCounterMode(display=False) as counter, Fused(), Memory() as memory:
-        answer = answers(call(module))
-    return answer, counter.get_total_flops(), memory.most
+        call(module)
+    return counter.get_total_flops(), memory.most
 
 
 def kept(module: nn.Module, call: Call) -> int:
