@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from benchmarks import plain
 from fp4dit import policy
 from fp4dit.calls import Call
+from fp4dit.examples import Examples
 from fp4dit.formats import floating, fp16
 from fp4dit.policy import Rule
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.rounding import Learner, logit, ulp
 from fp4dit.scales import AbsMax
 from fp4dit.stream import Unit
-from fp4dit.tasks.reconstruct import Examples, Learnt, Relative
+from fp4dit.tasks.reconstruct import Learnt, Relative
 from pipelines.runtime import Runtime
 
 SIZES: list[tuple[int, ...]] = [(256, 64, 16), (1152, 1024, 1)]

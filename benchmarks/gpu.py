@@ -25,6 +25,7 @@ from benchmarks import adaround, published
 from fp4dit import embeddings, policy
 from fp4dit.columns import Room, write
 from fp4dit.embeddings import Embeddings
+from fp4dit.examples import Examples
 from fp4dit.layer import QuantLayer
 from fp4dit.models.hunyuan import Hunyuan
 from fp4dit.models.pixart import PixArt, PixArtPipeline
@@ -32,7 +33,7 @@ from fp4dit.policy import Rule
 from fp4dit.reconstruction import Reconstruction
 from fp4dit.rounding import ulp
 from fp4dit.tasks.capture import CaptureTask, chunked
-from fp4dit.tasks.reconstruct import Curve, Examples, Fit, Learnt, Relative
+from fp4dit.tasks.reconstruct import Curve, Fit, Learnt, Relative
 from pipelines.stages import one_by_one
 
 OUT = Path("outputs/benchmarks/gpu.md")

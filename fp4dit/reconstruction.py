@@ -17,6 +17,7 @@ from fp4dit import policy
 from fp4dit.clock import Clock
 from fp4dit.columns import Captured, Column, Room, captured
 from fp4dit.errors import UserError
+from fp4dit.examples import Examples
 from fp4dit.grid import Grid
 from fp4dit.layer import QuantLayer
 from fp4dit.models.base import Pipeline
@@ -24,7 +25,7 @@ from fp4dit.observers import spread
 from fp4dit.policy import Rule
 from fp4dit.ranges import shares, whole
 from fp4dit.stream import Columns, State, Unit, advance, needed, relative_error, rows, within
-from fp4dit.tasks.reconstruct import Examples, Fit, check_fit
+from fp4dit.tasks.reconstruct import Fit, check_fit
 
 TrainerFactory = Callable[..., L.Trainer]
 

@@ -11,6 +11,7 @@ from fp4dit.blockscales import E8M0, NVFP4
 from fp4dit.calls import Call
 from fp4dit.choice import Choice, LeastError
 from fp4dit.errors import UserError
+from fp4dit.examples import Examples
 from fp4dit.formats import Format, floating, fp16, integer, nf4
 from fp4dit.gptq import Order, as_given, gptq, largest_first
 from fp4dit.layer import QuantLayer, wrap
@@ -18,7 +19,7 @@ from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.scales import AbsMax, MinMax, OffsetRange, TwoSidedAbsMax
 from fp4dit.scaling import Scale, Scaling
 from fp4dit.stream import Unit
-from fp4dit.tasks.reconstruct import Examples, Rounded
+from fp4dit.tasks.reconstruct import Rounded
 from fp4dit.tasks.second_order import SecondOrder, second_moments
 from tests import tiny
 

@@ -22,6 +22,7 @@ from fp4dit.columns import Room
 from fp4dit.errors import UserError
 from fp4dit.estimate import Estimator
 from fp4dit.estimate import calls as samples
+from fp4dit.examples import Examples
 from fp4dit.footprint import footprint
 from fp4dit.formats import integer
 from fp4dit.layer import QuantLayer
@@ -39,7 +40,7 @@ from fp4dit.stream import Rows, Unit, advance, answers
 from fp4dit.tasks.activate import load_scales_
 from fp4dit.tasks.capture import CaptureTask, Chunk, chunked
 from fp4dit.tasks.generate import GenerateTask
-from fp4dit.tasks.reconstruct import Examples, Fit, Rounded
+from fp4dit.tasks.reconstruct import Fit, Rounded
 from pipelines.plan import plan
 from tests import tiny
 from tests.conftest import Compose

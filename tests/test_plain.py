@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from benchmarks import plain
 from benchmarks.adaround import CPU, block, example, examples
 from fp4dit import policy
+from fp4dit.examples import Examples
 from fp4dit.formats import floating
 from fp4dit.policy import Rule
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.rounding import ulp
-from fp4dit.tasks.reconstruct import BlockReconstructor, Examples, Learnt, Summed
+from fp4dit.tasks.reconstruct import BlockReconstructor, Learnt, Summed
 
 WIDTH = 128
 GROUPS = [Rule("*", Quantizer(floating(2, 1), Granularity("group", 32)))]

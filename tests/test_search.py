@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fp4dit.calls import Call
 from fp4dit.choice import Choice, LeastError
+from fp4dit.examples import Examples
 from fp4dit.formats import Format, floating, integer, nf4
 from fp4dit.grid import Grid
 from fp4dit.layer import QuantLayer, wrap
@@ -16,7 +17,7 @@ from fp4dit.policy import Rule, quantize_inputs_
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.scales import AbsMax, MinError, MinMax, PreShift, ScaleRule
 from fp4dit.stream import Unit
-from fp4dit.tasks.reconstruct import Examples, Rounded
+from fp4dit.tasks.reconstruct import Rounded
 from fp4dit.tasks.search import BiasMultiples, Candidates, Linear, OutputSearch, Weighed
 from tests import tiny
 

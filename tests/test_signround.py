@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fp4dit.blockscales import E8M0, NVFP4
 from fp4dit.calls import Call
 from fp4dit.choice import Choice, LeastError
+from fp4dit.examples import Examples
 from fp4dit.formats import Format, floating, fp16, integer, nf4
 from fp4dit.layer import wrap
 from fp4dit.quantizer import Granularity, Quantizer
@@ -29,7 +30,7 @@ from fp4dit.signround import (
     linear_decay,
 )
 from fp4dit.stream import Unit
-from fp4dit.tasks.reconstruct import Examples, Learnt, Relative
+from fp4dit.tasks.reconstruct import Learnt, Relative
 from tests import tiny
 
 E2M1 = floating(2, 1)

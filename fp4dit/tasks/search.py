@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fp4dit.choice import Choice, split
 from fp4dit.errors import UserError
+from fp4dit.examples import Examples, inputs
 from fp4dit.footprint import Pass, Work
 from fp4dit.formats import Format
 from fp4dit.grid import Grid, formats
@@ -20,7 +21,7 @@ from fp4dit.observers import ChannelRange
 from fp4dit.quantizer import Quantizer
 from fp4dit.scales import anchored
 from fp4dit.scaling import Scaling, from_parts, parts
-from fp4dit.tasks.reconstruct import Curve, Examples, Fit, Rounded, check_fit, fit_work, inputs
+from fp4dit.tasks.reconstruct import Curve, Fit, Rounded, check_fit, fit_work
 
 Tokens = Float[Tensor, "n k"]
 

@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fp4dit.examples import Examples, inputs
 from fp4dit.footprint import Pass, Work
 from fp4dit.gptq import Matrix, Order, as_given, gptq
 from fp4dit.layer import QuantLayer
-from fp4dit.tasks.reconstruct import Curve, Examples, blank, inputs
+from fp4dit.tasks.reconstruct import Curve, blank
 
 
 @dataclass(frozen=True)
