@@ -14,14 +14,14 @@ from fp4dit.models.pixart import PixArt, PixArtPipeline
 from fp4dit.policy import Rule
 from fp4dit.rounding import ulp
 from fp4dit.tasks.reconstruct import Fit, Layerwise, Rounded
-from fp4dit.tasks.search import OutputSearch, Weighed
+from fp4dit.tasks.search import Linear, OutputSearch, Weighed
 from fp4dit.tasks.second_order import SecondOrder
 from tests import tiny
 from tests.test_reconstruct import calls, reconstruct
 
 CPU = torch.device("cpu")
 SLOW = Machine(CPU, 1 / SHARE, 1, 1, None)  # one operation takes a second
-SEARCH = OutputSearch(rounds=1, tokens=64)
+SEARCH = OutputSearch(Linear(count=60), rounds=1, tokens=64)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ SEARCH = OutputSearch(rounds=1, tokens=64)
         tiny.learnt(ulp, steps=6),
         SecondOrder(),
         Weighed(),
-        OutputSearch(rounds=1, tokens=64),
+        SEARCH,
         Layerwise(Rounded()),
     ],
     ids=["rounded", "learnt", "second order", "weighed", "search", "layerwise"],

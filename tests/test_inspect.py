@@ -104,7 +104,7 @@ def test_help_names_the_one_option_of_its_own(run: Run, capfd):
 
 @pytest.mark.parametrize("activation", ["e3m4_token", "int8_static", "mxfp4"])
 def test_bits_are_those_that_the_run_reports(composed: Compose, run: Run, tmp_path: Path, capfd, activation: str):
-    given = [*FEW, "rounding=nearest", f"activation={activation}", "prompts.count=1"]
+    given = [*FEW, "rounding=nearest", f"activation={activation}", "prompts.count=1", "metrics=paired"]
     stage = plan(composed(*given))["generate"].make()
     paths = make(tmp_path, *given, small=[])
     audits = [json.loads((paths[stage] / "audit.json").read_text()) for stage in ("reconstruct", "activate")]
