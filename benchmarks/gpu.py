@@ -37,7 +37,8 @@ from fp4dit.tasks.reconstruct import Curve, Fit, Learnt, Relative
 from pipelines.stages import one_by_one
 
 OUT = Path("outputs/benchmarks/gpu.md")
-KINDS = {"pixart_alpha_512": PixArt("").around, "pixart_sigma": PixArt("").around, "hunyuan": Hunyuan("").around}
+TOKENS = 120  # of PixArt-alpha
+SOURCES = {"pixart_alpha_512": PixArt("", tokens=TOKENS), "pixart_sigma": PixArt(""), "hunyuan": Hunyuan("")}
 ALPHA = "pixart_alpha_512"
 MODELS = {"PixArt-alpha 512": ALPHA, "PixArt-Sigma 1024": "pixart_sigma", "HunyuanDiT 1024": "hunyuan"}
 ARITHMETIC, PEAK = 167e15, 790e12  # operations of PixArt-alpha's calibration, and a second's
@@ -107,7 +108,7 @@ def capture(scale: Scale, device: torch.device) -> Found:
     """Seconds of all chunks, from one; a first, short one is not counted."""
     chunks = -(-(scale.prompts + scale.held_out) // scale.chunk)
     prompts = [str(i) for i in range(scale.chunk)]
-    row = published.given(ALPHA, scale.dtype)["text"]
+    row = torch.randn(TOKENS, published.PUBLISHED[ALPHA][1]["caption_channels"]).to(scale.dtype)
     with tempfile.TemporaryDirectory() as folder:
         texts, mask = row.expand(1 + len(prompts), *row.shape), torch.ones(1 + len(prompts), len(row), dtype=torch.long)
         embeddings.save(["", *prompts], texts, mask, Path(folder) / "texts")
@@ -127,13 +128,13 @@ def capture(scale: Scale, device: torch.device) -> Found:
 def block(model: str, scale: Scale, device: torch.device) -> Found:
     """Seconds of a block: both models advanced by it, and its roundings learnt."""
     dit = nn.Module.to(published.build(model, num_layers=scale.layers), scale.dtype)
-    pipeline = KINDS[model](dit.to(device))
+    pipeline = SOURCES[model].around(dit.to(device))
     fit = Learnt(ulp, adaround.ADAM, Relative(), scale.measured_steps, scale.batch, precision="bf16-mixed")
     timed, trained = Timed(fit, device), torch.arange(scale.measured_rows)
     rules = policy.assign(policy.layers(dit), [Rule("*blocks.*", adaround.GROUPS[0].quantizer)])
     with tempfile.TemporaryDirectory() as folder:
         columns = {}
-        for name, row in published.given(model, scale.dtype).items():
+        for name, row in published.given(pipeline).items():
             columns[name] = Room().column(torch.Size([scale.measured_rows, *row.shape]), row.dtype)
             write(columns[name], 0, row.expand(columns[name].shape))
         work = Reconstruction(pipeline, rules, timed, trained, trained[:1], 2 * scale.chunk, Path(folder))

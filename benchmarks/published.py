@@ -18,6 +18,8 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from fp4dit.models.checkpoint import Adapter
+
 PIXART = {
     "num_attention_heads": 16,
     "attention_head_dim": 72,
@@ -65,7 +67,6 @@ AUTOENCODER = {  # stabilityai/sd-vae-ft-ema, which PixArt-alpha has
     "latent_channels": 4,
     "sample_size": 256,
 }
-TOKENS = {"pixart_alpha": 120, "pixart_alpha_512": 120, "pixart_sigma": 300}
 
 
 def build(model: str, **changed: Any) -> nn.Module:
@@ -80,21 +81,12 @@ def pipeline(model: str, dtype: torch.dtype) -> PixArtAlphaPipeline:
     return PixArtAlphaPipeline(None, None, scheduler=DPMSolverMultistepScheduler(), **parts)  # pyright: ignore
 
 
-def given(model: str, dtype: torch.dtype) -> Mapping[str, Tensor]:
-    """A row of what the transformer is given, at random."""
-    config: dict[str, Any] = PUBLISHED[model][1]
-    side = config["sample_size"]
-    row = {"latent": torch.randn(4, side, side).to(dtype), "timestep": torch.tensor(500)}
-    if "caption_channels" in config:
-        tokens = TOKENS[model]
-        text = torch.randn(tokens, config["caption_channels"])
-        return row | {"text": text.to(dtype), "bias": torch.zeros(1, tokens, dtype=dtype)}
-    clip, t5 = config["text_len"], config["text_len_t5"]
-    return row | {
-        "timestep": torch.tensor(500, dtype=dtype),
-        "clip": torch.randn(clip, config["cross_attention_dim"]).to(dtype),
-        "t5": torch.randn(t5, config["cross_attention_dim_t5"]).to(dtype),
-        "mask": torch.ones(clip + t5, dtype=torch.bool),
-        "image_meta_size": torch.tensor([1024, 1024, 1024, 1024, 0, 0], dtype=dtype),
-        "style": torch.tensor(0),
-    }
+def given(pipeline: Adapter) -> Mapping[str, Tensor]:
+    """A row of what the transformer is given: numbers at random, halfway, with no text masked."""
+
+    def filled(empty: Tensor) -> Tensor:
+        kind = empty.dtype
+        return torch.randn(empty.shape).to(kind) if kind.is_floating_point else torch.ones(empty.shape, dtype=kind)
+
+    state = {name: filled(row[0]) for name, row in pipeline.begin(pipeline.blank(1)).items()}
+    return state | {"timestep": torch.full_like(state["timestep"], 500)}

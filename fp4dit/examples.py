@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from fp4dit.calls import Call
+from fp4dit.calls import Call, removed
 from fp4dit.columns import Room
 from fp4dit.layer import QuantLayer
 from fp4dit.stream import Columns, State, Unit, on, rows
@@ -100,15 +100,12 @@ def inputs(
     def hook(i: int, x: Tensor) -> None:
         seen[i] = x.reshape(len(x), -1, x.shape[-1])
 
-    handles = [
+    hooks = [
         layer.activation.register_forward_hook(lambda _m, _given, x, i=i: hook(i, x))  # pyright: ignore[reportArgumentType]
         for i, layer in enumerate(layers)
     ]
-    try:
+    with removed(hooks):
         for part in index.split(batch):
             seen[:] = [None] * len(layers)
             examples.call(part, layers[0].weight.device)(module)
             yield list(seen)
-    finally:
-        for handle in handles:
-            handle.remove()

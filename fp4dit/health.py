@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fp4dit.calls import Call
+from fp4dit.calls import Call, removed
 from fp4dit.errors import UserError
 
 
@@ -31,16 +31,13 @@ def first_bad(model: nn.Module, call: Call) -> str:
     block with parameters of its own. The inner ones answer first.
     """
     found: list[str] = []
-    handles = [
+    hooks = [
         module.register_forward_hook(lambda _m, _a, out, name=name: None if finite(out) else found.append(name))
         for name, module in model.named_modules()
         if name
     ]
-    try:
+    with removed(hooks):
         call(model)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found[0] if found else "the model's last operation"
 
 
@@ -57,8 +54,5 @@ def guarded(model: nn.Module) -> Iterator[None]:
         call = Call(args, kwargs)
         raise not_finite(first_bad(module, call), float(call.named(module)["timestep"].flatten()[0]))
 
-    handle = model.register_forward_hook(hook, with_kwargs=True)
-    try:
+    with removed([model.register_forward_hook(hook, with_kwargs=True)]):
         yield
-    finally:
-        handle.remove()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fp4dit import policy
+from fp4dit.calls import removed
 from fp4dit.clock import Clock
 from fp4dit.columns import Captured, Column, Room, captured
 from fp4dit.errors import UserError
@@ -159,14 +160,13 @@ def sample_inputs(
     def hook(name: str, given: tuple[Tensor, ...]) -> None:
         seen[name] = given[0]
 
-    handles = [
+    hooks = [
         teacher.get_submodule(name).register_forward_pre_hook(lambda _m, given, name=name: hook(name, given))  # pyright: ignore[reportArgumentType]
         for name in names
     ]
-    if handles:
-        examples.call(index, next(teacher.parameters()).device)(teacher)
-    for handle in handles:
-        handle.remove()
+    if hooks:
+        with removed(hooks):
+            examples.call(index, next(teacher.parameters()).device)(teacher)
     return seen
 
 

@@ -36,7 +36,7 @@ from fp4dit.policy import Rule
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, load_weights_, split
 from fp4dit.rounding import ulp
-from fp4dit.stream import Rows, Unit, advance, answers
+from fp4dit.stream import Rows, Unit, advance, answers, within
 from fp4dit.tasks.activate import load_scales_
 from fp4dit.tasks.capture import CaptureTask, Chunk, chunked
 from fp4dit.tasks.generate import GenerateTask
@@ -257,7 +257,8 @@ def replayed(pipeline: Pipeline, heard: Sequence[Call], fit: Fit, trained: Tenso
     original, quantized = copy.deepcopy(pipeline.dit), pipeline.dit
     assigned = policy.assign(policy.layers(quantized), rules(quantized))
     made: dict[str, QuantLayer] = {}
-    for name in [unit.module for unit in pipeline.units()]:
+    for described in pipeline.units():
+        name = described.module
         answered: list[tuple[Tensor, ...]] = []
         note = lambda _m, _a, out, answered=answered: answered.append(answers(out))
         handle = original.get_submodule(name).register_forward_hook(note)
@@ -272,8 +273,7 @@ def replayed(pipeline: Pipeline, heard: Sequence[Call], fit: Fit, trained: Tenso
         def again(rows: Rows, first: list[Any] = first, spec: TreeSpec = spec) -> Call:
             return Call(*tree_unflatten([rows.get(str(i), leaf) for i, leaf in enumerate(first)], spec))
 
-        within = {layer: rule for layer, rule in assigned.items() if layer == name or layer.startswith(f"{name}.")}
-        layers = policy.quantize_weights_(quantized, within)
+        layers = policy.quantize_weights_(quantized, within(assigned, described))
         for layer in layers.values():
             layer.prepare()
         examples = Examples(Unit(name, tuple(inputs), again, tuple(targets)), inputs, targets, trained)

@@ -1,14 +1,12 @@
 """What a test of an adapter needs: the same architecture with small numbers, and whether its units are the model."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from fp4dit.calls import Call
+from fp4dit.calls import Call, removed
 from fp4dit.errors import UserError
 from fp4dit.models.base import Pipeline
 from fp4dit.stream import Unit, answers
@@ -60,13 +58,3 @@ def verify(pipeline: Pipeline, call: Call) -> None:
     hook = lambda unit: lambda module, _args, output: after(unit, module, output)
     with removed([pipeline.dit.get_submodule(unit.module).register_forward_hook(hook(unit)) for unit in units]):
         call(pipeline.dit)
-
-
-@contextmanager
-def removed(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
-    """They are, at the end of the block."""
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

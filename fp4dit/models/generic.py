@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fp4dit.calls import Call
+from fp4dit.calls import Call, removed
 from fp4dit.errors import UserError
 from fp4dit.models.check import verify
 from fp4dit.models.checkpoint import Adapter, Checkpoint
@@ -86,11 +86,9 @@ class GenericPipeline(Adapter):
         def stop(_: Any, args: tuple, kwargs: dict) -> None:
             raise Reached(Call(args, kwargs))
 
-        handle = self.dit.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self.sample(self.PROMPTS, range(len(self.PROMPTS)), 1, 4.5)
-        except Reached as reached:
-            return reached.call
-        finally:
-            handle.remove()
+        with removed([self.dit.register_forward_pre_hook(stop, with_kwargs=True)]):
+            try:
+                self.sample(self.PROMPTS, range(len(self.PROMPTS)), 1, 4.5)
+            except Reached as reached:
+                return reached.call
         raise UserError(f"{type(self.pipe).__name__} draws without calling its transformer")

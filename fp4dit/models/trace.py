@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
-from fp4dit.calls import Call
+from fp4dit.calls import Call, removed
 from fp4dit.errors import UserError
-from fp4dit.models.check import HELP, removed
+from fp4dit.models.check import HELP
 from fp4dit.policy import layers
 from fp4dit.stream import Rows, State, Unit
 
