@@ -55,7 +55,7 @@ def load(path: str, architecture: Mapping[str, Any]) -> Towers:
     return Towers(model, preprocess, open_clip.SimpleTokenizer(), length)
 
 
-def boxed(images: Images, size: int) -> Images:
+def boxed(images: Images, size: int) -> Float[Tensor, "n 3 {size} {size}"]:
     """The longest side resized to `size`, the other one padded with black, a smaller half first; as hpsv2 does."""
     scale = size / max(images.shape[2:])
     height, width = (round(side * scale) for side in images.shape[2:])

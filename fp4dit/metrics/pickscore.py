@@ -30,7 +30,7 @@ class PickScore(PerImage):
         super().__init__()
         model = load(path)
         image, length = model.config.vision_config, model.config.text_config.max_position_embeddings
-        self.scale = float(model.logit_scale.exp())
+        self.scale = model.logit_scale.detach().exp().item()
         self.towers = Towers(AsOpenClip(model), preprocessing(PreprocessCfg(image.image_size)), tokenizer(), length)
         size = f"{image.num_hidden_layers} layers, width {image.hidden_size}, patch {image.patch_size}"
         self.about = (

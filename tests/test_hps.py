@@ -1,0 +1,89 @@
+"""HPS against hpsv2's own code, its transform and its tokenizer, on a tiny model of its architecture."""
+
+import importlib
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from fp4dit.errors import UserError
+from fp4dit.metrics.hps import Hps
+from tests.tiny_clip import ARCHITECTURE, PROMPTS, SIZE, clip, in_open_clip, pictures
+
+
+@pytest.fixture(scope="module")
+def hpsv2(tmp_path_factory):
+    """Its parts that score: the whole package needs others that are not installed, and lacks its vocabulary."""
+    root = tmp_path_factory.mktemp("hpsv2")
+    spec = find_spec("hpsv2")
+    assert spec
+    assert spec.submodule_search_locations
+    package = Path(spec.submodule_search_locations[0]) / "src" / "open_clip"
+    shutil.copytree(package, root / "hpsv2_parts", ignore=shutil.ignore_patterns("__init__.py", "__pycache__"))
+    shutil.copy(Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz", root / "hpsv2_parts")
+    sys.path.insert(0, str(root))
+    yield lambda name: importlib.import_module(f"hpsv2_parts.{name}")
+    sys.path.remove(str(root))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """As hpsv2's: more than weights, in 16 bits."""
+    path = tmp_path_factory.mktemp("checkpoint") / "hps.pt"
+    torch.save({"epoch": 3, "state_dict": {name: v.half() for name, v in in_open_clip(clip("gelu")).items()}}, path)
+    return path
+
+
+@pytest.mark.parametrize("shape", [(SIZE, SIZE), (64, 64), (48, 96), (90, 60), (50, 33), (21, 20)])
+def test_scores_and_images_are_those_of_hpsv2(hpsv2, checkpoint: Path, shape: tuple[int, int]):
+    images, files = pictures(5, *shape)
+    metric = Hps(str(checkpoint), "2.1", ARCHITECTURE)
+    prepare = hpsv2("transform").image_transform(SIZE, is_train=False, resize_longest_max=True)
+    prepared = torch.stack([prepare(file) for file in files])
+    torch.testing.assert_close(metric.towers.preprocess(images), prepared)
+    model = hpsv2("model").CLIP(**ARCHITECTURE, output_dict=True).eval()
+    model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+    with torch.no_grad():
+        out = model(prepared, hpsv2("tokenizer").tokenize(PROMPTS))
+    expected = (out["image_features"] @ out["text_features"].T).diagonal()
+    torch.testing.assert_close(metric.score(images, images, PROMPTS) / 100, expected, atol=1e-5, rtol=0)
+    assert expected.std() > 0.01
+
+
+def test_the_architecture_is_vit_h_14_of_both_packages(hpsv2):
+    """Names and shapes of its weights, without any."""
+    with torch.device("meta"):
+        own = open_clip.CLIP(**(open_clip.get_model_config("ViT-H-14") or {}))
+        theirs = hpsv2("model").CLIP(**(open_clip.get_model_config("ViT-H-14") or {}))
+    shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in (own, theirs)]
+    assert shapes[0] == shapes[1]
+
+
+def test_weights_are_held_once_in_fp32(checkpoint: Path):
+    metric = Hps(str(checkpoint), "2.0", ARCHITECTURE)
+    assert {p.dtype for p in metric.parameters()} == {torch.float32}
+    assert not any(t.is_meta for t in [*metric.parameters(), *metric.buffers()])
+
+
+def test_about_and_note(checkpoint: Path):
+    metric = Hps(str(checkpoint), "2.1", ARCHITECTURE)
+    assert metric.about.startswith(f"HPS v2.1, 100 cos, of {checkpoint} in open_clip ")
+    assert metric.note(PROMPTS) == "1 of 5 prompts were cut at 77 tokens"
+
+
+def test_a_checkpoint_of_another_model_is_refused(checkpoint: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"hps\.pt is no checkpoint of CLIP: it lacks .* \(\d+ in all\)"):
+        Hps(str(checkpoint), "2.1")  # ViT-H-14
+    torch.save({"weights": {}}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other\.pt is no checkpoint of hpsv2: it has no state_dict"):
+        Hps(str(tmp_path / "other.pt"), "2.1", ARCHITECTURE)
+
+
+def test_a_broken_checkpoint_is_refused(checkpoint: Path, tmp_path: Path):
+    (tmp_path / "half.pt").write_bytes(checkpoint.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"half\.pt cannot be read as a checkpoint"):
+        Hps(str(tmp_path / "half.pt"), "2.1", ARCHITECTURE)
