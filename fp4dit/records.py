@@ -38,9 +38,11 @@ def coco(path: str, per_image: bool = False) -> Sequence[Record]:
     """
     data = parsed(path)
     try:
-        annotations = [{"caption": a["caption"], "id": a["id"], "image": a["image_id"]} for a in data["annotations"]]
+        annotations = [
+            {"caption": a["caption"].strip(), "id": a["id"], "image": a["image_id"]} for a in data["annotations"]
+        ]
         images = [image["id"] for image in data["images"]]
-    except (KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError):
         layout = '{"images": [{"id"}], "annotations": [{"id", "image_id", "caption"}]}'
         raise UserError(f"{path} is no file of COCO's captions, which look like {layout}") from None
     if not per_image:
