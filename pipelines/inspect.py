@@ -17,6 +17,7 @@ from fp4dit.models.base import Pipeline
 from fp4dit.policy import Entry, Rule
 from fp4dit.store import Store
 from pipelines.command import command
+from pipelines.disjoint import check_disjoint
 from pipelines.listing import expected, listed, size, warnings
 from pipelines.plan import check, pending, plan
 from pipelines.resolvers import CONF
@@ -30,6 +31,7 @@ def main(cfg: DictConfig) -> None:
     stages = {name: step.make() for name, step in steps.items() if "model" in step.config}
     drawing = stages[steps["score"].needs["images"]]
     skeleton = drawing.model.skeleton()
+    check_disjoint(cfg, steps)
     for name, stage in stages.items():
         check(name, stage)
     weights, own = audit(skeleton, drawing.weight), footprint(skeleton, drawing.weight)

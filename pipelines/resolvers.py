@@ -24,7 +24,8 @@ def content(
 
     A hub id stands for itself. `marker` is the file by which a folder is known to be the right kind of model; what
     `others` there are, besides null, is hashed too. Given a part of the config, `${content:${metrics}}`, the same for
-    every `path` in it. Checksums are kept by size and mtime in the store, so that large weights are read once.
+    every `path` and `..._path` in it. Checksums are kept by size and mtime in the store, so that large weights are read
+    once.
 
     Raises:
         UserError: if there is nothing there, or it is not such a model.
@@ -42,6 +43,21 @@ def paths(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from paths(value, f"{prefix}{key}.")
         elif key == "path" and value is not None:
             yield prefix.removesuffix(".") or "path", value
+        elif str(key).endswith("_path") and value:
+            yield f"{prefix}{key}", value
+
+
+def fetched(node: DictConfig, source: str | None = None, *, _root_: DictConfig) -> str | dict[str, str]:
+    """`${fetched:part,source}`: `content` of files that whoever runs this has to fetch; `source` says from where."""
+    require(node, source)
+    return content(node, _root_=_root_)
+
+
+def require(node: DictConfig, source: str | None) -> None:
+    """Raises UserError, which ends with `source`, if a file that the node names is not there."""
+    for _, path in paths(node):
+        if not Path(path).expanduser().exists():
+            raise UserError(". ".join(filter(None, [f"there is no file at {path}", source])))
 
 
 def present(metrics: DictConfig) -> DictConfig:
@@ -113,4 +129,5 @@ def nearest(name: str, names: list[str]) -> str:
 def register() -> None:
     OmegaConf.register_new_resolver("content", content, replace=True)
     OmegaConf.register_new_resolver("present", present, replace=True)
+    OmegaConf.register_new_resolver("fetched", fetched, replace=True)
     OmegaConf.register_new_resolver("options", lambda group: ", ".join(options(group)), replace=True)

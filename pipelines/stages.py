@@ -17,6 +17,7 @@ from fp4dit.estimate import Cost, Estimator, calls
 from fp4dit.metrics.base import PerImage, PerSet
 from fp4dit.models.base import Source
 from fp4dit.policy import Rule
+from fp4dit.prompts import Prompts, texts
 from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, load_weights_, split
 from fp4dit.resources import hide_loading_bars
 from fp4dit.tasks.activate import Measure, Observe, load_scales_, save_scales
@@ -27,8 +28,6 @@ from fp4dit.tasks.score import ScoreTask, gathered, shards
 from pipelines.runtime import Runtime
 
 hide_loading_bars()  # a stage has a progress of its own to show
-
-Prompts = Callable[[int], list[str]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Calibration:
 
     @property
     def drawn(self) -> list[str]:
-        return self.prompts(self.trained + self.held_out)
+        return texts(self.prompts(self.trained + self.held_out))
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ class Generate:
         return at.sampling(self.count, g.steps, g.guidance, g.chunk, self.activation, images, "generation.chunk")
 
     def check(self) -> None:
-        self.model.check(self.prompts(self.count))
+        self.model.check(texts(self.prompts(self.count)))
 
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         g, pipeline, prompts = self.generation, self.model.load(), self.prompts(self.count)
@@ -207,12 +206,16 @@ class Generate:
             activations, _ = load_weights_(pipeline, self.weight, self.activation, needs["weights"] / "units")
             load_scales_(activations, needs["activations"] / "scales.safetensors")
         (out / "images").mkdir(exist_ok=True)
-        chunks = chunked(prompts, g.chunk, g.seed)
+        chunks = chunked(texts(prompts), g.chunk, g.seed)
         runtime.trainer("generate").predict(
             GenerateTask(pipeline, out / "images", g.steps, g.guidance), one_by_one(chunks)
         )
-        seeded = [(prompt, seed) for chunk in chunks for prompt, seed in zip(chunk.prompts, chunk.seeds, strict=True)]
-        write_json(out / "images.json", [{"prompt": prompt, "seed": seed} for prompt, seed in seeded])
+        seeds = [seed for chunk in chunks for seed in chunk.seeds]
+        drawn = [
+            {"prompt": prompt.text, "seed": seed} | ({"group": prompt.group} if prompt.group else {})
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        write_json(out / "images.json", drawn)
 
 
 @dataclass(frozen=True)
