@@ -87,7 +87,7 @@ def warnings(costs: Mapping[str, Cost], machine: Machine, budget: float, outputs
     if disk > machine.disk:
         yield (
             f"about {size(disk)} of disk are needed, and {size(machine.disk)} are left where outputs={outputs} lies: "
-            "give another outputs, or a smaller calibration.trained or calibration.steps"
+            "give another outputs, or a smaller calibration.trained or calibration.timesteps"
         )
     if budget > machine.host:
         yield f"memory_budget_gb={budget / 1e9:g} is more than the {size(machine.host)} of memory: give a smaller one"

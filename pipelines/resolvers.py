@@ -47,7 +47,7 @@ def paths(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield f"{prefix}{key}", value
 
 
-def fetched(node: DictConfig, source: str | None = None, *, _root_: DictConfig) -> str | dict[str, str]:
+def fetched(node: DictConfig, source: str | None = None, *, _root_: DictConfig) -> str | DictConfig:
     """`${fetched:part,source}`: `content` of files that whoever runs this has to fetch; `source` says from where."""
     require(node, source)
     return content(node, _root_=_root_)

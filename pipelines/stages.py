@@ -32,7 +32,8 @@ hide_loading_bars()  # a stage has a progress of its own to show
 
 @dataclass(frozen=True)
 class Calibration:
-    """`trained` prompts to learn from and `held_out` more to measure on, denoised `chunk` at a time."""
+    """`trained` prompts to learn from and `held_out` more to measure on, denoised `chunk` at a time. Of the sampler's
+    `steps` so many `timesteps` are kept, evenly spread, or all."""
 
     prompts: Prompts
     trained: int
@@ -42,15 +43,24 @@ class Calibration:
     steps: int
     guidance: float
     alter: Alteration = as_heard
+    timesteps: int | None = None
 
     def __post_init__(self) -> None:
         if self.trained < 1 or self.held_out < 1:
             raise UserError("calibration.trained and calibration.held_out must be at least 1")
+        if self.timesteps is not None and not 1 <= self.timesteps <= self.steps:
+            raise UserError(
+                f"calibration.timesteps={self.timesteps}: of the sampler's {self.steps} steps, keep 1 or more"
+            )
+
+    @property
+    def kept(self) -> int:
+        return self.timesteps or self.steps
 
     @property
     def rows(self) -> tuple[int, int]:
         """How many calls there are to learn from, and to measure on."""
-        return calls(self.trained, self.steps, self.guidance), calls(self.held_out, self.steps, self.guidance)
+        return calls(self.trained, self.kept, self.guidance), calls(self.held_out, self.kept, self.guidance)
 
     @property
     def drawn(self) -> list[str]:
@@ -74,8 +84,9 @@ class Capture:
 
     def cost(self, at: Estimator) -> Cost:
         c = self.calibration
-        given = c.trained + c.held_out, c.steps, c.guidance
-        return at.sampling(*given, c.chunk, [], at.captured(*given), "calibration.chunk")
+        prompts = c.trained + c.held_out
+        disk = at.captured(prompts, c.kept, c.guidance)
+        return at.sampling(prompts, c.steps, c.guidance, c.chunk, [], disk, "calibration.chunk")
 
     def check(self) -> None:
         self.model.check(self.calibration.drawn)
@@ -83,7 +94,7 @@ class Capture:
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         c = self.calibration
         (out / "calls").mkdir(exist_ok=True)
-        task = CaptureTask(self.model.load(), out / "calls", c.steps, c.guidance, c.alter)
+        task = CaptureTask(self.model.load(), out / "calls", c.steps, c.guidance, c.alter, c.kept)
         runtime.trainer("capture").predict(task, one_by_one(chunked(c.drawn, c.chunk, c.seed)))
 
 
