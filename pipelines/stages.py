@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning import LightningModule
 from torch.utils.data import DataLoader
 
 from fp4dit import policy, reconstruction, scores
@@ -95,7 +96,7 @@ class Capture:
         c = self.calibration
         (out / "calls").mkdir(exist_ok=True)
         task = CaptureTask(self.model.load(), out / "calls", c.steps, c.guidance, c.alter, c.kept)
-        runtime.trainer("capture").predict(task, one_by_one(chunked(c.drawn, c.chunk, c.seed)))
+        predict(runtime, "capture", task, chunked(c.drawn, c.chunk, c.seed))
 
 
 @dataclass(frozen=True)
@@ -218,9 +219,7 @@ class Generate:
             load_scales_(activations, needs["activations"] / "scales.safetensors")
         (out / "images").mkdir(exist_ok=True)
         chunks = chunked(texts(prompts), g.chunk, g.seed)
-        runtime.trainer("generate").predict(
-            GenerateTask(pipeline, out / "images", g.steps, g.guidance), one_by_one(chunks)
-        )
+        predict(runtime, "generate", GenerateTask(pipeline, out / "images", g.steps, g.guidance), chunks)
         seeds = [seed for chunk in chunks for seed in chunk.seeds]
         drawn = [
             {"prompt": prompt.text, "seed": seed} | ({"group": prompt.group} if prompt.group else {})
@@ -244,7 +243,7 @@ class Score:
         prompts = [entry["prompt"] for entry in drawn]
         parts = shards(needs["images"] / "images", needs["reference"] / "images", prompts)
         task = ScoreTask(*scores.split(asked), out / "shards")
-        runtime.trainer("score").predict(task, one_by_one(parts), return_predictions=False)
+        predict(runtime, "score", task, parts)
         write_json(
             out / "metrics.json", {**scores.report(asked, gathered(out / "shards"), drawn), "scalars": costs(needs)}
         )
@@ -259,6 +258,13 @@ def costs(needs: Mapping[str, Path]) -> Mapping[str, int | float]:
     return {name: found[name] for name in names if name in found} | (
         {"calibration_seconds": sum(seconds)} if seconds else {}
     )
+
+
+def predict(runtime: Runtime, label: str, task: LightningModule, parts: Sequence[Any]) -> None:
+    """Each part on one of the devices, of which no more are used than there are parts."""
+    devices = runtime.devices.get("devices")
+    fewer = {"devices": len(parts)} if isinstance(devices, int) and devices > len(parts) else {}
+    runtime.trainer(label, **fewer).predict(task, one_by_one(parts), return_predictions=False)
 
 
 def one_by_one(items: Any) -> DataLoader:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,8 +21,8 @@ def tensors(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a broken file makes torch and safetensors raise almost anything
+        raise UserError(f"{path} cannot be read as a checkpoint: {(str(error).splitlines() or [error])[0]}") from error
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> nn.Module:
