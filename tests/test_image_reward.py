@@ -159,10 +159,11 @@ def test_another_checkpoint_is_refused(tmp_path, change, message):
         ImageReward(str(path), TOKENIZER, SMALL)
 
 
-def test_a_file_that_holds_no_named_tensors_is_refused(tmp_path):
-    torch.save([torch.ones(1)], tmp_path / "list.pt")
+@pytest.mark.parametrize("content", [[torch.ones(1)], {0: torch.ones(1)}])
+def test_a_file_that_holds_no_named_tensors_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "other.pt")
     with pytest.raises(UserError, match="no checkpoint of Reward"):
-        ImageReward(str(tmp_path / "list.pt"), TOKENIZER, SMALL)
+        ImageReward(str(tmp_path / "other.pt"), TOKENIZER, SMALL)
 
 
 def test_another_tokenizer_is_refused(tmp_path):

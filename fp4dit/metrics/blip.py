@@ -104,13 +104,14 @@ def load(path: Path, sizes: Sizes) -> nn.Module:
 def renamed(published: Any) -> dict[str, Tensor]:
     """Without what no score is made of: BLIP's projections, and the position numbers that transformers once stored."""
     state = published if isinstance(published, Mapping) else {}
-    names = {name: ours(name) for name in state if not name.endswith(".position_ids")}
+    names = {name: ours(name) for name in state if not str(name).endswith(".position_ids")}
     return {name: state[theirs] for theirs, name in names.items() if name}
 
 
-def ours(published: str) -> str | None:
+def ours(published: Any) -> str | None:
+    """None if it is of no use here."""
     for prefix, part in PARTS.items():
-        if published.startswith(prefix):
+        if isinstance(published, str) and published.startswith(prefix):
             name = published.removeprefix(prefix)
             return part + (re.sub("|".join(VISION), renaming, name) if part == "vision." else name)
     return None

@@ -45,10 +45,8 @@ class ImageReward(PerImage):
     @torch.no_grad()
     def score(self, images: Images, reference: Images, prompts: Sequence[str]) -> Float[Tensor, " n"]:
         read = self.tokenizer.encode_batch(list(prompts))
-        ids, mask = (
-            torch.tensor([getattr(text, part) for text in read], device=images.device)
-            for part in ("ids", "attention_mask")
-        )
+        ids = torch.tensor([text.ids for text in read], device=images.device)
+        mask = torch.tensor([text.attention_mask for text in read], device=images.device)
         return (self.model(self.preprocess(images), ids, mask) - MEAN) / STD
 
     def note(self, prompts: Sequence[str]) -> str:
@@ -57,7 +55,7 @@ class ImageReward(PerImage):
 
 
 def preprocessing(pixels: int) -> Compose:
-    """The authors', but for the 8 bits of their PIL images: 0.3 of 255 levels on average, up to 13 at hard edges, where
+    """The authors', but for the 8 bits of their PIL images: 0.3 of 255 levels on average, up to 20 at hard edges, where
     PIL cuts what overshoots between its two passes and here it is cut after both."""
     resize = Resize(pixels, InterpolationMode.BICUBIC, antialias=True)
     return Compose([resize, partial(torch.clamp, min=0, max=1), CenterCrop(pixels), Normalize(CLIP_MEAN, CLIP_STD)])
@@ -69,11 +67,10 @@ def words(spec: str, count: int) -> Tokenizer:
     Raises:
         UserError: if it is none of as many words.
     """
+    file = need(spec)
     try:
-        tokenizer = Tokenizer.from_file(str(need(spec)))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the class that tokenizers raises
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{spec} is no tokenizer.json: {error}") from error
     tokenizer.add_special_tokens(["[DEC]", "[ENC]"])
     if tokenizer.get_vocab_size() != count:
