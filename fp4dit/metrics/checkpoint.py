@@ -26,7 +26,8 @@ def tensors(path: Path) -> Any:
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> nn.Module:
-    """The model with these weights, ready to be asked.
+    """The model with these weights, ready to be asked. It holds the tensors given, so that one made on the meta device
+    never needs memory for others.
 
     Raises:
         UserError: if they are another model's: the message names what is missing, unknown, or of another shape.
@@ -40,5 +41,5 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> nn.
     found = [f"{what} {', '.join(names[:2])} ({len(names)} in all)" for what, names in wrong.items() if names]
     if found:
         raise UserError(f"{path} is no checkpoint of {type(model).__name__}: it {'; '.join(found)}")
-    model.load_state_dict(state)
+    model.load_state_dict({name: state[name].to(value.dtype) for name, value in own.items()}, assign=True)
     return model.eval().requires_grad_(False)
