@@ -49,11 +49,8 @@ def test_nothing_is_loaded_that_could_run_code(path: Path):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            assert called not in ("torch.save", "eval", "exec", "np.load", "numpy.load"), called
+            assert called not in ("torch.save", "torch.load", "eval", "exec", "np.load", "numpy.load"), called
             assert "trust_remote_code" not in options
-            if called == "torch.load":  # our own training's checkpoint, whose format is Lightning's
-                assert path.name == "export.py"
-                assert options["weights_only"] == "True"
 
 
 def test_the_library_has_all_the_parts_this_test_is_about():
