@@ -27,6 +27,7 @@ from fp4dit.examples import Examples
 from fp4dit.formats import floating, fp16
 from fp4dit.policy import Rule
 from fp4dit.quantizer import Granularity, Quantizer
+from fp4dit.resume import Trainers
 from fp4dit.rounding import Learner, logit, ulp
 from fp4dit.scales import AbsMax
 from fp4dit.stream import Unit
@@ -120,7 +121,7 @@ def learnt(module: nn.Module, given: Examples, batch: int, device: torch.device,
         layer.prepare()
     watch = Stopwatch(device)
     fit = Learnt(learner, ADAM, Relative(), STEPS, batch, precision="bf16-mixed")
-    fit(module, list(layers.values()), given, partial(trainer(device), callbacks=[watch]))
+    fit(module, list(layers.values()), given, Trainers(partial(trainer(device), callbacks=[watch])))
     return watch.least()
 
 
