@@ -11,7 +11,7 @@ from jaxtyping import Float
 from scipy.stats import DegenerateDataWarning, binomtest, bootstrap, ttest_1samp
 
 RESAMPLES = 9_999
-MANY = 1_000  # pairs from which on Student's t and resampling agree, and t takes no time
+MANY = 1_000  # values from which on Student's t and resampling agree, and t takes no time
 AT_ONCE = 2**22  # numbers of resamples held in memory at a time
 
 
@@ -46,29 +46,29 @@ def difference(values: Sequence[float], others: Sequence[float], seed: int = 0) 
     """
     if len(values) != len(others):
         raise ValueError(f"{len(values)} values cannot be paired with {len(others)}")
-    return of_pairs((np.asarray(values, np.float64) - np.asarray(others, np.float64))[None], seed)[0]
+    return intervals((np.asarray(values, np.float64) - np.asarray(others, np.float64))[None], seed)[0]
 
 
-def of_pairs(differences: Float[np.ndarray, "k n"], seed: int = 0) -> list[Interval]:
-    """For each row the mean of its paired differences: BCa bootstrap.
+def intervals(data: Float[np.ndarray, "k n"], seed: int = 0) -> list[Interval]:
+    """The mean of each row: BCa bootstrap, or Student's interval where there are MANY values.
 
-    Student's interval where there are MANY. Of a single pair nothing can be said: its interval has no ends.
+    Of a single one nothing can be said: its interval has no ends.
     """
-    means, n = differences.mean(1), differences.shape[1]
+    means, n = data.mean(1), data.shape[1]
     if n == 1:
         return [Interval(float(mean), -inf, inf) for mean in means]
     if n < MANY:
-        return bootstrapped(differences, seed)
-    ends = students(differences).confidence_interval()
-    low, high = (np.where(np.ptp(differences, axis=1) == 0, means, end) for end in (ends.low, ends.high))
+        return bootstrapped(data, seed)
+    ends = students(data).confidence_interval()
+    low, high = (np.where(np.ptp(data, axis=1) == 0, means, end) for end in (ends.low, ends.high))
     return [Interval(*map(float, one)) for one in zip(means, low, high, strict=True)]
 
 
-def students(differences: Float[np.ndarray, "k n"]) -> Any:
+def students(data: Float[np.ndarray, "k n"]) -> Any:
     """scipy's t test of each row, nan where a row is constant."""
     with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)  # of rows that are nearly so
-        return ttest_1samp(differences, 0.0, axis=1)
+        return ttest_1samp(data, 0.0, axis=1)
 
 
 def bootstrapped(data: Float[np.ndarray, "k n"], seed: int) -> list[Interval]:

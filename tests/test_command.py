@@ -83,7 +83,7 @@ class TestTable:
         command = f"python -m pipelines.run stages=toy generation.seed=7 '{conf}' outputs={tmp_path}"
         assert f"missing: Seven. To make it:\n  {command}" in text
         tables = tmp_path / "tables"
-        assert sorted(p.name for p in tables.iterdir()) == ["toy.csv", "toy.md", "toy.png", "toy.tex"]
+        assert sorted(p.name for p in tables.iterdir()) == ["toy.csv", "toy.json", "toy.md", "toy.png", "toy.tex"]
         first, second = csv.DictReader((tables / "toy.csv").read_text().splitlines())
         assert (first["psnr"], first["ssim"], first["n"], first["checkpoint_bytes"]) == ("36.0", "", "10", "5250000")
         assert set(second.values()) == {"Seven", ""}

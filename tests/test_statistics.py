@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, bootstrap, permutation_test, t, ttest_rel
 
-from fp4dit.statistics import MANY, RESAMPLES, difference, holm, interval, of_pairs, p_values
+from fp4dit.statistics import MANY, RESAMPLES, difference, holm, interval, intervals, p_values
 
 RNG = np.random.default_rng(0)
 HARD = RNG.normal(30, 5, 200)  # what is common to a pair: how hard a prompt is
@@ -85,18 +85,18 @@ def test_of_values_that_allow_no_bca_there_is_an_interval_still(data: list[float
 
 def test_rows_side_by_side_get_what_each_gets_alone():
     data = RNG.normal(0.3, 1, (3, 40))
-    assert [vars(one) for one in of_pairs(data)] == [
+    assert [vars(one) for one in intervals(data)] == [
         pytest.approx(vars(difference(row.tolist(), [0.0] * 40))) for row in data
     ]
 
 
 def test_of_many_pairs_students_interval_and_p_are_those_of_resampling():
     skewed = np.random.default_rng(4).exponential(1, MANY) - 0.92
-    students, resampled = of_pairs(skewed[None])[0], interval(skewed.tolist())
+    students, resampled = intervals(skewed[None])[0], interval(skewed.tolist())
     assert vars(students) == pytest.approx(vars(resampled), abs=0.05 * (resampled.high - resampled.low))
     assert p_values(skewed[None])[0] == pytest.approx(p_values(skewed[None, : MANY - 1])[0], abs=0.01)
     constant = np.array([[0.5] * MANY, [0.0] * MANY])
-    assert [vars(one) for one in of_pairs(constant)] == [{"mean": v, "low": v, "high": v} for v in (0.5, 0)]
+    assert [vars(one) for one in intervals(constant)] == [{"mean": v, "low": v, "high": v} for v in (0.5, 0)]
     assert p_values(constant) == [0, 1]
 
 
