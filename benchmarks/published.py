@@ -86,7 +86,11 @@ def given(pipeline: Adapter) -> Mapping[str, Tensor]:
 
     def filled(empty: Tensor) -> Tensor:
         kind = empty.dtype
-        return torch.randn(empty.shape).to(kind) if kind.is_floating_point else torch.ones(empty.shape, dtype=kind)
+        return (
+            torch.randn(empty.shape).to(kind)
+            if kind.is_floating_point
+            else torch.full_like(empty, kind == torch.bool, device="cpu")
+        )
 
     state = {name: filled(row[0]) for name, row in pipeline.begin(pipeline.blank(1)).items()}
     return state | {"timestep": torch.full_like(state["timestep"], 500)}

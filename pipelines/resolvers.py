@@ -9,17 +9,17 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from fp4dit.errors import UserError
-from fp4dit.resources import locate
 from fp4dit.store import checksum, fingerprint, whole
+from fp4dit.weights import advice, find
 
 CONF = Path(__file__).parents[1] / "conf"
-HUB_ID = re.compile(r"(hf-hub:)?[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 WEIGHTS_AND_CONFIGS = (".safetensors", ".json", ".txt", ".model")
 
 
 def content(
     node: str | DictConfig, marker: str | None = None, *others: str | None, _root_: DictConfig
-) -> str | dict[str, str]:
+) -> str | DictConfig:
     """`${content:path}` or `${content:path,marker}`: hash of a file, or of the files in a model's folder.
 
     A hub id stands for itself. `marker` is the file by which a folder is known to be the right kind of model; what
@@ -33,20 +33,42 @@ def content(
     memory = Path(outputs) / "store" / ".checksums.json" if outputs else None
     if isinstance(node, str):
         return " ".join([of_path(node, marker, memory), *(of_path(path, None, memory) for path in others if path)])
-    return {name: of_path(path, marker, memory) for name, path in sorted(paths(node))}
+    return OmegaConf.create({name: of_path(path, marker, memory) for name, path in sorted(paths(node))})
 
 
 def paths(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in node.items():
         if isinstance(value, DictConfig):
             yield from paths(value, f"{prefix}{key}.")
-        elif key == "path":
+        elif key == "path" and value is not None:
             yield prefix.removesuffix(".") or "path", value
 
 
+def present(metrics: DictConfig) -> DictConfig:
+    """`${present:${metrics}}`: those whose weights are here. What a preset brings along is `optional`, and left out
+    where they are not.
+
+    Raises:
+        UserError: if one is asked for by name.
+    """
+    missing = absent(metrics)
+    for name in missing:
+        if not metrics[name].get("optional"):
+            raise UserError(f"metrics={name}: {missing[name]}. To get it: python -m pipelines.fetch metrics={name}")
+    here = {name: dict(node) for name, node in metrics.items() if name not in missing}
+    return OmegaConf.create({name: {k: v for k, v in node.items() if k != "optional"} for name, node in here.items()})
+
+
+def absent(metrics: DictConfig) -> dict[str, str]:
+    """What is missing of each metric whose weights are not all here."""
+    specs = {str(name): [path for _, path in paths(node)] for name, node in metrics.items()}
+    lacking = {name: [advice(path) for path in found if find(path) is None] for name, found in specs.items()}
+    return {name: "; ".join(told) for name, told in lacking.items() if told}
+
+
 def of_path(path: str, marker: str | None, memory: Path | None) -> str:
-    place = Path(locate(path)).expanduser()
-    if not place.exists():
+    place = find(path)
+    if place is None:
         if HUB_ID.fullmatch(path):
             return f"hub:{path}"
         raise UserError(f"there is nothing at {path!r}: no such folder or file, and no hub id (owner/name)")
@@ -90,4 +112,5 @@ def nearest(name: str, names: list[str]) -> str:
 
 def register() -> None:
     OmegaConf.register_new_resolver("content", content, replace=True)
+    OmegaConf.register_new_resolver("present", present, replace=True)
     OmegaConf.register_new_resolver("options", lambda group: ", ".join(options(group)), replace=True)

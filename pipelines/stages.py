@@ -3,29 +3,27 @@
 import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from fp4dit import policy, reconstruction
+from fp4dit import policy, reconstruction, scores
 from fp4dit.columns import Room
 from fp4dit.errors import UserError
 from fp4dit.estimate import Cost, Estimator, calls
-from fp4dit.metrics.base import PerImage
+from fp4dit.metrics.base import PerImage, PerSet
 from fp4dit.models.base import Source
 from fp4dit.policy import Rule
 from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, load_weights_, split
 from fp4dit.resources import hide_loading_bars
-from fp4dit.statistics import interval
 from fp4dit.tasks.activate import Measure, Observe, load_scales_, save_scales
 from fp4dit.tasks.capture import Alteration, CaptureTask, as_heard, chunked
 from fp4dit.tasks.generate import GenerateTask
 from fp4dit.tasks.reconstruct import Fit
-from fp4dit.tasks.score import Pairs, ScoreTask
+from fp4dit.tasks.score import ScoreTask, gathered, shards
 from pipelines.runtime import Runtime
 
 hide_loading_bars()  # a stage has a progress of its own to show
@@ -219,25 +217,23 @@ class Generate:
 
 @dataclass(frozen=True)
 class Score:
-    """Every metric for every image, and what the weights and activations cost."""
+    """Every metric of every image, or of all, and what the weights and activations cost."""
 
-    metrics: Mapping[str, PerImage]
+    metrics: Mapping[str, Callable[[], PerImage | PerSet]]
 
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        prompts = [entry["prompt"] for entry in read_json(needs["images"] / "images.json")]
-        pairs = Pairs(needs["images"] / "images", needs["reference"] / "images", prompts)
+        drawn = read_json(needs["images"] / "images.json")
         itself = needs["images"] == needs["reference"]
-        task = ScoreTask({name: m for name, m in self.metrics.items() if not (itself and m.compares)})
-        runtime.trainer("score", devices=1).test(task, DataLoader(pairs, batch_size=16), verbose=False)
-        means = {name: summary(values) for name, values in task.values.items()}
-        per_image = {name: [v if isfinite(v) else None for v in values] for name, values in task.values.items()}
-        report = {"n": len(prompts), "metrics": means, "scalars": costs(needs), "per_image": per_image}
-        write_json(out / "metrics.json", report)
-
-
-def summary(values: list[float]) -> dict[str, float] | None:
-    """A mean and its interval; None if a value is infinite, as an image's PSNR against itself."""
-    return asdict(interval(values)) if all(map(isfinite, values)) else None
+        made = {name: make() for name, make in self.metrics.items()}
+        asked = {name: metric for name, metric in made.items() if not (itself and metric.compares)}
+        (out / "shards").mkdir(exist_ok=True)
+        prompts = [entry["prompt"] for entry in drawn]
+        parts = shards(needs["images"] / "images", needs["reference"] / "images", prompts)
+        task = ScoreTask(*scores.split(asked), out / "shards")
+        runtime.trainer("score").predict(task, one_by_one(parts), return_predictions=False)
+        write_json(
+            out / "metrics.json", {**scores.report(asked, gathered(out / "shards"), drawn), "scalars": costs(needs)}
+        )
 
 
 def costs(needs: Mapping[str, Path]) -> Mapping[str, int | float]:
@@ -253,7 +249,11 @@ def costs(needs: Mapping[str, Path]) -> Mapping[str, int | float]:
 
 def one_by_one(items: Any) -> DataLoader:
     """What is in `items`, a sequence or a Dataset, one at a time."""
-    return DataLoader(items, batch_size=None, collate_fn=lambda item: item)  # pyright: ignore[reportArgumentType]
+    return DataLoader(items, batch_size=None, collate_fn=as_it_is)
+
+
+def as_it_is(item: Any) -> Any:  # by name, for a process that is spawned to know it
+    return item
 
 
 def read_json(path: Path) -> Any:

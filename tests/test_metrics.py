@@ -16,7 +16,6 @@ from fp4dit.metrics.ssim import Ssim
 from fp4dit.models.shapes.build import clip, tokenizer
 from fp4dit.models.shapes.clip import save_clip
 from fp4dit.models.shapes.world import Scene, Thing, render, scenes
-from fp4dit.tasks.score import ScoreTask
 
 PROMPTS = [scene.caption for _, scene in zip(range(5), scenes(0, True), strict=False)]
 
@@ -61,13 +60,6 @@ def test_ssim_is_its_formula_per_image(pairs):
         np.mean([ssim(a, b) for a, b in zip(*pair, strict=True)]) for pair in zip(images, reference, strict=True)
     ]
     assert in_two_batches(Ssim(), *pairs).tolist() == pytest.approx(expected, abs=2e-4)
-
-
-def test_the_score_of_a_single_image_is_a_list_too(pairs):
-    task = ScoreTask({"ssim": Ssim()})
-    task.metrics["ssim"].update(pairs[0][:1], pairs[1][:1], PROMPTS[:1])
-    task.on_test_end()
-    assert len(task.values["ssim"]) == 1
 
 
 def test_oracle_accuracy_is_one_only_where_all_is_right():

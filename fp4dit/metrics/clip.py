@@ -11,24 +11,25 @@ from torch.nn import functional as F
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 
 from fp4dit.metrics.base import Images, PerImage
-from fp4dit.resources import locate
+from fp4dit.weights import need
 
 
 class ClipScore(PerImage):
     """100 max(cos, 0), as torchmetrics defines it (arXiv:2104.08718 up to its factor).
 
-    `path` is a folder in open_clip's layout, `pkg://package/folder`, or `hf-hub:owner/name`.
+    `path` is a folder in open_clip's layout, as `fp4dit.weights` finds it.
     """
 
     higher_is_better = True
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        name = path if path.startswith("hf-hub:") else f"local-dir:{locate(path)}"
+        name = f"local-dir:{need(path)}"
         model = open_clip.create_model(name, require_pretrained=True)
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(name)
         self.preprocess = preprocessing(self.model)
+        self.about = f"CLIP score of {path} in open_clip {open_clip.__version__}"
 
     @torch.no_grad()
     def score(self, images: Images, reference: Images, prompts: Sequence[str]) -> Float[Tensor, " n"]:

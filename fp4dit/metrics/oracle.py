@@ -13,6 +13,7 @@ from fp4dit.models.shapes.oracle import judge
 class OracleAccuracy(PerImage):
     """1 when shapes, colours and relation are all right, else 0. Only for the shapes world's captions."""
 
+    about = "Shapes, colours and relation as the oracle of the shapes world reads them"
     higher_is_better = True
 
     def score(self, images: Images, reference: Images, prompts: Sequence[str]) -> Float[Tensor, " n"]:

@@ -12,6 +12,7 @@ from fp4dit.metrics.base import Images, PerImage
 class Psnr(PerImage):
     """In dB; infinite for equal images."""
 
+    about = "Peak signal-to-noise ratio against the full-precision image of the same seed"
     higher_is_better = True
     compares = True
 
