@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,13 +82,13 @@ class TestTable:
         text = capfd.readouterr().out
         assert "36.0 [35.4, 36.6]" in text
         command = f"python -m pipelines.run stages=toy generation.seed=7 '{conf}' outputs={tmp_path}"
-        assert f"missing: Seven. To make it:\n  {command}" in text
+        assert re.search(rf"missing: Seven \(about \d s\)\. To make it:\n  {re.escape(command)}\n", text)
         tables = tmp_path / "tables"
         assert sorted(p.name for p in tables.iterdir()) == ["toy.csv", "toy.json", "toy.md", "toy.png", "toy.tex"]
         first, second = csv.DictReader((tables / "toy.csv").read_text().splitlines())
         assert (first["psnr"], first["ssim"], first["n"], first["checkpoint_bytes"]) == ("36.0", "", "10", "5250000")
         assert set(second.values()) == {"Seven", ""}
-        assert (tables / "toy.md").read_text() in text
+        assert "*" not in text.split("in /")[0]
 
     def test_overrides_are_added_to_every_row(self, run: Run, conf: str, capfd):
         assert run(*TOY, "calibration.seed=3") == 0
@@ -111,18 +112,18 @@ class TestTable:
     def test_makes_what_is_missing_and_goes_on_after_a_failure(self, run: Run, grouped: str, capfd, tmp_path: Path):
         assert run(*TOY, "generation.seed=7") == 0
         assert run("table=grouped", grouped, main=pipelines.table.main) == 0
-        command = f"python -m pipelines.table table=grouped outputs={tmp_path} '{grouped}' make=true jobs=2"
-        assert f"To make them all:\n  {command}\n" in capfd.readouterr().out
-        assert run("table=grouped", grouped, "make=true", "jobs=2", main=pipelines.table.main) == 1
+        command = f"python -m pipelines.table table=grouped outputs={tmp_path} '{grouped}' run_missing=true jobs=2"
+        assert f"To make them all (about 0 s on one job):\n  {command}\n" in capfd.readouterr().out
+        assert run("table=grouped", grouped, "run_missing=true", "jobs=2", main=pipelines.table.main) == 1
         shown = capfd.readouterr()
         assert "error: 1 of 3 rows failed: Refused, Seeds." in shown.err
         assert "Refused, Seeds: error: generate: a seed cannot be negative\n" in shown.out
         assert "Traceback" not in shown.out
         assert "Seven, Seeds: " not in shown.out  # it was there
         command = f"python -m pipelines.run stages=toy generation.seed=-1 '{grouped}' outputs={tmp_path}"
-        assert f"missing: Refused, Seeds. To make it:\n  {command}\n" in shown.out
+        assert re.search(rf"missing: Refused, Seeds \(about \d s\)\. To make it:\n  {re.escape(command)}\n", shown.out)
         assert "To make them all" not in shown.out
-        assert "### Not complete: 2 of 3 rows\n" in shown.out
+        assert "Not complete: 2 of 3 rows\n" in shown.out
         rows = list(csv.DictReader((tmp_path / "tables" / "grouped.csv").read_text().splitlines()))
         assert [(r["label"], r["group"], r["psnr"], r["steps"]) for r in rows] == [
             ("Five", "Seeds", "36.0", ""),
@@ -131,7 +132,7 @@ class TestTable:
         ]
 
     def test_at_least_one_job_has_to_run(self, run: Run, conf: str, capfd):
-        assert run("table=toy", conf, "make=true", "jobs=0", main=pipelines.table.main) == 1
+        assert run("table=toy", conf, "run_missing=true", "jobs=0", main=pipelines.table.main) == 1
         assert "error: jobs=0: at least one job has to run" in capfd.readouterr().err
 
 
