@@ -38,7 +38,7 @@ def published(data: Mapping[str, Any], key: str) -> Published:
         raise UserError(f"published: {key!r} is not in conf/published.yaml; there are {', '.join(close)}")
     entry = data[name]
     factors = entry.get("factors", {})
-    values = {m: None if v is None else v * factors.get(m, 1) for m, v in (entry["rows"][label] or {}).items()}
+    values = {m: None if v is None else float(v) * factors.get(m, 1) for m, v in (entry["rows"][label] or {}).items()}
     setting = ", ".join(f"{word} {value}" for word, value in entry["setting"].items())
     second_hand = "after notes on the paper, not the paper itself" if entry.get("secondary") else ""
     source = "; ".join(text for text in (entry["paper"], entry["source"], second_hand, setting) if text)

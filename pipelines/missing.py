@@ -30,8 +30,9 @@ def told(missing: Sequence[Entry], there: Sequence[Entry], again: Sequence[str],
     known = Measured(there, store)
     costs = [known.expected(entry) for entry in missing]
     for entry, cost in zip(missing, costs, strict=True):
-        problem = f" Before that, mend this: {entry.plan.problem}." if entry.plan.problem else ""
-        yield f"missing: {entry.name} ({about(cost)}).{problem} To make it:\n  {line('run', *entry.arguments)}"
+        yield f"missing: {entry.name} ({about(cost)}). To make it:\n  {line('run', *entry.arguments)}"
+    for problem in dict.fromkeys(entry.plan.problem for entry in missing if entry.plan.problem):
+        yield f"before that: {problem}"
     if None in [second for cost in costs for second in cost.values()] or not all(costs):
         yield "What is not estimated has no like in the store; pipelines.inspect, given the same, computes it roughly."
     if len(missing) > 1:
