@@ -78,24 +78,34 @@ def asked(cfg: DictConfig, name: str) -> list[Asked]:
     rows: Any = OmegaConf.to_container(cfg.rows)
     for given in rows:
         check(given, name)
-    seeds = seeded(cfg.seeds)
+    seeds, path = seeded(cfg.seeds), searchpath()
     where = [] if cfg.outputs == "outputs" else [f"outputs={cfg.outputs}"]
-    path = searchpath()
-    runs = [
-        [*cfg.base, *given["overrides"], *cfg.overrides, *([] if cfg.seeds is None else [f"seed={seed}"]), *path]
-        for given in rows
-        for seed in seeds
-    ]
+    own = lambda seed: [] if cfg.seeds is None else [f"seed={seed}"]
+    runs = [[*cfg.base, *given["overrides"], *cfg.overrides, *own(seed), *path] for given in rows for seed in seeds]
     found = iter(plans(runs, cfg.outputs, list(HydraConfig.get().searchpath or ())))
     data: Any = OmegaConf.to_container(OmegaConf.load(CONF / "published.yaml"))
     arguments = iter(runs)
     return [
-        Asked(
-            bare(given, data),
-            {s: Entry(named(given, s, len(seeds) > 1), [*next(arguments), *where], next(found)) for s in seeds},
+        distinct(
+            Asked(
+                bare(given, data),
+                {s: Entry(named(given, s, len(seeds) > 1), [*next(arguments), *where], next(found)) for s in seeds},
+            )
         )
         for given in rows
     ]
+
+
+def distinct(row: Asked) -> Asked:
+    """The row, whose seeds are what it says they are.
+
+    Raises:
+        UserError: if an override fixes what `seed` would move.
+    """
+    keys = [entry.steps["score"].key for entry in row.entries.values() if entry.steps]
+    if len(set(keys)) < len(keys):
+        raise UserError(f"{row.bare.label}: all seeds make the same images, for its overrides fix generation.seed")
+    return row
 
 
 def check(given: Any, name: str) -> None:

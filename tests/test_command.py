@@ -97,6 +97,66 @@ class TestTable:
         assert run("table=toy", conf, 'overrides=["calibration.seed=3"]', main=pipelines.table.main) == 0
         assert "missing: One" not in capfd.readouterr().out
 
+    def test_seeds_make_a_row_several_times(self, run: Run, conf: str, capfd, tmp_path: Path):
+        for seed in (0, 1):
+            assert run(*TOY, f"seed={seed}") == 0
+        table = ["table=toy", conf, "seeds=[0,1]"]
+        assert run(*table, main=pipelines.table.main) == 0
+        text = capfd.readouterr().out
+        assert re.search(r"^One +36\.0 ± 0\.0 \[36\.0, 36\.0\] .* 2$", text, re.MULTILINE)
+        command = f"python -m pipelines.run stages=toy generation.seed=7 seed=1 '{conf}' outputs={tmp_path}"
+        assert re.search(rf"missing: Seven, seed 1 \(about \d s\)\. To make it:\n  {re.escape(command)}\n", text)
+        assert run(*table, "run_missing=true", main=pipelines.table.main) == 0
+        shown = capfd.readouterr().out
+        assert "missing" not in shown
+        first, second = csv.DictReader((tmp_path / "tables" / "toy.csv").read_text().splitlines())
+        assert first["seeds"] == second["seeds"] == "2"
+        assert (first["psnr_seed0"], first["psnr_seed1"], first["psnr_sd"]) == ("36.0", "36.0", "0.0")
+
+    def test_a_table_that_is_there_is_printed_to_the_same_bytes(self, run: Run, conf: str, tmp_path: Path):
+        assert run(*TOY) == run(*TOY, "generation.seed=7") == 0
+        read = lambda: {path.name: path.read_bytes() for path in (tmp_path / "tables").iterdir()}
+        assert run("table=toy", conf, main=pipelines.table.main) == 0
+        first = read()
+        assert run("table=toy", conf, main=pipelines.table.main) == 0
+        assert first == read()
+        assert len(first) == 5
+
+    @pytest.mark.parametrize(
+        ("table", "message"),
+        [
+            ("rows: []", "table=bad has no rows"),
+            ("question: Why?", "table=bad has no rows"),
+            ("rows: [{label: A}]", "table=bad: a row has a label and overrides, not {'label': 'A'}"),
+            ("rows: [{label: A, overides: []}]", "a row has a label and overrides"),
+            ("rows: [{label: A, overrides: [], grup: B}]", "table=bad, 'A': a row has no 'grup'; did you mean group?"),
+            (
+                "show: [pnsr]\n" + (good := "rows: [{label: A, overrides: []}]"),
+                "there is no column 'pnsr'; did you mean psnr",
+            ),
+            ("columns: {psnr: {titel: A}}\n" + good, "table=bad: "),
+            ("columns: {psnr: {better: more}}\n" + good, "column psnr: better is higher or lower, not 'more'"),
+            ("rows: [{label: A, overrides: [], published: svdquant/fp15}]", "published: 'svdquant/fp15' is not in"),
+            ("rows: [{label: A, overrides: [method=none]}]", "'method' has no option 'none'"),
+            ("seeds: [0, 0]\n" + good, "seeds=[0, 0]: give different whole numbers"),
+            (
+                "seeds: [0, 1]\nrows: [{label: A, overrides: [generation.seed=7, method=fp16]}]",
+                "A: all seeds make the same",
+            ),
+        ],
+    )
+    def test_a_table_that_is_not_understood_gets_one_message(
+        self, run: Run, conf: str, capfd, tmp_path, table, message
+    ):
+        (tmp_path / "conf" / "table" / "bad.yaml").write_text(f"# @package _global_\npicture_prompts: 2\n{table}\n")
+        assert run("table=bad", conf, main=pipelines.table.main) == 1
+        error = capfd.readouterr().err
+        assert message in error
+        assert error.count("error:") == 1
+        assert "Traceback" not in error
+        assert run("table=worse", conf, main=pipelines.table.main) == 1
+        assert "'table' has no option 'worse'; " in capfd.readouterr().err
+
     @pytest.fixture
     def grouped(self, tmp_path: Path, conf: str) -> str:
         """A table of three rows in one group, one of which cannot be made."""
