@@ -18,10 +18,11 @@ from fp4dit.policy import Entry, Rule
 from fp4dit.store import Store
 from pipelines.command import command
 from pipelines.disjoint import check_disjoint
-from pipelines.listing import expected, listed, size, warnings
+from pipelines.listing import expected, listed, warnings
 from pipelines.plan import check, pending, plan
 from pipelines.resolvers import CONF
 from pipelines.runtime import Runtime
+from pipelines.units import size
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="inspect")

@@ -14,6 +14,7 @@ from fp4dit.weights import advice, find
 
 CONF = Path(__file__).parents[1] / "conf"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+APART = 1_000_000  # more seeds than there are prompts, each of which has its own
 WEIGHTS_AND_CONFIGS = (".safetensors", ".json", ".txt", ".model")
 
 
@@ -114,6 +115,11 @@ def checksums(place: Path, memory: Path | None) -> dict[str, str]:
     return found
 
 
+def seeded(first: int, _root_: DictConfig) -> int:
+    """`${seeded:42}`: the first of the seeds that follow 42 where `seed` is 0, far from those of every other `seed`."""
+    return first + APART * _root_.get("seed", 0)
+
+
 def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
@@ -126,8 +132,11 @@ def nearest(name: str, names: list[str]) -> str:
     return f"there are {', '.join(name for name in names if '.' not in name)}"
 
 
+# Those whose answers depend on files, which may change while no config does.
+LOOKING = {"content": content, "fetched": fetched, "present": present}
+
+
 def register() -> None:
-    OmegaConf.register_new_resolver("content", content, replace=True)
-    OmegaConf.register_new_resolver("present", present, replace=True)
-    OmegaConf.register_new_resolver("fetched", fetched, replace=True)
-    OmegaConf.register_new_resolver("options", lambda group: ", ".join(options(group)), replace=True)
+    others = {"seeded": seeded, "options": lambda group: ", ".join(options(group))}
+    for name, resolver in {**LOOKING, **others}.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)

@@ -9,6 +9,8 @@ import yaml
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
+from fp4dit.errors import UserError
+from fp4dit.published import published
 from pipelines.plan import plan
 from pipelines.resolvers import CONF, options
 from tests.conftest import Compose
@@ -76,9 +78,44 @@ def test_a_table_names_real_experiments_and_none_of_its_own_is_left_out(table: s
 
 
 @pytest.mark.parametrize("table", TABLES)
+def test_what_a_table_shows_is_known_and_what_is_published_has_a_source(table: str):
+    node, own = (yaml.safe_load((CONF / f"{name}.yaml").read_text()) for name in ("table", f"table/{table}"))
+    known = {**node["others"], **node["columns"], **own.get("columns", {})}
+    assert [column for column in own.get("show", []) if column.partition(":")[0] not in known] == []
+    data = yaml.safe_load((CONF / "published.yaml").read_text())
+    for row in own["rows"]:
+        if "published" in row:
+            theirs = published(data, row["published"])
+            assert set(theirs.values) <= known.keys()
+            assert theirs.reason or None not in theirs.values.values()
+    assert sum(row.get("reference", False) for row in own["rows"]) <= 1
+
+
+def test_every_published_entry_says_of_what_it_is():
+    """And has numbers, or a reason why it has none."""
+    for name, entry in yaml.safe_load((CONF / "published.yaml").read_text()).items():
+        for row in entry["rows"]:
+            found = published({name: entry}, f"{name}/{row}")
+            assert found.source.startswith(entry["paper"])
+            assert "model " in found.source
+            assert ("notes on the paper" in found.source) == entry.get("secondary", False)
+            assert bool(found.reason) == (None in found.values.values())
+    with pytest.raises(UserError, match=r"'svdquant/fp15' is not in conf/published.yaml; there are svdquant/fp16"):
+        published(yaml.safe_load((CONF / "published.yaml").read_text()), "svdquant/fp15")
+
+
+def is_option(given: str) -> bool:
+    group, _, name = given.partition("=")
+    return name in options(group)
+
+
+@pytest.mark.parametrize("table", TABLES)
 def test_rows_of_a_table_compose_and_differ(composed: Compose, table: str):
     """On top of the table's base; what a row overrides is to be found there."""
     node = yaml.safe_load((CONF / "table" / f"{table}.yaml").read_text())
+    later = [given for given in node.get("base", []) if given.partition("=")[0] in GROUPS and not is_option(given)]
+    if later:
+        pytest.skip(f"not there yet: {later}")
     found = [composed(*node.get("base", []), *row["overrides"]) for row in node["rows"]]
     rows = [OmegaConf.to_container(cfg, resolve=False) for cfg in found]
     assert all(a != b for i, a in enumerate(rows) for b in rows[:i])
