@@ -11,7 +11,8 @@ from PIL import Image
 
 from fp4dit.comparisons import Mark
 from fp4dit.errors import UserError
-from fp4dit.forms import as_csv, as_json, latex, markdown, terminal
+from fp4dit.exports import as_csv, as_json
+from fp4dit.forms import latex, markdown, terminal
 from fp4dit.pictures import grid, stacked
 from fp4dit.published import Published
 from fp4dit.rows import Column, Row, over_seeds, row
