@@ -15,6 +15,7 @@ from fp4dit import policy, reconstruction, scores
 from fp4dit.columns import Room
 from fp4dit.errors import UserError
 from fp4dit.estimate import Cost, Estimator, calls
+from fp4dit.footprint import bit_operations
 from fp4dit.metrics.base import PerImage, PerSet
 from fp4dit.models.base import Source
 from fp4dit.policy import Rule
@@ -187,7 +188,9 @@ class Activate:
         write_csv(out / "sqnr.csv", measure.sqnr())
         audit = measure.audit(rules)
         bits = policy.effective_bits(audit) if audit else 16.0
-        write_json(out / "audit.json", {"layers": policy.as_rows(audit), "bits_activation": bits})
+        work = bit_operations(self.model.skeleton(), self.weight, self.activation)
+        found = {"layers": policy.as_rows(audit), "bits_activation": bits, "bit_operations": work}
+        write_json(out / "audit.json", found)
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,9 @@ class Generate:
         g, pipeline, prompts = self.generation, self.model.load(), self.prompts(self.count)
         if "weights" not in needs:
             size = policy.checkpoint_bytes(pipeline.dit, [])
-            write_json(out / "audit.json", {"bits_weight": 16, "bits_activation": 16, "checkpoint_bytes": size})
+            work = bit_operations(self.model.skeleton(), [], [])
+            found = {"bits_weight": 16, "bits_activation": 16, "checkpoint_bytes": size, "bit_operations": work}
+            write_json(out / "audit.json", found)
         else:
             activations, _ = load_weights_(pipeline, self.weight, self.activation, needs["weights"] / "units")
             load_scales_(activations, needs["activations"] / "scales.safetensors")
@@ -254,7 +259,7 @@ def costs(needs: Mapping[str, Path]) -> Mapping[str, int | float]:
     audits = [needs[role] / "audit.json" for role in ("weights", "activations", "images") if role in needs]
     found = {name: value for path in audits if path.exists() for name, value in read_json(path).items()}
     seconds = [read_json(needs[role] / "manifest.json")["seconds"] for role in ("calls", "weights") if role in needs]
-    names = ("block_error", "bits_weight", "bits_activation", "checkpoint_bytes", "steps")
+    names = ("block_error", "bits_weight", "bits_activation", "bit_operations", "checkpoint_bytes", "steps")
     return {name: found[name] for name in names if name in found} | (
         {"calibration_seconds": sum(seconds)} if seconds else {}
     )
