@@ -19,6 +19,7 @@ import lightning as L
 import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from benchmarks import plain
 from fp4dit import policy
@@ -114,13 +115,20 @@ def bare(module: nn.Module, given: Examples, batch: int, device: torch.device) -
     return watch.least()
 
 
-def learnt(module: nn.Module, given: Examples, batch: int, device: torch.device, learner: Learner) -> float:
+def learnt(
+    module: nn.Module,
+    given: Examples,
+    batch: int,
+    device: torch.device,
+    learner: Learner,
+    adam: Callable[..., Optimizer] = ADAM,
+) -> float:
     """Seconds of a step."""
     layers = policy.quantize_weights_(module, policy.assign(policy.layers(module), GROUPS))
     for layer in layers.values():
         layer.prepare()
     watch = Stopwatch(device)
-    fit = Learnt(learner, ADAM, Relative(), STEPS, batch, precision="bf16-mixed")
+    fit = Learnt(learner, adam, Relative(), STEPS, batch, precision="bf16-mixed")
     fit(module, list(layers.values()), given, Trainers(partial(trainer(device), callbacks=[watch])))
     return watch.least()
 
@@ -135,6 +143,7 @@ def reference(module: nn.Module, given: Examples, batch: int, device: torch.devi
 PARTS: dict[str, Callable[[nn.Module, Examples, int, torch.device], float]] = {
     "forward and backward": bare,
     "AdaRound": partial(learnt, learner=logit),
+    "AdaRound, fused Adam": partial(learnt, learner=logit, adam=partial(ADAM, fused=True)),
     "scale-aware AdaRound": partial(learnt, learner=ulp),
     "plain reference": reference,
 }
