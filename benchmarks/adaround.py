@@ -19,6 +19,7 @@ import lightning as L
 import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from benchmarks import plain
 from fp4dit import policy
@@ -27,6 +28,7 @@ from fp4dit.examples import Examples
 from fp4dit.formats import floating, fp16
 from fp4dit.policy import Rule
 from fp4dit.quantizer import Granularity, Quantizer
+from fp4dit.resume import Trainers
 from fp4dit.rounding import Learner, logit, ulp
 from fp4dit.scales import AbsMax
 from fp4dit.stream import Unit
@@ -113,14 +115,21 @@ def bare(module: nn.Module, given: Examples, batch: int, device: torch.device) -
     return watch.least()
 
 
-def learnt(module: nn.Module, given: Examples, batch: int, device: torch.device, learner: Learner) -> float:
+def learnt(
+    module: nn.Module,
+    given: Examples,
+    batch: int,
+    device: torch.device,
+    learner: Learner,
+    adam: Callable[..., Optimizer] = ADAM,
+) -> float:
     """Seconds of a step."""
     layers = policy.quantize_weights_(module, policy.assign(policy.layers(module), GROUPS))
     for layer in layers.values():
         layer.prepare()
     watch = Stopwatch(device)
-    fit = Learnt(learner, ADAM, Relative(), STEPS, batch, precision="bf16-mixed")
-    fit(module, list(layers.values()), given, partial(trainer(device), callbacks=[watch]))
+    fit = Learnt(learner, adam, Relative(), STEPS, batch, precision="bf16-mixed")
+    fit(module, list(layers.values()), given, Trainers(partial(trainer(device), callbacks=[watch])))
     return watch.least()
 
 
@@ -134,6 +143,7 @@ def reference(module: nn.Module, given: Examples, batch: int, device: torch.devi
 PARTS: dict[str, Callable[[nn.Module, Examples, int, torch.device], float]] = {
     "forward and backward": bare,
     "AdaRound": partial(learnt, learner=logit),
+    "AdaRound, fused Adam": partial(learnt, learner=logit, adam=partial(ADAM, fused=True)),
     "scale-aware AdaRound": partial(learnt, learner=ulp),
     "plain reference": reference,
 }

@@ -1,6 +1,5 @@
 """The timestep that a model is at, for what depends on it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +18,10 @@ class Clock:
 
     def follow(self, model: nn.Module) -> None:
         """Reads the timestep of every call of `model`."""
-        read: Callable[..., None] = lambda m, args, kwargs: self.set(Call(args, kwargs).named(m)["timestep"])
-        model.register_forward_pre_hook(read, with_kwargs=True)
+        model.register_forward_pre_hook(self.hear, with_kwargs=True)
+
+    def hear(self, model: nn.Module, args: tuple, kwargs: dict) -> None:  # by name: a process that is spawned knows it
+        self.set(Call(args, kwargs).named(model)["timestep"])
 
     def set(self, timestep: Tensor) -> None:
         self.now = timestep.detach().flatten().float()

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TypeVar
 
 import torch
@@ -55,7 +56,7 @@ class Examples:
 
 @dataclass
 class Batches(IterableDataset[Example]):
-    """Endless batches, each row once per epoch in an order that depends on the seed alone.
+    """Endless batches, each row once per epoch in an order that depends on the seed alone; all but the first `skip`.
 
     Rows that lie in files, or are on their way to a GPU, are read while the batch before them is worked on.
     """
@@ -63,6 +64,7 @@ class Batches(IterableDataset[Example]):
     examples: Examples
     batch: int
     seed: int
+    skip: int = 0
 
     def __iter__(self) -> Iterator[Example]:
         columns = [*self.examples.inputs.values(), *self.examples.targets.values()]
@@ -73,11 +75,19 @@ class Batches(IterableDataset[Example]):
     def batches(self) -> Iterator[Example]:
         generator, trained = torch.Generator().manual_seed(self.seed), self.examples.trained
         left = trained[:0]
-        while True:
+        for number in count():
             while len(left) < self.batch:
                 left = torch.cat([left, trained[torch.randperm(len(trained), generator=generator)]])
             index, left = left[: self.batch], left[self.batch :]
-            yield self.examples.at(index)
+            if number >= self.skip:
+                yield self.examples.at(index)
+
+
+def witness(layers: Sequence[QuantLayer], examples: Examples, batch: int, seed: int = 0) -> list[float]:
+    """How large the weights are that will be fitted, and the first batch that they will be fitted to."""
+    first = next(Batches(examples, batch, seed).batches())
+    tensors = [*(layer.rows for layer in layers), *first.rows.values(), *first.target]
+    return [tensor.detach().float().norm().item() for tensor in tensors]
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:

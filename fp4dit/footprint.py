@@ -136,6 +136,21 @@ def footprint(pipeline: Pipeline, weight: Sequence[Rule] = ()) -> Footprint:
     return Footprint(given, passes, seen, parameters)
 
 
+def bit_operations(pipeline: Pipeline, weight: Sequence[Rule], activation: Sequence[Rule]) -> float:
+    """Multiplications of one call for a sample, each times the bits of both sides: of layers at the bits of their
+    formats, without scales; of all else, attention's products among it, at 16. The pipeline is on the meta device.
+    """
+    own = footprint(pipeline, weight)
+    found = {name: module for name, module in pipeline.dit.named_modules() if isinstance(module, QuantLayer)}
+    layers = {name: layer for name, layer in found.items() if name in own.seen}
+    inputs = policy.assign(own.seen, activation)
+    products = {name: len(layer.rows) * own.seen[name].numel() for name, layer in layers.items()}
+    entering = {name: rule.quantizer.format.bits for name, rule in inputs.items() if rule.quantizer}
+    sides = {name: layer.grid.quantizer.format.bits * entering.get(name, 16) for name, layer in layers.items()}
+    rest = own.flops // 2 - sum(products.values())
+    return sum(products[name] * sides[name] for name in layers) + 16 * 16 * rest
+
+
 def sizes(rows: Rows) -> dict[str, int]:
     return {name: value.nbytes for name, value in rows.items()}
 

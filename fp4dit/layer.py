@@ -16,7 +16,7 @@ from fp4dit.transforms import Transform, TransformSpec
 
 class QuantLayer(nn.Module):
     """Wraps a layer. After `prepare`, and until `freeze`, its weight is the transformed one in full precision, seen
-    through `rounding` if that learns.
+    through `rounding` if that learns: hard, but for steps that `soften` it.
 
     Rows of the weight are its output channels, flattened: groups run along what one output sums over.
     """
@@ -30,6 +30,7 @@ class QuantLayer(nn.Module):
         self.grid = Grid(quantizer)
         self.activation: nn.Module = nn.Identity()
         self.rounding: Rounder | None = None
+        self.soft: Tensor | None = None  # the weight of the step being learnt
 
     @property
     def weight(self) -> Tensor:
@@ -99,7 +100,21 @@ class QuantLayer(nn.Module):
     def current(self) -> Float[Tensor, "o k"]:
         if self.rounding is None:
             return self.rows
-        return self.rounding().view_as(self.rows).to(self.weight.dtype)
+        weight = self.rounding.hard() if self.soft is None else self.soft
+        return weight.view_as(self.rows).to(self.product_dtype)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What autocast, or else the weight, has products computed in."""
+        kind = self.weight.device.type
+        cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if cast else self.weight.dtype
+
+    def soften(self, beta: float | None) -> Float[Tensor, ""] | float:
+        """Show the soft weight of one step, until `soft` is dropped; its indecision."""
+        assert self.rounding is not None, "learn first"
+        self.soft, indecision = self.rounding.soft(beta, self.product_dtype)
+        return indecision
 
     def learn(self, learner: Learner) -> Rounder:
         blocks, scaling = self.grid.quantizer.granularity.split(self.rows).float(), self.grid.scaling

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 LOW, HIGH = -0.1, 1.1  # stretch the sigmoid so that h reaches 0 and 1 exactly
-PIECE = 2**15  # values worked on at once on a CPU: whole vectors, as their digits could be others at the end of one
+PIECE = 2**17  # values worked on at once on a CPU: whole vectors, as their digits could be others at the end of one
 
 Flat = Float[Tensor, "n"]
 Temperature = Flat | Float[Tensor, ""]
@@ -26,15 +26,9 @@ def stretched(sigmoid: Flat) -> Flat:
     return (sigmoid * (HIGH - LOW)).add_(LOW)
 
 
-def h(sigmoid: Flat) -> Flat:
-    return stretched(sigmoid).clamp_(0, 1)
-
-
-def back(slope: Flat, sigmoid: Flat, temperature: Temperature) -> Flat:
-    """The slope by v, given that by h."""
-    x = stretched(sigmoid)
-    inside = x.clamp(0, 1).eq_(x)  # 1.0 or 0.0
-    return torch.ops.aten.sigmoid_backward(inside.mul_(slope).mul_(HIGH - LOW), sigmoid).div_(temperature)
+def back(slope: Flat, inside: Flat, sigmoid: Flat) -> Flat:
+    """The slope by v / temperature, given that by h."""
+    return torch.ops.aten.sigmoid_backward(slope.mul_(inside).mul_(HIGH - LOW), sigmoid)
 
 
 def pieces(first: Tensor, *others: Tensor) -> Iterator[list[Tensor]]:
@@ -46,44 +40,45 @@ def pieces(first: Tensor, *others: Tensor) -> Iterator[list[Tensor]]:
 
 
 class Soft(torch.autograd.Function):
-    """lerp(inner, outer, h)"""
+    """The soft weights lerp(inner, outer, h) in `dtype`, and the sum of 1 - |2h - 1|^beta: 0 without a `beta`.
+
+    One function for both, so that each direction finds the sigmoid once and reads `v` once.
+    """
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, temperature: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        v: Tensor,
+        temperature: Tensor,
+        inner: Tensor,
+        outer: Tensor,
+        beta: float | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(v, temperature, inner, outer)
-        soft = torch.empty_like(v, memory_format=torch.contiguous_format)
-        for x, t, a, b, out in pieces(v, temperature, inner, outer, soft):
-            torch.lerp(a, b, h(sigmoid(x, t)), out=out)
-        return soft
+        ctx.beta = beta
+        soft = torch.empty_like(v, dtype=dtype, memory_format=torch.contiguous_format)
+        undecided = v.new_zeros(()) if beta is None else torch.empty_like(soft, dtype=v.dtype)
+        for x, t, a, b, out, left in pieces(v, temperature, inner, outer, soft, undecided):
+            h = stretched(sigmoid(x, t)).clamp_(0, 1)
+            out.copy_(torch.lerp(a, b, h))
+            if beta is not None:
+                torch.sub(1, h.mul_(2).sub_(1).abs_().pow_(beta), out=left)
+        return soft, undecided.sum()
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
         v, *others = ctx.saved_tensors
+        by_soft, by_undecided = slopes
         slope = torch.empty_like(v, memory_format=torch.contiguous_format)
-        for x, t, a, b, given, out in pieces(v, *others, *slopes, slope):
-            out.copy_(back((b - a).mul_(given), sigmoid(x, t), t))
-        return slope, None, None, None
-
-
-class Undecided(torch.autograd.Function):
-    """1 - |2h - 1|^beta"""
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, temperature: Tensor, beta: float) -> Tensor:
-        ctx.save_for_backward(v, temperature)
-        ctx.beta = beta
-        undecided = torch.empty_like(v, memory_format=torch.contiguous_format)
-        for x, t, out in pieces(v, temperature, undecided):
-            torch.sub(1, h(sigmoid(x, t)).mul_(2).sub_(1).abs_().pow_(beta), out=out)
-        return undecided
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Any) -> Any:
-        v, temperature = ctx.saved_tensors
-        slope = torch.empty_like(v, memory_format=torch.contiguous_format)
-        for x, t, given, out in pieces(v, temperature, *slopes, slope):
+        for x, t, a, b, given, out in pieces(v, *others, by_soft, slope):
             s = sigmoid(x, t)
-            side = h(s).mul_(2).sub_(1)
-            by_h = side.abs().pow_(ctx.beta - 1).mul_(ctx.beta).mul_(-given).mul_(side.sgn_()).mul_(2)
-            out.copy_(back(by_h, s, t))
-        return slope, None, None
+            stretch = stretched(s)
+            h = stretch.clamp(0, 1)
+            inside = stretch.eq_(h)  # 1.0 or 0.0
+            torch.div(back((b - a).mul_(given), inside, s), t, out=out)
+            if ctx.beta is not None:
+                side = h.mul_(2).sub_(1)
+                by_side = side.abs().pow_(ctx.beta - 1).mul_(ctx.beta).mul_(-by_undecided).mul_(side.sgn_())
+                out.add_(back(by_side.mul_(2), inside, s).div_(t))
+        return slope, None, None, None, None, None

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from fp4dit.models.base import Pipeline
 from fp4dit.observers import spread
 from fp4dit.policy import Rule
 from fp4dit.ranges import shares, whole
+from fp4dit.resume import Trainers
 from fp4dit.stream import Columns, State, Unit, advance, needed, relative_error, rows, within
 from fp4dit.tasks.reconstruct import Fit, check_fit
 
@@ -88,7 +90,7 @@ class Reconstruction:
     `trained` and `held_out` are rows of the calls: to learn from, and to measure on. The models are advanced
     `size` rows at a time. What depends on a layer's inputs, as transforms do, is fitted to `sample` rows, spread over
     those trained on. Rules for `activation` quantize the layers' inputs while their weights are learnt. What flows
-    between units takes its place in `room`.
+    between units takes its place in `room`. How far a unit is, is kept every so many `seconds`, if its fit can go on.
     """
 
     pipeline: Pipeline
@@ -101,6 +103,7 @@ class Reconstruction:
     sample: int = 64
     activation: Sequence[Rule] = ()
     room: Room = field(default_factory=Room)
+    seconds: float = 60.0
 
     def run(self, columns: Columns, trainer: Callable[[str], TrainerFactory]) -> list[dict]:
         """The units' reports, in order. `trainer` makes the Trainers for what it is told is being done."""
@@ -122,14 +125,16 @@ class Reconstruction:
                 examples = Examples(unit, quantized, target, self.trained, self.room)
                 self.prepare(unit, teacher, layers, examples)
                 label = f"{number}/{len(units)} {unit.module}"
+                trainers = Trainers(trainer(label), path.with_suffix(".kept"), self.seconds)
                 # A unit that the rules leave alone has nothing to learn.
-                curve = self.fit(module, list(layers.values()), examples, trainer(label)) if layers else []
+                curve = self.fit(module, list(layers.values()), examples, trainers) if layers else []
                 report = {"unit": unit.module, "error": None, "curve": curve}
             answer = self.forward(module, unit, quantized)
             if not path.exists():
                 report["error"] = relative_error(answer, target, self.held_out)
                 save_layers(layers, path.with_suffix(".safetensors"))
                 publish(path, json.dumps(report))
+            shutil.rmtree(path.with_suffix(".kept"), ignore_errors=True)
             reports.append(report)
             later = {name for unit in units[number:] for name in unit.reads}  # all else gives its room back
             original, quantized = needed(later, original | target), needed(later, quantized | answer)

@@ -86,16 +86,16 @@ class SignRound(Rounder):
         if store is not None:
             self.low, self.high = (nn.Parameter(weight.new_ones(len(weight), 1)) for _ in range(2))
 
-    def forward(self) -> Blocks:
+    def soft(self, beta: float | None = None, dtype: torch.dtype = torch.float32) -> tuple[Blocks, float]:
         """The hard weights, with gradients."""
         self.project()
         fmt, scaling = on(self.format, self.weight), self.drawn_in()
         x = self.shift(scaling.to_grid(self.weight), self.v, fmt)
-        return scaling.from_grid(through(x, fmt.nearest(x.detach())))
+        return scaling.from_grid(through(x, fmt.nearest(x.detach()))), 0.0
 
     @torch.no_grad()
     def hard(self) -> Blocks:
-        return self()
+        return self.soft()[0]
 
     @property
     @torch.no_grad()

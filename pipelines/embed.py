@@ -8,11 +8,12 @@ from pathlib import Path
 
 import hydra
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from fp4dit import embeddings
+from fp4dit.prompts import texts
 from pipelines.command import command
-from pipelines.resolvers import CONF
+from pipelines.resolvers import CONF, require
 from pipelines.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -20,8 +21,10 @@ log = logging.getLogger(__name__)
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="embed")
 def main(cfg: DictConfig) -> None:
-    calibration, evaluation = instantiate(cfg.calibration), instantiate(cfg.prompts.evaluation)
-    prompts = calibration.drawn + evaluation(cfg.prompts.count)
+    for role in ("calibration", "evaluation"):
+        require(cfg.prompts[role], OmegaConf.select(cfg, f"prompts.sources.{role}"))
+    calibration, evaluation = (instantiate(node, _convert_="all") for node in (cfg.calibration, cfg.prompts.evaluation))
+    prompts = calibration.drawn + texts(evaluation(cfg.prompts.count))
     pipeline = instantiate(cfg.model).load()
     pipeline.to(Runtime(cfg.trainer).device)
     count = embeddings.write(pipeline.embed, prompts, Path(cfg.out))

@@ -17,10 +17,12 @@ from fp4dit.models.base import Pipeline
 from fp4dit.policy import Entry, Rule
 from fp4dit.store import Store
 from pipelines.command import command
-from pipelines.listing import expected, listed, size, warnings
+from pipelines.disjoint import check_disjoint
+from pipelines.listing import expected, listed, warnings
 from pipelines.plan import check, pending, plan
 from pipelines.resolvers import CONF
 from pipelines.runtime import Runtime
+from pipelines.units import size
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="inspect")
@@ -30,6 +32,7 @@ def main(cfg: DictConfig) -> None:
     stages = {name: step.make() for name, step in steps.items() if "model" in step.config}
     drawing = stages[steps["score"].needs["images"]]
     skeleton = drawing.model.skeleton()
+    check_disjoint(cfg, steps)
     for name, stage in stages.items():
         check(name, stage)
     weights, own = audit(skeleton, drawing.weight), footprint(skeleton, drawing.weight)

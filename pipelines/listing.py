@@ -9,6 +9,7 @@ from fp4dit.machine import Machine
 from fp4dit.models.base import Pipeline
 from fp4dit.policy import Entry
 from fp4dit.stream import Unit, within
+from pipelines.units import duration, size
 
 Line = tuple[str, ...]
 HEADING = ("layer or operand", "shape", "weight", "bits", "rule", "input", "bits", "rule")
@@ -69,25 +70,13 @@ def expected(steps: Sequence[str], todo: Sequence[str], costs: Mapping[str, Cost
     return aligned([COSTS, *map(line, steps)])
 
 
-def duration(seconds: float) -> str:
-    for name, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {name}"
-    return f"{seconds:.0f} s"
-
-
-def size(count: float) -> str:
-    """Bytes as MB or GB; nothing for none."""
-    return "" if not count else f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
-
-
 def warnings(costs: Mapping[str, Cost], machine: Machine, budget: float, outputs: str) -> Iterator[str]:
     """What would not fit, and which option to change."""
     disk = sum(cost.disk for cost in costs.values())
     if disk > machine.disk:
         yield (
             f"about {size(disk)} of disk are needed, and {size(machine.disk)} are left where outputs={outputs} lies: "
-            "give another outputs, or a smaller calibration.trained or calibration.steps"
+            "give another outputs, or a smaller calibration.trained or calibration.timesteps"
         )
     if budget > machine.host:
         yield f"memory_budget_gb={budget / 1e9:g} is more than the {size(machine.host)} of memory: give a smaller one"

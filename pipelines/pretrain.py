@@ -16,7 +16,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from pipelines.training import Keep, Losses, Stop
+from fp4dit.resume import Keep, TensorIO
+from pipelines.training import Losses, Stop
 
 TRAINED = ("autoencoder", "decoder", "text", "clip", "transformer")
 
@@ -24,7 +25,7 @@ TRAINED = ("autoencoder", "decoder", "text", "clip", "transformer")
 def train(cfg: DictConfig) -> None:
     """Up to `steps` batches, from the last checkpoint on, then save what the next parts need."""
     node, folder = cfg[cfg.part], Path(cfg.folder) / cfg.part
-    last = folder / "last.ckpt"
+    last = folder / "last.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     L.seed_everything(cfg.seed, verbose=False)
     task, stop = instantiate(node.task), Stop()
@@ -37,10 +38,11 @@ def train(cfg: DictConfig) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Keep(last, cfg.minutes), stop, Losses(folder / "loss.csv", cfg.part, node.steps)],
+        callbacks=[Keep(last, 60.0 * cfg.minutes), stop, Losses(folder / "loss.csv", cfg.part, node.steps)],
+        plugins=[TensorIO()],
         **node.trainer,
     )
-    trainer.fit(task, instantiate(node.data), ckpt_path=last if last.exists() else None, weights_only=True)
+    trainer.fit(task, instantiate(node.data), ckpt_path=last if last.exists() else None)
     trainer.save_checkpoint(last)
     if trainer.is_global_zero and stop.stopped:
         print(f"stopped; the same command goes on from {last}")

@@ -14,6 +14,7 @@ from fp4dit.weights import advice, find
 
 CONF = Path(__file__).parents[1] / "conf"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+APART = 1_000_000  # more seeds than there are prompts, each of which has its own
 WEIGHTS_AND_CONFIGS = (".safetensors", ".json", ".txt", ".model")
 
 
@@ -24,7 +25,8 @@ def content(
 
     A hub id stands for itself. `marker` is the file by which a folder is known to be the right kind of model; what
     `others` there are, besides null, is hashed too. Given a part of the config, `${content:${metrics}}`, the same for
-    every `path` in it. Checksums are kept by size and mtime in the store, so that large weights are read once.
+    every `path` and `..._path` in it. Checksums are kept by size and mtime in the store, so that large weights are read
+    once.
 
     Raises:
         UserError: if there is nothing there, or it is not such a model.
@@ -42,6 +44,21 @@ def paths(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from paths(value, f"{prefix}{key}.")
         elif key == "path" and value is not None:
             yield prefix.removesuffix(".") or "path", value
+        elif str(key).endswith("_path") and value:
+            yield f"{prefix}{key}", value
+
+
+def fetched(node: DictConfig, source: str | None = None, *, _root_: DictConfig) -> str | DictConfig:
+    """`${fetched:part,source}`: `content` of files that whoever runs this has to fetch; `source` says from where."""
+    require(node, source)
+    return content(node, _root_=_root_)
+
+
+def require(node: DictConfig, source: str | None) -> None:
+    """Raises UserError, which ends with `source`, if a file that the node names is not there."""
+    for _, path in paths(node):
+        if not Path(path).expanduser().exists():
+            raise UserError(". ".join(filter(None, [f"there is no file at {path}", source])))
 
 
 def present(metrics: DictConfig) -> DictConfig:
@@ -98,6 +115,11 @@ def checksums(place: Path, memory: Path | None) -> dict[str, str]:
     return found
 
 
+def seeded(first: int, _root_: DictConfig) -> int:
+    """`${seeded:42}`: the first of the seeds that follow 42 where `seed` is 0, far from those of every other `seed`."""
+    return first + APART * _root_.get("seed", 0)
+
+
 def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
@@ -110,7 +132,11 @@ def nearest(name: str, names: list[str]) -> str:
     return f"there are {', '.join(name for name in names if '.' not in name)}"
 
 
+# Those whose answers depend on files, which may change while no config does.
+LOOKING = {"content": content, "fetched": fetched, "present": present}
+
+
 def register() -> None:
-    OmegaConf.register_new_resolver("content", content, replace=True)
-    OmegaConf.register_new_resolver("present", present, replace=True)
-    OmegaConf.register_new_resolver("options", lambda group: ", ".join(options(group)), replace=True)
+    others = {"seeded": seeded, "options": lambda group: ", ".join(options(group))}
+    for name, resolver in {**LOOKING, **others}.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)

@@ -55,6 +55,8 @@ class Runtime:
             quiet["enable_progress_bar"] = False
         else:
             callbacks.append(Progress(f"{self.job}  {label}" if self.job else label, shown == "bar", self.clock))
+        if kw.get("devices") == 1:  # then nothing is to be spawned, for what a process learns is gone with it
+            kw.setdefault("strategy", "auto")
         if "max_steps" in kw:
             kw.setdefault("max_epochs", -1)
         return lightning.Trainer(**{**quiet, **self.devices, **kw}, callbacks=callbacks)

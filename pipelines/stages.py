@@ -8,15 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning import LightningModule
 from torch.utils.data import DataLoader
 
 from fp4dit import policy, reconstruction, scores
 from fp4dit.columns import Room
 from fp4dit.errors import UserError
 from fp4dit.estimate import Cost, Estimator, calls
+from fp4dit.footprint import bit_operations
 from fp4dit.metrics.base import PerImage, PerSet
 from fp4dit.models.base import Source
 from fp4dit.policy import Rule
+from fp4dit.prompts import Prompts, texts
 from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, load_weights_, split
 from fp4dit.resources import hide_loading_bars
 from fp4dit.tasks.activate import Measure, Observe, load_scales_, save_scales
@@ -28,12 +31,11 @@ from pipelines.runtime import Runtime
 
 hide_loading_bars()  # a stage has a progress of its own to show
 
-Prompts = Callable[[int], list[str]]
-
 
 @dataclass(frozen=True)
 class Calibration:
-    """`trained` prompts to learn from and `held_out` more to measure on, denoised `chunk` at a time."""
+    """`trained` prompts to learn from and `held_out` more to measure on, denoised `chunk` at a time. Of the sampler's
+    `steps` so many `timesteps` are kept, evenly spread, or all."""
 
     prompts: Prompts
     trained: int
@@ -43,19 +45,28 @@ class Calibration:
     steps: int
     guidance: float
     alter: Alteration = as_heard
+    timesteps: int | None = None
 
     def __post_init__(self) -> None:
         if self.trained < 1 or self.held_out < 1:
             raise UserError("calibration.trained and calibration.held_out must be at least 1")
+        if self.timesteps is not None and not 1 <= self.timesteps <= self.steps:
+            raise UserError(
+                f"calibration.timesteps={self.timesteps}: of the sampler's {self.steps} steps, keep 1 or more"
+            )
+
+    @property
+    def kept(self) -> int:
+        return self.timesteps or self.steps
 
     @property
     def rows(self) -> tuple[int, int]:
         """How many calls there are to learn from, and to measure on."""
-        return calls(self.trained, self.steps, self.guidance), calls(self.held_out, self.steps, self.guidance)
+        return calls(self.trained, self.kept, self.guidance), calls(self.held_out, self.kept, self.guidance)
 
     @property
     def drawn(self) -> list[str]:
-        return self.prompts(self.trained + self.held_out)
+        return texts(self.prompts(self.trained + self.held_out))
 
 
 @dataclass(frozen=True)
@@ -75,8 +86,9 @@ class Capture:
 
     def cost(self, at: Estimator) -> Cost:
         c = self.calibration
-        given = c.trained + c.held_out, c.steps, c.guidance
-        return at.sampling(*given, c.chunk, [], at.captured(*given), "calibration.chunk")
+        prompts = c.trained + c.held_out
+        disk = at.captured(prompts, c.kept, c.guidance)
+        return at.sampling(prompts, c.steps, c.guidance, c.chunk, [], disk, "calibration.chunk")
 
     def check(self) -> None:
         self.model.check(self.calibration.drawn)
@@ -84,8 +96,8 @@ class Capture:
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         c = self.calibration
         (out / "calls").mkdir(exist_ok=True)
-        task = CaptureTask(self.model.load(), out / "calls", c.steps, c.guidance, c.alter)
-        runtime.trainer("capture").predict(task, one_by_one(chunked(c.drawn, c.chunk, c.seed)))
+        task = CaptureTask(self.model.load(), out / "calls", c.steps, c.guidance, c.alter, c.kept)
+        predict(runtime, "capture", task, chunked(c.drawn, c.chunk, c.seed))
 
 
 @dataclass(frozen=True)
@@ -176,7 +188,9 @@ class Activate:
         write_csv(out / "sqnr.csv", measure.sqnr())
         audit = measure.audit(rules)
         bits = policy.effective_bits(audit) if audit else 16.0
-        write_json(out / "audit.json", {"layers": policy.as_rows(audit), "bits_activation": bits})
+        work = bit_operations(self.model.skeleton(), self.weight, self.activation)
+        found = {"layers": policy.as_rows(audit), "bits_activation": bits, "bit_operations": work}
+        write_json(out / "audit.json", found)
 
 
 @dataclass(frozen=True)
@@ -196,23 +210,27 @@ class Generate:
         return at.sampling(self.count, g.steps, g.guidance, g.chunk, self.activation, images, "generation.chunk")
 
     def check(self) -> None:
-        self.model.check(self.prompts(self.count))
+        self.model.check(texts(self.prompts(self.count)))
 
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         g, pipeline, prompts = self.generation, self.model.load(), self.prompts(self.count)
         if "weights" not in needs:
             size = policy.checkpoint_bytes(pipeline.dit, [])
-            write_json(out / "audit.json", {"bits_weight": 16, "bits_activation": 16, "checkpoint_bytes": size})
+            work = bit_operations(self.model.skeleton(), [], [])
+            found = {"bits_weight": 16, "bits_activation": 16, "checkpoint_bytes": size, "bit_operations": work}
+            write_json(out / "audit.json", found)
         else:
             activations, _ = load_weights_(pipeline, self.weight, self.activation, needs["weights"] / "units")
             load_scales_(activations, needs["activations"] / "scales.safetensors")
         (out / "images").mkdir(exist_ok=True)
-        chunks = chunked(prompts, g.chunk, g.seed)
-        runtime.trainer("generate").predict(
-            GenerateTask(pipeline, out / "images", g.steps, g.guidance), one_by_one(chunks)
-        )
-        seeded = [(prompt, seed) for chunk in chunks for prompt, seed in zip(chunk.prompts, chunk.seeds, strict=True)]
-        write_json(out / "images.json", [{"prompt": prompt, "seed": seed} for prompt, seed in seeded])
+        chunks = chunked(texts(prompts), g.chunk, g.seed)
+        predict(runtime, "generate", GenerateTask(pipeline, out / "images", g.steps, g.guidance), chunks)
+        seeds = [seed for chunk in chunks for seed in chunk.seeds]
+        drawn = [
+            {"prompt": prompt.text, "seed": seed} | ({"group": prompt.group} if prompt.group else {})
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        write_json(out / "images.json", drawn)
 
 
 @dataclass(frozen=True)
@@ -230,7 +248,7 @@ class Score:
         prompts = [entry["prompt"] for entry in drawn]
         parts = shards(needs["images"] / "images", needs["reference"] / "images", prompts)
         task = ScoreTask(*scores.split(asked), out / "shards")
-        runtime.trainer("score").predict(task, one_by_one(parts), return_predictions=False)
+        predict(runtime, "score", task, parts)
         write_json(
             out / "metrics.json", {**scores.report(asked, gathered(out / "shards"), drawn), "scalars": costs(needs)}
         )
@@ -241,10 +259,17 @@ def costs(needs: Mapping[str, Path]) -> Mapping[str, int | float]:
     audits = [needs[role] / "audit.json" for role in ("weights", "activations", "images") if role in needs]
     found = {name: value for path in audits if path.exists() for name, value in read_json(path).items()}
     seconds = [read_json(needs[role] / "manifest.json")["seconds"] for role in ("calls", "weights") if role in needs]
-    names = ("block_error", "bits_weight", "bits_activation", "checkpoint_bytes", "steps")
+    names = ("block_error", "bits_weight", "bits_activation", "bit_operations", "checkpoint_bytes", "steps")
     return {name: found[name] for name in names if name in found} | (
         {"calibration_seconds": sum(seconds)} if seconds else {}
     )
+
+
+def predict(runtime: Runtime, label: str, task: LightningModule, parts: Sequence[Any]) -> None:
+    """Each part on one of the devices, of which no more are used than there are parts."""
+    devices = runtime.devices.get("devices")
+    fewer = {"devices": len(parts)} if isinstance(devices, int) and devices > len(parts) else {}
+    runtime.trainer(label, **fewer).predict(task, one_by_one(parts), return_predictions=False)
 
 
 def one_by_one(items: Any) -> DataLoader:

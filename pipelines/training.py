@@ -33,18 +33,6 @@ class Stop(Callback):
         trainer.should_stop = trainer.should_stop or self.stopped
 
 
-class Keep(Callback):
-    """Saves every so many minutes. Lightning's own does not, by time, where a task steps its optimizers itself."""
-
-    def __init__(self, path: Path, minutes: float) -> None:
-        self.path, self.seconds, self.saved = path, 60 * minutes, time.monotonic()
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.strategy.broadcast(time.monotonic() - self.saved >= self.seconds):
-            trainer.save_checkpoint(self.path)
-            self.saved = time.monotonic()
-
-
 class Losses(Callback):
     """Means over `every` batches, appended to a CSV (batch, seconds, ...), and shown with the time left."""
 

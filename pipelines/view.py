@@ -15,8 +15,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from fp4dit.rows import row
 from fp4dit.store import Store
-from fp4dit.tables import row
 from pipelines.plan import Step
 
 log = logging.getLogger(__name__)

@@ -9,6 +9,8 @@ import yaml
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
+from fp4dit.errors import UserError
+from fp4dit.published import published
 from pipelines.plan import plan
 from pipelines.resolvers import CONF, options
 from tests.conftest import Compose
@@ -73,6 +75,33 @@ def test_a_table_names_real_experiments_and_none_of_its_own_is_left_out(table: s
     assert named >= {name for name in EXPERIMENTS if name.startswith(f"{table}_")}
     assert len({(row["label"], row.get("group")) for row in rows}) == len(rows)
     assert len({tuple(row["overrides"]) for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_what_a_table_shows_is_known_and_what_is_published_has_a_source(table: str):
+    node, own = (yaml.safe_load((CONF / f"{name}.yaml").read_text()) for name in ("table", f"table/{table}"))
+    known = {**node["others"], **node["columns"], **own.get("columns", {})}
+    assert [column for column in own.get("show", []) if column.partition(":")[0] not in known] == []
+    data = yaml.safe_load((CONF / "published.yaml").read_text())
+    for row in own["rows"]:
+        if "published" in row:
+            theirs = published(data, row["published"])
+            assert set(theirs.values) <= known.keys()
+            assert theirs.reason or None not in theirs.values.values()
+    assert sum(row.get("reference", False) for row in own["rows"]) <= 1
+
+
+def test_every_published_entry_says_of_what_it_is():
+    """And has numbers, or a reason why it has none."""
+    for name, entry in yaml.safe_load((CONF / "published.yaml").read_text()).items():
+        for row in entry["rows"]:
+            found = published({name: entry}, f"{name}/{row}")
+            assert found.source.startswith(entry["paper"])
+            assert "model " in found.source
+            assert ("notes on the paper" in found.source) == entry.get("secondary", False)
+            assert bool(found.reason) == (None in found.values.values())
+    with pytest.raises(UserError, match=r"'svdquant/fp15' is not in conf/published.yaml; there are svdquant/fp16"):
+        published(yaml.safe_load((CONF / "published.yaml").read_text()), "svdquant/fp15")
 
 
 @pytest.mark.parametrize("table", TABLES)

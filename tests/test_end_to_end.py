@@ -30,14 +30,14 @@ SMALL = [
 CPU = {"accelerator": "cpu", "devices": 1}
 
 
-def run(outputs: Path, *overrides: str, small: Sequence[str] = SMALL) -> dict[str, Path]:
+def run(outputs: Path, *overrides: str, small: Sequence[str] = SMALL, devices: dict = CPU) -> dict[str, Path]:
     """The folders of all stages, made in this process."""
     GlobalHydra.instance().clear()
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         steps = plan(compose("run", [*small, *overrides]))
     store = Store(outputs / "store")
-    execute(steps, ["score"], store, Runtime(CPU, "none"))
+    execute(steps, ["score"], store, Runtime(devices, "none"))
     return {name: store.path(name, step.key) for name, step in steps.items()}
 
 
@@ -59,6 +59,14 @@ def test_every_stage_leaves_the_same_bits_twice(undisturbed, tmp_path):
     scores = [json.loads((paths["score"] / "metrics.json").read_text()) for paths in (undisturbed, again)]
     assert scores[0]["metrics"] == scores[1]["metrics"]
     assert set(scores[0]["metrics"]) == {"psnr", "ssim", "oracle", "clip"}
+
+
+def test_two_processes_leave_the_same_bits_as_one(undisturbed, tmp_path):
+    two = run(tmp_path, devices={"accelerator": "cpu", "devices": 2, "strategy": "ddp_spawn"})
+    for stage in ("capture", "reconstruct", "generate", "score"):
+        found, expected = contents(two[stage]), contents(undisturbed[stage])
+        assert found.keys() == expected.keys(), stage
+        assert [name for name in found if found[name] != expected[name] and name != "metrics.json"] == [], stage
 
 
 def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bits(undisturbed, tmp_path):

@@ -4,8 +4,11 @@ import torch
 from torch import nn
 
 from fp4dit.calls import Call
-from fp4dit.footprint import Memory, footprint, kept
+from fp4dit.footprint import Memory, bit_operations, footprint, kept
+from fp4dit.formats import integer
 from fp4dit.models.pixart import PixArtPipeline
+from fp4dit.policy import Rule
+from fp4dit.quantizer import Granularity, Quantizer
 from tests.test_published import skeleton
 
 
@@ -21,6 +24,20 @@ def test_operations_of_a_block_in_closed_form():
     attention = 2 * tokens * (tokens + text) * width
     assert block.flops == 2 * (linear + attention)
     assert block.left == {"hidden": 4 * tokens * width}
+
+
+def test_bit_operations_of_a_block_in_closed_form():
+    """As above: its layers at 4 and 6 bits, its attention at 16."""
+    tokens, text, width = 1024, 120, 1152
+    pipeline = lambda: PixArtPipeline(skeleton("pixart_alpha_512", num_layers=1).to("meta"), text)
+    four, six = (Quantizer(integer(bits), Granularity("row")) for bits in (4, 6))
+    linear = tokens * (4 + 2 + 8) * width**2 + text * 2 * width**2
+    full = bit_operations(pipeline(), [], [])
+    both = bit_operations(pipeline(), [Rule("transformer_blocks.*", four)], [Rule("transformer_blocks.*", six)])
+    weights = bit_operations(pipeline(), [Rule("transformer_blocks.*", four)], [])
+    assert full == 256 * footprint(pipeline()).flops // 2
+    assert full - both == (16 * 16 - 4 * 6) * linear
+    assert full - weights == (16 * 16 - 4 * 16) * linear
 
 
 def test_memory_counts_what_is_there():

@@ -85,11 +85,12 @@ def test_untrained_learning_then_freezing_is_rounding_to_nearest(make, shape, le
         wrap(make(), quantizer(fmt)).prepare(),
         wrap(make(), quantizer(fmt)).prepare(),
     )
-    rounding, scaling = learning.learn(learner), learning.grid.scaling
+    learning.learn(learner)
+    scaling = learning.grid.scaling
     clipped = scaling.from_grid(scaling.to_grid(plain.rows).clamp(fmt.min, fmt.max))
-    torch.testing.assert_close(learning.current().flatten(1), clipped)
-    rounding.eval()
     hard = learning(x)
+    learning.soften(None)
+    torch.testing.assert_close(learning.current().flatten(1), clipped)
     plain.freeze()
     learning.freeze()
     assert learning.rounding is None
@@ -112,9 +113,24 @@ def test_bf16_weights_freeze_to_nearest_and_stay():
 def test_gradients_reach_the_rounding_and_nothing_else():
     layer = wrap(linear(), quantizer(E2M1)).prepare()
     rounding = layer.learn(logit)
+    layer.soften(None)
     layer(torch.randn(3, 32)).square().sum().backward()
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["rounding.v"]
     assert rounding.v.grad.abs().sum() > 0
+
+
+def test_a_weight_made_in_the_dtype_of_autocast_is_the_one_that_autocast_makes():
+    """Products and gradients, beside those of the fp32 weight which autocast casts itself."""
+    layer, x = wrap(linear(), quantizer(E2M1)).prepare(), torch.randn(3, 32)
+    rounding = layer.learn(logit)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.soften(None)
+        ours = layer(x)
+        theirs = F.linear(x, rounding.soft()[0].view_as(layer.rows), layer.bias)
+    assert layer.soft.dtype == ours.dtype == torch.bfloat16
+    assert torch.equal(ours, theirs)
+    assert torch.equal(*(torch.autograd.grad(y.float().square().sum(), rounding.v)[0] for y in (ours, theirs)))
+    assert layer(x).dtype == torch.float32  # where autocast is off
 
 
 @pytest.mark.parametrize("bias", [True, False])

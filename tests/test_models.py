@@ -33,6 +33,7 @@ from fp4dit.models.generic import Generic
 from fp4dit.models.hunyuan import Hunyuan
 from fp4dit.models.pixart import PixArt
 from fp4dit.policy import Rule
+from fp4dit.prompts import texts
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, load_weights_, split
 from fp4dit.rounding import ulp
@@ -327,7 +328,7 @@ def test_every_stage_runs_and_what_is_loaded_draws_the_same_bits(
     activations, _ = load_weights_(pipeline, stage.weight, stage.activation, paths["reconstruct"] / "units")
     load_scales_(activations, paths["activate"] / "scales.safetensors")
     g = stage.generation
-    for chunk in chunked(stage.prompts(stage.count), g.chunk, g.seed):
+    for chunk in chunked(texts(stage.prompts(stage.count)), g.chunk, g.seed):
         GenerateTask(pipeline, tmp_path, g.steps, g.guidance).predict_step(chunk)
     drawn, stored = (sorted(place.glob("*.png")) for place in (tmp_path, paths["generate"] / "images"))
     assert [path.read_bytes() for path in drawn] == [path.read_bytes() for path in stored]

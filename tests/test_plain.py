@@ -36,7 +36,7 @@ def ours(module: nn.Module, given: Examples) -> tuple[Tensor, list[Tensor]]:
     for layer in layers.values():
         layer.prepare()
     plan = Learnt(ulp, partial(torch.optim.Adam, lr=1e-3), Summed(), 1, 2, warmup=0.0)
-    task = BlockReconstructor(module, list(layers.values()), given.unit, plan)
+    task = BlockReconstructor(module, list(layers.values()), given, plan)
     loss = task.training_step(given.at(torch.arange(2)), 0)
     loss.backward()
     return loss, [r.v.grad for r in task.choices]  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]

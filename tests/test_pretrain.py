@@ -15,6 +15,7 @@ from lightning import Callback, Trainer
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from fp4dit import tree
 from fp4dit.models.shapes import recipe
 from fp4dit.models.shapes.data import Scenes
 from fp4dit.models.shapes.evaluate import draw, evaluate, insert
@@ -31,7 +32,7 @@ def run(part, folder, steps, batch=2, minutes=5):
         cfg = compose("pretrain", [*TINY, f"part={part}", f"folder={folder}"])
     cfg[part].steps, cfg[part].data.batch, cfg.minutes = steps, batch, minutes
     train(cfg)
-    return torch.load(folder / part / "last.ckpt", weights_only=True)
+    return tree.load(folder / part / "last.safetensors")
 
 
 def test_a_training_is_kept_while_it_runs(tmp_path, monkeypatch):
@@ -123,7 +124,7 @@ def test_sigterm_ends_the_training_after_the_batch():
 
 
 def test_export_ships_the_average_in_16_bits(parts, shipped):
-    state = torch.load(parts / "transformer/last.ckpt", weights_only=True)["state_dict"]
+    state = tree.load(parts / "transformer/last.safetensors")["state_dict"]
     for name, value in load_file(shipped / "transformer/diffusion_pytorch_model.safetensors").items():
         assert value.dtype == torch.float16
         assert torch.equal(value, state[f"average.module.{name}"].half())

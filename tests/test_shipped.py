@@ -11,7 +11,7 @@ from safetensors import safe_open
 from fp4dit.models.shapes.evaluate import draw
 from fp4dit.models.shapes.oracle import judge
 from fp4dit.models.shapes.recipe import SHIPPED
-from fp4dit.prompts import shapes
+from fp4dit.prompts import shapes, texts
 
 pytestmark = pytest.mark.skipif(not (SHIPPED / "model_index.json").exists(), reason="the model is not trained yet")
 
@@ -31,7 +31,7 @@ def test_diffusers_loads_them_and_they_draw_what_they_are_told(dtype):
     pipe = PixArtSigmaPipeline.from_pretrained(SHIPPED, torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     assert {pipe.transformer.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {dtype or torch.float32}
-    captions = shapes(16, held_out=True, seed=1)
+    captions = texts(shapes(16, held_out=True, seed=1))
     images = draw(pipe, captions, steps=20, guidance=4.5, seed=0)
     assert sum(judge(images, captions)["colours"]) >= 12
 
@@ -39,7 +39,7 @@ def test_diffusers_loads_them_and_they_draw_what_they_are_told(dtype):
 def test_open_clip_loads_its_part():
     name = f"local-dir:{SHIPPED / 'clip'}"
     model, _ = open_clip.create_model_from_pretrained(name)
-    tokens = open_clip.get_tokenizer(name)(shapes(2, held_out=True))
+    tokens = open_clip.get_tokenizer(name)(texts(shapes(2, held_out=True)))
     assert model.encode_text(tokens).shape == (2, model.visual.output_dim)
 
 

@@ -12,7 +12,7 @@ from fp4dit.calls import Call
 from fp4dit.models.pixart import PixArtPipeline
 from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, split
 from fp4dit.stream import advance, answers, relative_error, rows
-from fp4dit.tasks.capture import CaptureTask, chunked, noise_at_index
+from fp4dit.tasks.capture import CaptureTask, Chunk, chunked, noise_at_index
 from fp4dit.tasks.reconstruct import Rounded
 from tests import tiny
 
@@ -114,6 +114,18 @@ def captured(pipeline: PixArtPipeline, tmp_path: Path) -> tuple[Path, list[int]]
     task = CaptureTask(pipeline, tmp_path, steps=3, guidance=4.5)
     tiny.trainer()().predict(task, tiny.one_by_one(chunked(tiny.PROMPTS, 2, seed=5)))
     return tmp_path, seen
+
+
+def test_the_timesteps_kept_are_spread_from_the_first_to_the_last(pipeline, tmp_path):
+    every, some = tmp_path / "every", tmp_path / "some"
+    for folder, kept in ((every, None), (some, 3)):
+        folder.mkdir()
+        CaptureTask(pipeline, folder, 5, 4.5, kept=kept).predict_step(Chunk(0, tiny.PROMPTS[:1], [5]))
+    whole, part = (load_calls(folder) for folder in (every, some))
+    steps = whole["timestep"][:].unique(sorted=True).flip(0)  # a sampler counts downwards
+    assert part["timestep"][:].unique(sorted=True).flip(0).tolist() == steps[[0, 2, 4]].tolist()
+    places = torch.isin(whole["timestep"][:], steps[[0, 2, 4]]).nonzero().flatten()
+    assert torch.equal(part["latent"][:], whole["latent"][:][places])
 
 
 def test_capture_costs_one_pass_per_sample(captured: tuple[Path, list[int]]):

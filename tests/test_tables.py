@@ -2,15 +2,22 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+from fp4dit.comparisons import Mark
 from fp4dit.errors import UserError
+from fp4dit.exports import as_csv, as_json
+from fp4dit.forms import latex, markdown, terminal
 from fp4dit.pictures import grid, stacked
-from fp4dit.tables import LEGEND, Column, Row, Table, as_csv, latex, markdown, row
+from fp4dit.published import Published
+from fp4dit.rows import Column, Row, over_seeds, row
+from fp4dit.statistics import difference, interval
+from fp4dit.tables import FEW_NOTE, Table
 from pipelines.resolvers import CONF
 
 PSNR = Column("psnr", "PSNR, dB", 1, interval=True, better="higher")
@@ -32,8 +39,8 @@ def scored(label: str, group: str | None, psnr: Sequence[float], error: float, i
     return row(
         label,
         {"n": 8, "metrics": metrics, "scalars": {"block_error": error}, "per_image": per_image},
-        group,
         images,
+        group=group,
     )
 
 
@@ -44,6 +51,20 @@ CLOSE = scored("Close", "W4A8", NEAR, 0.01)
 WORSE = scored("Worse", "W4A8", [h - 0.3 for h in HARD], 0.03)
 OTHER = scored("Other", "W4A4", [h - 9 for h in HARD], 0.09)
 REFERENCE = scored("Reference", None, [h + 9 for h in HARD], 0.0)
+FULL_PRECISION = replace(REFERENCE, reference=True)
+BEST, EQUAL, PLAIN = Mark(best=True), Mark(equal=True), Mark()
+
+
+def legend(count: int, *marks: str) -> str:
+    test = (
+        "Tested image by image of the same prompt and seed, by changing signs of the differences (9,999 times, or in "
+        "all ways there are; Student's t from 1,000 images), at 5 % after Holm's correction for the "
+        f"{count} comparisons of this table. What is no mean over images is not tested."
+    )
+    return " ".join(["Bold: the best of its group.", *marks, test])
+
+
+LEGEND = legend(2, "†: not distinguishable from it.")
 
 
 def test_markdown_shows_intervals_units_and_what_is_missing():
@@ -97,12 +118,12 @@ def test_latex_parts_groups_with_rules_and_marks_them():
         "\\midrule",
         "\\multicolumn{2}{l}{\\textit{W4A8}} \\\\",
         "Top & $\\mathbf{34.0} \\pm 1.0$ \\\\",
-        "Close & $33.9^\\dagger \\pm 1.0$ \\\\",
+        "Close & $33.9^{\\dagger} \\pm 1.0$ \\\\",
         "\\midrule",
         "\\multicolumn{2}{l}{\\textit{W4A4}} \\\\",
         "Other & $25.0 \\pm 1.0$ \\\\",
     ]
-    assert lines[-1] == f"% {LEGEND}"
+    assert lines[-1] == f"% {legend(1, '†: not distinguishable from it.')}"
 
 
 def test_csv_names_the_group_only_where_there_are_groups():
@@ -121,19 +142,19 @@ def test_csv_names_the_group_only_where_there_are_groups():
     ids=lambda r: r.label,
 )
 def test_only_values_of_the_same_images_are_compared(rival: Row):
-    assert [marks["psnr"] for marks in Table([TOP, rival], [PSNR]).marks] == ["best", ""]
+    assert [marks["psnr"] for marks in Table([TOP, rival], [PSNR]).marks] == [BEST, PLAIN]
 
 
 def test_equal_rows_are_both_the_best_and_a_value_that_is_missing_is_neither():
     unknown = Row("Unknown", {"n": 8}, "W4A8")
     marks = Table([WORSE, TOP, TOP, unknown], [PSNR, ERROR]).marks
-    assert [m["psnr"] for m in marks] == ["", "best", "best", ""]
-    assert [m["block_error"] for m in marks] == ["", "best", "best", ""]
+    assert [m["psnr"] for m in marks] == [PLAIN, BEST, BEST, PLAIN]
+    assert [m["block_error"] for m in marks] == [PLAIN, BEST, BEST, PLAIN]
 
 
 def test_a_group_that_lacks_a_row_is_not_judged():
     table = Table([TOP, CLOSE, Row("Later", {}, "W4A8")], [PSNR, ERROR])
-    assert table.marks == [{}, {}, {}]
+    assert all(mark == PLAIN for marks in table.marks for mark in marks.values())
     assert "†" not in markdown(table)
 
 
@@ -164,6 +185,143 @@ def test_the_columns_of_our_tables_are_those_of_the_issue():
     scalars = ["block_error", "bits_weight", "bits_activation", "checkpoint_bytes", "calibration_seconds", "n"]
     assert header == ["label", *means, *scalars]
     assert {c.name for c in columns if c.better == "lower"} == {"block_error"}
+
+
+def test_a_row_is_held_against_full_precision_image_by_image():
+    """Less by 0.3 for every image: certain of 8, whatever the images are like; NEAR is not."""
+    mixed = replace(CLOSE, per_image={"psnr": NEAR[::-1]})
+    text = markdown(Table([FULL_PRECISION, WORSE, mixed], [PSNR]))
+    assert "33.7†↓ [32.7, 34.7]" in text
+    assert "**33.9** [32.9, 34.9]" in text
+    assert legend(3, "†: not distinguishable from it.", "↓, ↑: worse, better than full precision.") in text
+    found = {c.row: c for c in Table([TOP, CLOSE, WORSE, FULL_PRECISION], [PSNR]).comparisons if c.rival != "best"}
+    assert [(c.differs, c.gains) for c in found.values()] == [(True, False)] * 3
+    against = difference(WORSE.per_image["psnr"], FULL_PRECISION.per_image["psnr"])  # pyright: ignore
+    assert vars(found[2].difference) == pytest.approx(vars(against))
+    header, *rows = csv.reader(io.StringIO(as_csv(Table([FULL_PRECISION, WORSE], [PSNR]))))
+    assert header == [
+        "label",
+        "group",
+        *(f"psnr{x}" for x in ("", "_low", "_high", "_diff", "_diff_low", "_diff_high")),
+    ]
+    assert rows[0][-3:] == ["", "", ""]
+    assert [float(x) for x in rows[1][-3:]] == pytest.approx([against.mean, against.low, against.high])
+
+
+def test_each_comparison_more_makes_a_mark_harder_to_get():
+    """Of 8 images that all say the same p is 2/256: enough for 6 comparisons, 12 are too many."""
+    worse = [replace(WORSE, label=str(i)) for i in range(12)]
+    marks = lambda rivals: [m["psnr"] for m in Table([TOP, *rivals], [PSNR]).marks]
+    assert marks(worse[:6]) == [BEST] + 6 * [PLAIN]
+    assert marks(worse) == [BEST] + 12 * [EQUAL]
+
+
+def test_seeds_are_averaged_image_by_image_and_their_spread_shown():
+    drawn = [[{"prompt": f"prompt {i}", "seed": seed + i} for i in range(8)] for seed in (0, 1000)]
+    seeds = {s: scored("Two", "W4A8", [h + s for h in HARD], 0.01 * (1 + s), drawn[s]) for s in (0, 1)}
+    both = over_seeds(seeds)
+    mean = interval([h + 0.5 for h in HARD])
+    assert [both.values[f"psnr{x}"] for x in ("", "_low", "_high")] == pytest.approx([mean.mean, mean.low, mean.high])
+    assert both.values["psnr_sd"] == pytest.approx(1 / 2**0.5)
+    assert (both.values["psnr_seed0"], both.values["psnr_seed1"], both.values["seeds"]) == (34, 35, 2)
+    assert (both.values["block_error"], both.values["n"]) == (pytest.approx(0.015), 8)
+    assert "34.5 ± 0.7 [" in markdown(Table([both], [PSNR]))
+    assert as_csv(Table([both], [PSNR])).startswith(
+        "label,group,psnr,psnr_low,psnr_high,psnr_sd,psnr_seed0,psnr_seed1\n"
+    )
+    assert over_seeds({0: TOP}) == TOP
+    assert not over_seeds({0: seeds[0], 1: Row("Two", {}, "W4A8")}).values
+    with pytest.raises(ValueError, match="Two: its seeds drew other prompts"):
+        over_seeds({0: seeds[0], 1: replace(seeds[1], images=[{**i, "prompt": "another"} for i in drawn[1]])})
+
+
+FID = Column("fid", "FID", 1, of_set=True, better="lower")
+
+
+def of_set(label: str, n: int, **scores: float) -> Row:
+    means = {name: {"mean": v, "low": v - 1, "high": v + 1} for name, v in scores.items()}
+    return row(label, {"n": n, "metrics": means, "scalars": {}}, group="W4A4")
+
+
+def test_scores_of_a_set_that_are_against_others_stand_in_columns_of_their_own():
+    rows = [
+        of_set("A", 64, **{"fid/full-64/tf": 9.0, "fid/coco-64/tf": 30.0}),
+        of_set("B", 5000, **{"fid/full-64/tf": 8.0}),
+    ]
+    lines = markdown(Table(rows, [FID])).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[2:-1]] == ["FID, full-64, tf", "FID, coco-64, tf"]
+    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["A", "9.0⚠ [8.0, 10.0]", "30.0⚠ [29.0, 31.0]"]
+    assert [cell.strip() for cell in lines[4].split("|")[1:-1]] == ["B", "**8.0** [7.0, 9.0]", "–"]
+    assert FEW_NOTE in lines
+    assert "FID |" in markdown(Table([FP4], [FID]))
+
+
+def test_a_style_of_prompts_can_be_a_column_and_a_metric_says_what_it_is():
+    metrics = METRICS | {
+        "groups": {"hps": {"anime": {"mean": 0.25, "low": 0.2, "high": 0.3}}},
+        "notes": {"hps": "3 of 64 prompts were cut"},
+        "about": {"hps": "HPS " + "of a very long name " * 20},
+    }
+    table = Table(
+        [row("A", metrics), row("B", metrics)],
+        [Column("hps", "HPS"), Column("hps:anime", "HPS, anime", 2, interval=True)],
+    )
+    text = markdown(table)
+    assert "0.25 [0.20, 0.30]" in text
+    assert text.count("HPS: 3 of 64 prompts were cut.\n") == 1
+    assert text.count("HPS: HPS of a very") == 1
+    assert all(len(line) < 200 for line in text.splitlines())
+    assert json.loads(as_json(table))["about_columns"] == {"hps": [metrics["about"]["hps"]]}
+
+
+def test_what_is_published_stands_beside_with_the_difference_and_its_source():
+    known = Published({"psnr": 34.2}, "A paper, 5,000 images")
+    unknown = Published({"psnr": None}, "Another paper", "not available here")
+    rows = [
+        replace(TOP, published=known),
+        replace(CLOSE, published=unknown),
+        WORSE,
+        Row("Later", {}, "W4A8", published=known),
+    ]
+    lines = markdown(Table(rows, [PSNR, ERROR])).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert cells[0] == ["", "PSNR, dB", "published", "Error"]
+    assert [c[2] for c in cells[3:]] == ["34.2 (-0.2) [1]", "n/a [2]", "", "34.2 [1]"]
+    assert "[1] Published: A paper, 5,000 images." in lines
+    assert "[2] Published: Another paper. n/a: not available here." in lines
+    first = next(csv.DictReader(io.StringIO(as_csv(Table(rows, [PSNR])))))
+    assert (float(first["psnr_published"]), float(first["psnr_minus_published"])) == pytest.approx((34.2, -0.2))
+
+
+def test_a_terminal_gets_aligned_columns_and_no_markdown():
+    table = Table([TOP, CLOSE, REFERENCE], [PSNR, ERROR], finding="Top is.")
+    text = terminal(table)
+    assert text.splitlines()[:7] == [
+        "Top is.",
+        "",
+        "                     PSNR, dB    Error",
+        "Reference   43.0 [42.0, 44.0]   0.0000",
+        "W4A8",
+        "  Top      34.0• [33.0, 35.0]   0.0200",
+        "  Close    33.9† [32.9, 34.9]  0.0100•",
+    ]
+    bold = terminal(table, bold=True)
+    assert "  Top       \x1b[1m34.0\x1b[0m [33.0, 35.0]  0.0200\n" in bold
+    assert "*" not in text + bold
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_json_holds_all_that_was_computed():
+    single = [scored(name, "W4A8", [value], 0.1, IMAGES[:1]) for name, value in (("One", 3.0), ("Two", 2.0))]
+    for rows in ([FULL_PRECISION, TOP, CLOSE, MISSING], single):
+        table = Table(rows, [PSNR, ERROR])
+        whole = json.loads(as_json(table))
+        assert [r["label"] for r in whole["rows"]] == [r.label for r in rows]
+        assert sum(len(r["differences"]) for r in whole["rows"]) == len(table.comparisons)
+        assert whole["footnotes"] == table.footnotes("best")
+    assert whole["rows"][1]["differences"][0] == {
+        **{"column": "psnr", "with": "best", "mean": -1.0, "low": None, "high": None, "p": 1.0}
+    }
 
 
 @pytest.fixture

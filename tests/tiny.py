@@ -1,12 +1,11 @@
 """Models of 2 to 6 blocks of width 32 with random weights, in diffusers' layout: all of the structure and no wait."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -46,6 +45,7 @@ from fp4dit.formats import NumberFormat, floating, fp16, integer
 from fp4dit.models.shapes.build import scheduler, tokenizer
 from fp4dit.policy import Rule
 from fp4dit.quantizer import Granularity, Quantizer
+from fp4dit.resume import Trainers
 from fp4dit.scales import AbsMax, MinMax
 from fp4dit.tasks.reconstruct import Learnt, Relative
 from pipelines.runtime import Runtime
@@ -269,8 +269,8 @@ def rules(fmt: NumberFormat | None = None, affine: bool = False) -> list[Rule]:
     ]
 
 
-def trainer(label: str = "") -> Callable[..., L.Trainer]:
-    return partial(Runtime({"accelerator": "cpu", "devices": 1}, "none").trainer, label)
+def trainer(label: str = "") -> Trainers:
+    return Trainers(partial(Runtime({"accelerator": "cpu", "devices": 1}, "none").trainer, label))
 
 
 def learnt(learner: Any, steps: int = 30, lr: float = 1e-2, **other: Any) -> Learnt:

@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -23,12 +21,13 @@ def tensors(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a broken file makes torch and safetensors raise almost anything
+        raise UserError(f"{path} cannot be read as a checkpoint: {(str(error).splitlines() or [error])[0]}") from error
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> nn.Module:
-    """The model with these weights, in its own types, ready to be asked. Its parameters may be on meta.
+    """The model with these weights, ready to be asked. It holds the tensors given, so that one made on the meta device
+    never needs memory for others.
 
     Raises:
         UserError: if they are another model's: the message names what is missing, unknown, or of another shape.
@@ -42,5 +41,5 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> nn.
     found = [f"{what} {', '.join(names[:2])} ({len(names)} in all)" for what, names in wrong.items() if names]
     if found:
         raise UserError(f"{path} is no checkpoint of {type(model).__name__}: it {'; '.join(found)}")
-    model.load_state_dict({name: value.to(own[name].dtype) for name, value in state.items()}, assign=True)
+    model.load_state_dict({name: state[name].to(value.dtype) for name, value in own.items()}, assign=True)
     return model.eval().requires_grad_(False)

@@ -60,12 +60,20 @@ def noise_at_index(states: Sequence[State], chunk: Chunk) -> Sequence[State]:
 
 
 class CaptureTask(L.LightningModule):
-    """One file per chunk under `out`; a file that is there is not made again. What is written may be altered."""
+    """One file per chunk under `out`; a file that is there is not made again. What is written may be altered, and is of
+    `kept` steps, evenly spread from the first to the last, or of all."""
 
     def __init__(
-        self, pipeline: Pipeline, out: Path, steps: int, guidance: float, alter: Alteration = as_heard
+        self,
+        pipeline: Pipeline,
+        out: Path,
+        steps: int,
+        guidance: float,
+        alter: Alteration = as_heard,
+        kept: int | None = None,
     ) -> None:
         super().__init__()
+        self.kept = kept
         self.pipeline, self.out, self.steps, self.guidance, self.alter = pipeline, out, steps, guidance, alter
 
     def predict_step(self, chunk: Chunk) -> None:
@@ -75,7 +83,8 @@ class CaptureTask(L.LightningModule):
         self.pipeline.to(self.device)
         with guarded(self.pipeline.dit), calls.listen(self.pipeline.dit) as made:
             self.pipeline.sample(chunk.prompts, chunk.seeds, self.steps, self.guidance)
-        states = [self.pipeline.begin(call) for call in made]
+        chosen = torch.linspace(0, len(made) - 1, min(self.kept or len(made), len(made))).round().int()
+        states = [self.pipeline.begin(made[i]) for i in chosen]
         rows = len(states[0]["timestep"])  # guidance asks twice for each prompt
         owner = {"prompt": (torch.arange(rows) % len(chunk.prompts)) + chunk.first}
         heard = [{name: value.cpu() for name, value in state.items()} | owner for state in states]

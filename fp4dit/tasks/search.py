@@ -1,11 +1,10 @@
 """Fits that choose scales by what the layers are given, before they or another fit round the weights."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from fp4dit.grid import Grid, formats
 from fp4dit.layer import QuantLayer
 from fp4dit.observers import ChannelRange
 from fp4dit.quantizer import Quantizer
+from fp4dit.resume import Trainers
 from fp4dit.scales import anchored
 from fp4dit.scaling import Scaling, from_parts, parts
 from fp4dit.tasks.reconstruct import Curve, Fit, Rounded, check_fit, fit_work
@@ -41,9 +41,7 @@ class Weighed:
         then = fit_work(self.then, unit, rows)
         return Work(then.flops + rows * unit.flops, max(then.bytes, self.batch * unit.widest))
 
-    def __call__(
-        self, module: nn.Module, layers: list[QuantLayer], examples: Examples, trainer: Callable[..., L.Trainer]
-    ) -> Curve:
+    def __call__(self, module: nn.Module, layers: list[QuantLayer], examples: Examples, trainers: Trainers) -> Curve:
         power, count = [torch.zeros(()) for _ in layers], [0] * len(layers)
         for seen in inputs(module, layers, examples, examples.trained, self.batch):
             for i, x in enumerate(seen):
@@ -54,7 +52,7 @@ class Weighed:
             if n:
                 weights = (total / n).expand(layer.rows.shape)
                 layer.grid.measure(layer.rows, layer.grid.quantizer.granularity.split(weights))
-        return self.then(module, layers, examples, trainer)
+        return self.then(module, layers, examples, trainers)
 
 
 @runtime_checkable
@@ -127,9 +125,7 @@ class OutputSearch:
             search += 2 * self.rounds * ranges * outputs * inputs * (inputs + self.tokens)
         return Work(rows * unit.flops + search, self.batch * unit.widest)
 
-    def __call__(
-        self, module: nn.Module, layers: list[QuantLayer], examples: Examples, trainer: Callable[..., L.Trainer]
-    ) -> Curve:
+    def __call__(self, module: nn.Module, layers: list[QuantLayer], examples: Examples, trainers: Trainers) -> Curve:
         for layer, found in zip(layers, self.sampled(module, layers, examples), strict=True):
             if found is not None:
                 self.search(layer, *found)

@@ -1,9 +1,8 @@
 """Fit hard weights by the second moment of their inputs: one pass over the calibration rows, and no gradient."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from fp4dit.examples import Examples, inputs
 from fp4dit.footprint import Pass, Work
 from fp4dit.gptq import Matrix, Order, as_given, gptq
 from fp4dit.layer import QuantLayer
+from fp4dit.resume import Trainers
 from fp4dit.tasks.reconstruct import Curve, blank
 
 
@@ -40,9 +40,7 @@ class SecondOrder:
         moments = sum(4 * k**2 for k in sides) + 8 * max(sides) ** 2
         return Work(2 * rows * unit.flops, self.batch * unit.widest + moments)
 
-    def __call__(
-        self, module: nn.Module, layers: list[QuantLayer], examples: Examples, trainer: Callable[..., L.Trainer]
-    ) -> Curve:
+    def __call__(self, module: nn.Module, layers: list[QuantLayer], examples: Examples, trainers: Trainers) -> Curve:
         moments = second_moments(module, layers, examples, self.batch)
         for layer in layers:
             scaling, moment = layer.grid.scaling, moments.pop(0)

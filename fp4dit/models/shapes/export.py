@@ -9,6 +9,7 @@ import torch
 from diffusers import PixArtSigmaPipeline
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
+from fp4dit import tree
 from fp4dit.models.shapes import build
 from fp4dit.models.shapes.clip import save_clip
 from fp4dit.models.shapes.recipe import load_vae, part
@@ -19,8 +20,7 @@ AVERAGE = "average.module."
 def export(parts: str, out: str) -> None:
     """`parts` is the folder of the trainings; those not trained there stay as they ship."""
     root, folder = Path(parts), Path(out)
-    checkpoint = torch.load(root / "transformer/last.ckpt", map_location="cpu", weights_only=True, mmap=True)
-    state = checkpoint["state_dict"]
+    state = tree.load(root / "transformer/last.safetensors")["state_dict"]
     average = {name.removeprefix(AVERAGE): value for name, value in state.items() if name.startswith(AVERAGE)}
     layers = len({name.split(".")[1] for name in average if name.startswith("transformer_blocks.")})
     transformer = build.transformer(layers)
