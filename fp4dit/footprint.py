@@ -136,7 +136,7 @@ def footprint(pipeline: Pipeline, weight: Sequence[Rule] = ()) -> Footprint:
     return Footprint(given, passes, seen, parameters)
 
 
-def bit_operations(pipeline: Pipeline, weight: Sequence[Rule], activation: Sequence[Rule]) -> float:
+def bit_operations(pipeline: Pipeline, weight: Sequence[Rule], activation: Sequence[Rule]) -> int | float:
     """Multiplications of one call for a sample, each times the bits of both sides: of layers at the bits of their
     formats, without scales; of all else, attention's products among it, at 16. The pipeline is on the meta device.
     """
