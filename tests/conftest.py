@@ -43,10 +43,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.chdir(ROOT)
 
-    def call(*arguments: str, main: Callable = pipelines.run.main) -> int:
+    def call(*arguments: str, main: Callable = pipelines.run.main, outputs: bool = True) -> int:
         GlobalHydra.instance().clear()
         os.environ["HYDRA_FULL_ERROR"] = "0"
-        monkeypatch.setattr(sys, "argv", ["command", *arguments, f"outputs={tmp_path}"])
+        monkeypatch.setattr(sys, "argv", ["command", *arguments, *([f"outputs={tmp_path}"] if outputs else [])])
         try:
             command(main)()
         except SystemExit as stop:

@@ -48,8 +48,13 @@ class PerImage(Metric):
 class Extractor(Protocol):
     """Where features come from: light, and equal where its features are, so that metrics share one that is loaded.
 
-    `name` is short and fit for a file: of the network, and of the filter that images are resized with.
+    `name` is short and fit for a file: of the network and, behind a dash, of the filter that images are resized with.
     """
+
+    @property
+    def path(self) -> str:
+        """Of its weights, as `fp4dit.weights` finds them."""
+        ...
 
     @property
     def name(self) -> str: ...
