@@ -1,6 +1,6 @@
 """PickScore: which image of a prompt people would pick (arXiv:2305.01569)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,24 +14,25 @@ from transformers import CLIPModel
 
 from fp4dit.errors import UserError
 from fp4dit.metrics.base import Images, PerImage
-from fp4dit.metrics.towers import Tokenize, Towers, brief, preprocessing
+from fp4dit.metrics.towers import Towers, brief, preprocessing
 from fp4dit.weights import need
 
 
 class PickScore(PerImage):
     """exp(logit scale) cos, the score of the paper, about 20; some tables divide it by 100, or leave the scale out.
 
-    `path` is a folder in transformers' layout, as `fp4dit.weights` finds it.
+    `path` is a folder in transformers' layout, the tokenizer's is its tokenizer.json; `fp4dit.weights` finds both.
     """
 
     higher_is_better = True
 
-    def __init__(self, path: str, tokenizer: Callable[[], Tokenize]) -> None:
+    def __init__(self, path: str, tokenizer: Mapping[str, str]) -> None:
         super().__init__()
         model = load(path)
         image, length = model.config.vision_config, model.config.text_config.max_position_embeddings
         self.scale = model.logit_scale.detach().exp().item()
-        self.towers = Towers(AsOpenClip(model), preprocessing(PreprocessCfg(image.image_size)), tokenizer(), length)
+        words = Words(tokenizer["path"])
+        self.towers = Towers(AsOpenClip(model), preprocessing(PreprocessCfg(image.image_size)), words, length)
         size = f"{image.num_hidden_layers} layers, width {image.hidden_size}, patch {image.patch_size}"
         self.about = (
             f"PickScore, exp(logit scale) cos, of {path} in transformers {transformers.__version__}: ViT ({size}, "
