@@ -66,3 +66,11 @@ def test_weights_of_another_model_are_refused(saved: Path, tmp_path: Path):
     (tmp_path / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
     with pytest.raises(UserError, match=r"it lacks text_model\.encoder\.layers\.2\..* \(32 in all\)"):
         PickScore(str(tmp_path), {"path": ""})
+
+
+def test_what_is_missing_or_broken_is_named(saved: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"^there is nothing at /nowhere$"):
+        PickScore("/nowhere", {"path": ""})
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read as a tokenizer\.json"):
+        PickScore(str(saved), {"path": str(tmp_path / "tokenizer.json")})

@@ -7,7 +7,6 @@ import torch
 import transformers
 from jaxtyping import Float, Int
 from open_clip.transform import PreprocessCfg
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPModel
@@ -48,11 +47,12 @@ class PickScore(PerImage):
 
 def load(path: str) -> Any:
     """In fp32. Raises UserError if it is not such a folder, or its weights are broken or another model's."""
+    folder = str(need(path))
     try:
         loaded: Any = CLIPModel.from_pretrained(
-            str(need(path)), dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a broken file makes transformers raise almost anything
         raise UserError(f"{path} is no CLIP in transformers' layout: {brief(error)}") from error
     model, found = loaded
     if lacking := sorted(found["missing_keys"]):
@@ -80,7 +80,11 @@ class Words:
     so padding is more of it."""
 
     def __init__(self, path: str) -> None:
-        self.tokenizer = Tokenizer.from_file(str(need(path)))
+        file = str(need(path))
+        try:
+            self.tokenizer = Tokenizer.from_file(file)
+        except Exception as error:  # tokenizers has no class of its own for a broken file
+            raise UserError(f"{path} cannot be read as a tokenizer.json: {brief(error)}") from error
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
 
