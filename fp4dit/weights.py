@@ -39,7 +39,9 @@ def advice(spec: str) -> str:
     if spec.startswith("https://"):
         return f"{spec} belongs at {cached(spec)}"
     if spec.startswith(HUB):
-        return f"{spec.removeprefix(HUB)} of huggingface.co belongs in the hub's cache"
+        from huggingface_hub import constants
+
+        return f"{spec.removeprefix(HUB)} of huggingface.co belongs in {constants.HF_HUB_CACHE}"
     return f"there is nothing at {spec}"
 
 

@@ -14,6 +14,8 @@ from fp4dit.errors import UserError
 from fp4dit.metrics.hps import Hps
 from tests.tiny_clip import ARCHITECTURE, PROMPTS, SIZE, clip, in_open_clip, pictures
 
+pytestmark = pytest.mark.filterwarnings("ignore:Importing from timm:FutureWarning")  # by hpsv2
+
 
 @pytest.fixture(scope="module")
 def hpsv2(tmp_path_factory):

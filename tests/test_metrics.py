@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from fp4dit.metrics.clip import ClipScore
 from fp4dit.metrics.oracle import OracleAccuracy
@@ -60,6 +61,18 @@ def test_ssim_is_its_formula_per_image(pairs):
         np.mean([ssim(a, b) for a, b in zip(*pair, strict=True)]) for pair in zip(images, reference, strict=True)
     ]
     assert in_two_batches(Ssim(), *pairs).tolist() == pytest.approx(expected, abs=2e-4)
+
+
+def test_psnr_and_ssim_are_those_of_scikit_image(pairs):
+    """In a grey frame, for scikit-image treats an image's border in another way."""
+    framed = [torch.nn.functional.pad(side, [10] * 4, value=0.5) for side in pairs]
+    images, reference = ([image.permute(1, 2, 0).double().numpy() for image in side] for side in framed)
+    wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": 2, "full": True}
+    both = list(zip(reference, images, strict=True))
+    psnr = [peak_signal_noise_ratio(*pair, data_range=1) for pair in both]
+    ssim = [structural_similarity(*pair, data_range=1, **wang)[1].mean() for pair in both]
+    assert in_two_batches(Psnr(), *framed).tolist() == pytest.approx(psnr, abs=1e-4)
+    assert in_two_batches(Ssim(), *framed).tolist() == pytest.approx(ssim, abs=1e-4)
 
 
 def test_oracle_accuracy_is_one_only_where_all_is_right():

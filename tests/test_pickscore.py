@@ -1,6 +1,5 @@
 """PickScore against transformers' own forward pass and tokenizer, as its authors ask them."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ def saved(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def metric(saved: Path) -> PickScore:
-    return PickScore(str(saved), partial(Words, str(saved / "tokenizer" / "tokenizer.json")))
+    return PickScore(str(saved), {"path": str(saved / "tokenizer" / "tokenizer.json")})
 
 
 def test_scores_are_the_logits_of_transformers(metric: PickScore, saved: Path):
@@ -57,7 +56,7 @@ def test_a_broken_folder_is_refused(saved: Path, tmp_path: Path, spoil: str):
     for path in saved.glob("*.*"):
         (tmp_path / path.name).write_bytes(path.read_bytes()[: 100 if path.name == spoil else None])
     with pytest.raises(UserError, match="is no CLIP in transformers' layout"):
-        PickScore(str(tmp_path), partial(Words, ""))
+        PickScore(str(tmp_path), {"path": ""})
 
 
 def test_weights_of_another_model_are_refused(saved: Path, tmp_path: Path):
@@ -66,4 +65,12 @@ def test_weights_of_another_model_are_refused(saved: Path, tmp_path: Path):
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
     with pytest.raises(UserError, match=r"it lacks text_model\.encoder\.layers\.2\..* \(32 in all\)"):
-        PickScore(str(tmp_path), partial(Words, ""))
+        PickScore(str(tmp_path), {"path": ""})
+
+
+def test_what_is_missing_or_broken_is_named(saved: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"^there is nothing at /nowhere$"):
+        PickScore("/nowhere", {"path": ""})
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read as a tokenizer\.json"):
+        PickScore(str(saved), {"path": str(tmp_path / "tokenizer.json")})

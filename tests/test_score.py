@@ -11,6 +11,7 @@ from PIL import Image
 from fp4dit import scores
 from fp4dit.errors import UserError
 from fp4dit.metrics.base import PerImage
+from fp4dit.metrics.clip import ClipScore
 from fp4dit.metrics.psnr import Psnr
 from fp4dit.metrics.ssim import Ssim
 from fp4dit.tasks import score
@@ -74,12 +75,14 @@ def test_scores_are_those_of_the_metric_alone_in_the_order_of_the_images(folders
 
 
 def test_two_processes_say_the_same_as_one(folders, tmp_path):
-    one = run({"psnr": Psnr()}, folders, tmp_path / "one")
-    two = run({"psnr": Psnr()}, folders, tmp_path / "two", devices=2, strategy="ddp_spawn")
+    metrics = lambda: {"psnr": Psnr(), "clip": ClipScore("pkg://fp4dit.models.shapes/weights/clip")}
+    one = run(metrics(), folders, tmp_path / "one")
+    two = run(metrics(), folders, tmp_path / "two", devices=2, strategy="ddp_spawn")
     assert {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "two").iterdir()
     }
     assert torch.equal(one["psnr"], two["psnr"])
+    assert torch.equal(one["clip"], two["clip"])
 
 
 def test_a_shard_that_is_there_is_not_scored_again(folders, tmp_path):

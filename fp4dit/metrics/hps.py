@@ -33,7 +33,9 @@ class Hps(PerImage):
         super().__init__()
         self.towers = load(path, architecture)
         source = f"{path} in open_clip {open_clip.__version__}: {backbone(architecture)}"
-        self.about = f"HPS v{version}, 100 cos, of {source}; longest side to its size, bicubic, padded with black"
+        self.about = (
+            f"HPS v{version}, 100 cos, of {source}; longest side to its size, antialiased bicubic, padded with black"
+        )
 
     def score(self, images: Images, reference: Images, prompts: Sequence[str]) -> Float[Tensor, " n"]:
         return 100 * self.towers.agreement(images, prompts)
@@ -56,7 +58,10 @@ def load(path: str, architecture: Mapping[str, Any]) -> Towers:
 
 
 def boxed(images: Images, size: int) -> Float[Tensor, "n 3 {size} {size}"]:
-    """The longest side resized to `size`, the other one padded with black, a smaller half first; as hpsv2 does."""
+    """The longest side resized to `size`, the other one padded with black, a smaller half first.
+
+    As hpsv2 does with the torchvision of here; before 0.17 that did not antialias tensors, which hpsv2 leaves to it.
+    """
     scale = size / max(images.shape[2:])
     height, width = (round(side * scale) for side in images.shape[2:])
     top, left = (size - height) // 2, (size - width) // 2

@@ -11,7 +11,7 @@ from fp4dit.metrics.base import Images, PerImage
 
 
 class Ssim(PerImage):
-    """In [-1, 1], Gaussian window of 11 pixels (Wang et al., 2004)."""
+    """In [-1, 1], Gaussian window of 11 pixels (Wang et al., 2004). Borders are mirrored, and count."""
 
     about = "Structural similarity (Wang et al., 2004) to the full-precision image of the same seed"
     higher_is_better = True
