@@ -29,7 +29,7 @@ from fp4dit.formats import floating, fp16
 from fp4dit.policy import Rule
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.resume import Trainers
-from fp4dit.rounding import Learner, logit, ulp
+from fp4dit.rounding import Learner, adam, logit, ulp
 from fp4dit.scales import AbsMax
 from fp4dit.stream import Unit
 from fp4dit.tasks.reconstruct import Learnt, Relative
@@ -38,7 +38,7 @@ from pipelines.runtime import Runtime
 SIZES: list[tuple[int, ...]] = [(256, 64, 16), (1152, 1024, 1)]
 HEAD, TEXT, STEPS = 64, 120, 6
 GROUPS = [Rule("*", Quantizer(floating(2, 1), Granularity("group", 128), AbsMax(fp16)))]
-ADAM = partial(torch.optim.Adam, lr=1e-2)
+ADAM = partial(adam, lr=1e-2)
 CPU = torch.device("cpu")
 
 
@@ -143,7 +143,7 @@ def reference(module: nn.Module, given: Examples, batch: int, device: torch.devi
 PARTS: dict[str, Callable[[nn.Module, Examples, int, torch.device], float]] = {
     "forward and backward": bare,
     "AdaRound": partial(learnt, learner=logit),
-    "AdaRound, fused Adam": partial(learnt, learner=logit, adam=partial(ADAM, fused=True)),
+    "AdaRound, fused Adam": partial(learnt, learner=logit, adam=partial(torch.optim.Adam, lr=1e-2, fused=True)),
     "scale-aware AdaRound": partial(learnt, learner=ulp),
     "plain reference": reference,
 }

@@ -41,7 +41,7 @@ def activations(seen: Mapping[str, torch.Size], rules: Sequence[Rule]) -> list[E
     """The audit of activations that are seen in these shapes, as far as they are quantized."""
     return [
         Entry(name, rule.match, rule.quantizer.format.name, bits(rule, seen[name]), seen[name].numel())
-        for name, rule in policy.assign(seen, rules).items()
+        for name, rule in policy.matched(seen, rules).items()
         if rule.quantizer
     ]
 
@@ -120,7 +120,7 @@ class Estimator:
 
     def quantizing(self, rules: Sequence[Rule]) -> float:
         """Seconds for all activations of a sample: each rule is timed on the largest that it gets."""
-        chosen, total = policy.assign(self.footprint.seen, rules), 0.0
+        chosen, total = policy.matched(self.footprint.seen, rules), 0.0
         for rule in rules:
             shapes = [self.footprint.seen[name] for name, its in chosen.items() if its is rule]
             if rule.quantizer and shapes:

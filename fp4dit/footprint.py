@@ -143,7 +143,7 @@ def bit_operations(pipeline: Pipeline, weight: Sequence[Rule], activation: Seque
     own = footprint(pipeline, weight)
     found = {name: module for name, module in pipeline.dit.named_modules() if isinstance(module, QuantLayer)}
     layers = {name: layer for name, layer in found.items() if name in own.seen}
-    inputs = policy.assign(own.seen, activation)
+    inputs = policy.matched(own.seen, activation)
     products = {name: len(layer.rows) * own.seen[name].numel() for name, layer in layers.items()}
     entering = {name: rule.quantizer.format.bits for name, rule in inputs.items() if rule.quantizer}
     sides = {name: layer.grid.quantizer.format.bits * entering.get(name, 16) for name, layer in layers.items()}

@@ -92,7 +92,7 @@ def assign(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, Rule]:
     Raises:
         UserError: if a rule gets no name, for then something else is quantized than was asked for.
     """
-    chosen = {name: rule for name in names if (rule := first(name, rules))}
+    chosen = matched(names, rules)
     idle = [rule.match for rule in rules if rule not in chosen.values() and not rule.optional]
     if idle:
         raise UserError(
@@ -101,6 +101,11 @@ def assign(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, Rule]:
             "drop the rule."
         )
     return chosen
+
+
+def matched(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, Rule]:
+    """The same of a part of the names, in which a rule may match nothing."""
+    return {name: rule for name in names if (rule := first(name, rules))}
 
 
 def first(name: str, rules: Sequence[Rule]) -> Rule | None:
