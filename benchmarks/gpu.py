@@ -17,7 +17,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from torch import nn
 
@@ -31,6 +30,7 @@ from fp4dit.models.hunyuan import Hunyuan
 from fp4dit.models.pixart import PixArt, PixArtPipeline
 from fp4dit.policy import Rule
 from fp4dit.reconstruction import Reconstruction
+from fp4dit.resume import Trainers
 from fp4dit.rounding import ulp
 from fp4dit.tasks.capture import CaptureTask, chunked
 from fp4dit.tasks.reconstruct import Curve, Fit, Learnt, Relative
@@ -89,11 +89,9 @@ class Timed:
     device: torch.device
     times: list[tuple[float, float]] = field(default_factory=list)
 
-    def __call__(
-        self, module: nn.Module, layers: list[QuantLayer], examples: Examples, trainer: Callable[..., L.Trainer]
-    ) -> Curve:
+    def __call__(self, module: nn.Module, layers: list[QuantLayer], examples: Examples, trainers: Trainers) -> Curve:
         began = adaround.now(self.device)
-        curve = self.fit(module, layers, examples, trainer)
+        curve = self.fit(module, layers, examples, trainers)
         self.times.append((began, adaround.now(self.device)))
         return curve
 

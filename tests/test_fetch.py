@@ -12,7 +12,7 @@ import pipelines.fetch
 from fp4dit import weights
 from fp4dit.errors import UserError
 from pipelines.command import command
-from tests.conftest import Run
+from tests.conftest import TOY, Run
 
 CLIP = "hf-hub:timm/vit_base_patch32_clip_224.openai"
 ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
@@ -131,3 +131,19 @@ def test_help_names_the_metrics(fetch):
     code, out, _ = fetch("--help")
     assert code == 0
     assert "clip_b32, clip_image" in out
+
+
+def test_a_run_tells_once_what_a_preset_lacks(run: Run, caches: Path, capfd: pytest.CaptureFixture):
+    assert run(*TOY, "metrics=paper") == 0
+    told = capfd.readouterr().out
+    assert told.count("not scored") == 1
+    assert f"\n  lpips: {ALEXNET} belongs at {caches}/torch/hub/checkpoints/" in told
+    assert "\n  fid, sfid, kid, inception_score, precision, recall: https://" in told
+
+
+def test_a_metric_asked_for_by_name_has_to_have_its_weights(run: Run, caches: Path, capsys: pytest.CaptureFixture):
+    assert run(*TOY, "metrics=[psnr,lpips]") == 1
+    told = capsys.readouterr().err
+    assert f"error: metrics=lpips: {ALEXNET} belongs at {caches}" in told
+    assert "To get it: python -m pipelines.fetch metrics=lpips" in told
+    assert not (caches / "store" / "capture").exists()
