@@ -142,7 +142,7 @@ def test_a_run_tells_once_what_a_preset_lacks(run: Run, caches: Path, capfd: pyt
 
 
 def test_a_metric_asked_for_by_name_has_to_have_its_weights(run: Run, caches: Path, capsys: pytest.CaptureFixture):
-    assert run(*TOY, "metrics=[psnr,lpips]") == 1
+    assert run("metrics=[psnr,lpips]") == 1
     told = capsys.readouterr().err
     assert f"error: metrics=lpips: {ALEXNET} belongs at {caches}" in told
     assert "To get it: python -m pipelines.fetch metrics=lpips" in told
