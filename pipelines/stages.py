@@ -250,7 +250,8 @@ class Score:
         task = ScoreTask(*scores.split(asked), out / "shards")
         predict(runtime, "score", task, parts)
         write_json(
-            out / "metrics.json", {**scores.report(asked, gathered(out / "shards"), drawn), "scalars": costs(needs)}
+            out / "metrics.json",
+            {**scores.report(asked, gathered(out / "shards", runtime.device), drawn), "scalars": costs(needs)},
         )
 
 

@@ -93,6 +93,15 @@ def test_in_batches_as_at_once(kind: type[SetMetric]):
     assert metric.compute().item() == pytest.approx(kind(NETWORK).value(X[:50], Y))
 
 
+@pytest.mark.parametrize("kind", COMPARING)
+@pytest.mark.parametrize("real", [False, True])
+def test_what_is_drawn_again_is_the_number_of_the_images_drawn(kind: type[SetMetric], real: bool):
+    metric, index = kind(NETWORK, "a file" if real else None), torch.arange(0, 100, 2) % 50
+    assert metric.compares != real
+    drawn = metric.drawn(X[:50], Y)(index)
+    assert drawn == pytest.approx(metric.value(X[index], Y if real else Y[index]), abs=1e-9)
+
+
 def test_the_interval_is_around_the_number_and_narrows_with_the_images():
     widths = []
     for n in (50, 800):

@@ -1,6 +1,7 @@
 """What numbers of a whole set of images have in common: a reference, an interval, a name that says what they are."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +15,8 @@ from fp4dit.metrics.reference import RealSet
 from fp4dit.statistics import Interval
 
 Set = Float[Tensor, "_ d"]  # of as many images as there are
+Index = Int[Tensor, " _"]
+Pairs = Float[Tensor, "_ _"]
 
 
 class SetMetric(Metric):
@@ -65,17 +68,44 @@ class SetMetric(Metric):
         if len(images) < self.least:
             raise UserError(f"{self.title} needs at least {self.least} images, and there are {len(images)}")
         others = self.other(images, reference)
-        mean = self.value(images, others)
-        drawn = [self.value(images[i], others[i] if self.compares else others) for i in self.indices(len(images))]
-        spread = 1.96 * torch.tensor(drawn).std().item()
+        mean, drawn = self.value(images, others), self.drawn(images, others)
+        spread = 1.96 * torch.tensor([drawn(i) for i in self.indices(len(images))]).std().item()
         return Interval(mean, mean - spread, mean + spread)
+
+    def drawn(self, images: Set, reference: Set) -> Callable[[Index], float]:
+        """The number of some of the images."""
+        return lambda i: self.value(images[i], reference[i] if self.compares else reference)
 
     def other(self, images: Set, reference: Features | None) -> Set:
         if self.real is not None:
-            return self.real.features(self.extractor)[self.layer].double()
+            return self.real.features(self.extractor)[self.layer].to(images)
         assert reference is not None, "full-precision images are the reference"
         return reference[self.layer].double()
 
-    def indices(self, count: int) -> list[Int[Tensor, "n"]]:
-        random = torch.Generator().manual_seed(0)
+    def indices(self, count: int) -> list[Index]:
+        random = torch.Generator().manual_seed(0)  # of the CPU, for the same draws everywhere
         return [torch.randint(count, (count,), generator=random) for _ in range(self.resamples)]
+
+
+class Pairwise(SetMetric):
+    """A number of all pairs of images, within each set and between both: they are compared once, and then drawn from."""
+
+    @abstractmethod
+    def pairs(self, x: Set, y: Set) -> Pairs: ...
+    @abstractmethod
+    def number(self, images: Pairs, reference: Pairs, between: Pairs) -> float: ...
+
+    def value(self, images: Set, reference: Set) -> float:
+        return self.number(*self.all(images, reference))
+
+    def all(self, images: Set, reference: Set) -> tuple[Pairs, Pairs, Pairs]:
+        return self.pairs(images, images), self.pairs(reference, reference), self.pairs(images, reference)
+
+    def drawn(self, images: Set, reference: Set) -> Callable[[Index], float]:
+        own, theirs, between = self.all(images, reference)
+
+        def some(i: Index) -> float:
+            j = i if self.compares else slice(None)
+            return self.number(own[i][:, i], theirs[j][:, j], between[i][:, j])
+
+        return some

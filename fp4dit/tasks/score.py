@@ -121,7 +121,7 @@ def check(name: str, values: Float[Tensor, " n"], shard: Shard) -> None:
             raise UserError(f"{name} has no number for {path} ({prompt!r}): look at it, and at the metric's weights")
 
 
-def gathered(out: Path) -> dict[str, Tensor]:
+def gathered(out: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """What all shards hold, in the order of the images."""
-    parts: list[dict[str, Any]] = [load_file(path) for path in sorted(out.glob("*.safetensors"))]
+    parts: list[dict[str, Any]] = [load_file(path, str(device)) for path in sorted(out.glob("*.safetensors"))]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
