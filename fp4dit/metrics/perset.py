@@ -88,7 +88,7 @@ class SetMetric(Metric):
 
 
 class Pairwise(SetMetric):
-    """A number of all pairs of images, within each set and between both: they are compared once, and then drawn from."""
+    """A number of all pairs of images, within each set and between both: compared once, and then drawn from."""
 
     @abstractmethod
     def pairs(self, x: Set, y: Set) -> Pairs: ...
