@@ -1,0 +1,156 @@
+"""A weight as codes and scalings: how they lie, and the way there and back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from fp4dit.ams import SharedMantissa
+from fp4dit.choice import Choice
+from fp4dit.errors import UserError
+from fp4dit.formats import Format
+from fp4dit.grid import Grid
+from fp4dit.packed import bits
+from fp4dit.packed.codes import code_bits, encode, levels
+from fp4dit.packed.numbers import Numbers, smallest
+from fp4dit.quantizer import Granularity
+from fp4dit.scaling import Blocks, Scaling, from_parts, parts
+
+Rows = Float[Tensor, "o k"]
+Held = Mapping[str, UInt8[Tensor, "..."]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What `held`, the bytes of a weight of o rows of k values, mean.
+
+    `codes` has a row for each row of the weight. Where values share their last bit, that is left out of the codes and
+    lies in `shared`, one bit for each group. Where each block has one of several `formats`, `choice` says which. The
+    numbers of a scaling lie under their names, in the order of the blocks, as `scaling` says of each.
+    """
+
+    formats: Sequence[Format]
+    granularity: Granularity
+    scaling: Mapping[str, Numbers]
+
+    @property
+    def share(self) -> int:
+        """How many values share their last bit."""
+        first = self.formats[0]
+        return first.share if isinstance(first, SharedMantissa) else 1
+
+    @property
+    def code(self) -> int:
+        """Bits of one code as it lies."""
+        return code_bits(self.formats[0]) - (self.share > 1)
+
+    @property
+    def choice(self) -> int:
+        """Bits that tell the formats apart."""
+        return (len(self.formats) - 1).bit_length()
+
+    def groups(self, width: int) -> int:
+        """Of values with a shared bit, in a block."""
+        return -(-width // self.share)
+
+    def sizes(self, o: int, k: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of all that is held."""
+        width = self.granularity.width(torch.Size([o, k]))
+        blocks = o * k // width
+        found: dict[str, tuple[int, ...]] = {"codes": (o, bits.size(k, self.code))}
+        if self.share > 1:
+            found["shared"] = (bits.size(blocks * self.groups(width), 1),)
+        if self.choice:
+            found["choice"] = (bits.size(blocks, self.choice),)
+        for name, numbers in self.scaling.items():
+            found |= {named(name, part): (size,) for part, size in numbers.sizes(blocks).items()}
+        return found
+
+    def weight(self, held: Held, k: int) -> Rows:
+        """In fp32."""
+        o = len(held["codes"])
+        width = self.granularity.width(torch.Size([o, k]))
+        codes = self.whole(bits.unpack(held["codes"], self.code, k), held, width)
+        tables = [levels(fmt).to(codes.device) for fmt in self.formats]
+        kind = self.kind(held, len(codes))
+        index = codes.int()
+        if self.choice:
+            index += kind.int()[:, None] << code_bits(self.formats[0])
+        return self.scales(held, kind).from_grid(torch.cat(tables)[index]).view(o, k)
+
+    def kind(self, held: Held, blocks: int) -> UInt8[Tensor, "blocks"]:
+        """Which of the formats each block has."""
+        if self.choice:
+            return bits.unpack(held["choice"], self.choice, blocks)
+        return held["codes"].new_zeros(1).expand(blocks)
+
+    def whole(self, codes: UInt8[Tensor, "o k"], held: Held, width: int) -> UInt8[Tensor, "blocks width"]:
+        """The codes with the bits that they share."""
+        blocks = codes.reshape(-1, width)
+        if self.share == 1:
+            return blocks
+        groups = self.groups(width)
+        shared = bits.unpack(held["shared"], 1, len(blocks) * groups).view(-1, groups)
+        return blocks << 1 | shared.repeat_interleave(self.share, 1)[:, :width]
+
+    def scales(self, held: Held, kind: UInt8[Tensor, "blocks"]) -> Scaling:
+        found = {}
+        for name, numbers in self.scaling.items():
+            own = {part: held[named(name, part)] for part in numbers.sizes(len(kind))}
+            found[name] = numbers.decode(own, kind).view(-1, 1)
+        return from_parts(found)
+
+
+def named(name: str, part: str) -> str:
+    return f"{name}_{part}" if part else name
+
+
+def pack(weight: Rows, grid: Grid) -> tuple[Layout, dict[str, UInt8[Tensor, "..."]]]:
+    """A weight that lies on its grid.
+
+    Raises:
+        UserError: if it does not, or there is no way to keep its format or scales.
+    """
+    blocks, scaling = grid.quantizer.granularity.split(weight).float(), grid.scaling
+    assert scaling is not None, "round the weight first"
+    formats, kind = chosen(grid, len(blocks))
+    held: dict[str, UInt8[Tensor, "..."]] = {}
+    numbers = {name: smallest(column(value, len(blocks)), kind, len(formats)) for name, value in parts(scaling).items()}
+    layout = Layout(formats, grid.quantizer.granularity, {name: way for name, (way, _) in numbers.items()})
+    codes = encoded(grid.format.nearest(scaling.to_grid(blocks)).cpu(), formats, kind)
+    if layout.share > 1:
+        held["shared"] = bits.pack((codes & 1)[:, :: layout.share].flatten(), 1)
+        codes >>= 1
+    held["codes"] = bits.pack(codes.view(weight.shape), layout.code)
+    if layout.choice:
+        held["choice"] = bits.pack(kind, layout.choice)
+    for name, (_, found) in numbers.items():
+        held |= {named(name, part): value for part, value in found.items()}
+    if not layout.weight(held, weight.shape[1]).to(weight.dtype).equal(weight.cpu()):
+        raise UserError("the weight does not lie on its grid: it was changed after it was rounded, or never rounded")
+    return layout, held
+
+
+def column(value: Tensor, blocks: int) -> Float[Tensor, "blocks"]:
+    if value.shape != (blocks, 1):
+        raise UserError("a weight that is scaled by input channel is not packed: give it one scale per row or group")
+    return value.flatten().float().cpu()
+
+
+def chosen(grid: Grid, blocks: int) -> tuple[tuple[Format, ...], UInt8[Tensor, "blocks"]]:
+    """The formats that blocks may have, and which each has."""
+    given = grid.quantizer.format
+    index = grid.held()["choice"].cpu() if isinstance(given, Choice) else torch.zeros(1, 1, dtype=torch.uint8)
+    if isinstance(given, Choice) and len(index) > 1:
+        return tuple(given.formats), index[:, 0]
+    return (grid.format,), torch.zeros(1, dtype=torch.uint8).expand(blocks)
+
+
+def encoded(x: Blocks, formats: Sequence[Format], kind: UInt8[Tensor, "blocks"]) -> UInt8[Tensor, "blocks block"]:
+    """Each block in the format that is chosen for it."""
+    codes = torch.zeros_like(x, dtype=torch.uint8)
+    for i, fmt in enumerate(formats):
+        codes[kind == i] = encode(x[kind == i], levels(fmt))
+    return codes
