@@ -1,6 +1,7 @@
 """The one quantized layer: a linear or convolution layer whose weight, and perhaps input, lies on a grid."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,62 @@ from fp4dit.rounding import Learner, Rounder, Rounding, nearest
 from fp4dit.transforms import Transform, TransformSpec
 
 
-class QuantLayer(nn.Module):
+class Entrance:
+    """How a layer's input reaches its product, however the weight is kept: by `transforms`, then `activation`."""
+
+    transforms: nn.ModuleList
+    activation: nn.Module
+
+    @property
+    def chain(self) -> list[Transform]:
+        return list(self.transforms)  # pyright: ignore[reportReturnType]
+
+    @property
+    def width(self) -> int:
+        """How many values one output sums over."""
+        raise NotImplementedError
+
+    def transformed(self, x: Float[Tensor, "*b k"]) -> tuple[Float[Tensor, "*b k"], Float[Tensor, "*b o"] | None]:
+        """What the transforms make of the input, and what they lead around the product."""
+        around = None
+        for transform in self.chain:
+            bypass = transform.bypass(x)
+            around = bypass if around is None else around if bypass is None else around + bypass
+            x = transform.activation(x)
+        return x, around
+
+
+Pair = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Of a convolution, as torch's layers have it."""
+
+    kernel_size: Pair
+    dilation: Pair
+    padding: Pair
+    stride: Pair
+
+
+class Convolution:
+    """A convolution, computed as the matrix product it is, so that a token of its input is one patch."""
+
+    geometry: nn.Conv2d | Geometry
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n o y x"]:
+        own = self.geometry
+        padding: tuple[int, ...] = own.padding  # pyright: ignore[reportAssignmentType]
+        sides = zip(x.shape[2:], own.kernel_size, own.dilation, padding, own.stride, strict=True)
+        size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, d, p, s in sides]
+        return super().forward(self.tokens(x)).mT.unflatten(2, size)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def tokens(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n p k"]:
+        own = self.geometry
+        return F.unfold(x, own.kernel_size, own.dilation, own.padding, own.stride).mT  # pyright: ignore[reportArgumentType]
+
+
+class QuantLayer(Entrance, nn.Module):
     """Wraps a layer. After `prepare`, and until `freeze`, its weight is the transformed one in full precision, seen
     through `rounding` if that learns: hard, but for steps that `soften` it.
 
@@ -45,8 +101,8 @@ class QuantLayer(nn.Module):
         return self.source.weight.flatten(1)
 
     @property
-    def chain(self) -> list[Transform]:
-        return list(self.transforms)  # pyright: ignore[reportReturnType]
+    def width(self) -> int:
+        return self.rows.shape[1]
 
     @property
     def wants_inputs(self) -> bool:
@@ -87,11 +143,7 @@ class QuantLayer(nn.Module):
 
     def enter(self, x: Float[Tensor, "*b k"]) -> tuple[Float[Tensor, "*b k"], Float[Tensor, "*b o"] | None]:
         """The input as the product reads it, and what the transforms lead around the product."""
-        around = None
-        for transform in self.chain:
-            bypass = transform.bypass(x)
-            around = bypass if around is None else around if bypass is None else around + bypass
-            x = transform.activation(x)
+        x, around = self.transformed(x)
         return self.activation(x), around
 
     def product(self, x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b o"]:
@@ -139,21 +191,12 @@ class QuantLayer(nn.Module):
         self.rounding = None
 
 
-class QuantConv(QuantLayer):
-    """A convolution, computed as the matrix product it is, so that a token of its input is one patch."""
-
+class QuantConv(Convolution, QuantLayer):
     source: nn.Conv2d
 
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n o y x"]:
-        conv = self.source
-        padding: tuple[int, ...] = conv.padding  # pyright: ignore[reportAssignmentType]
-        geometry = zip(x.shape[2:], conv.kernel_size, conv.dilation, padding, conv.stride, strict=True)
-        size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, d, p, s in geometry]
-        return super().forward(self.tokens(x)).mT.unflatten(2, size)
-
-    def tokens(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n p k"]:
-        conv = self.source
-        return F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride).mT  # pyright: ignore[reportArgumentType]
+    @property
+    def geometry(self) -> nn.Conv2d:
+        return self.source
 
 
 def wrap(source: nn.Module, quantizer: Quantizer, transforms: Sequence[TransformSpec] = ()) -> QuantLayer:

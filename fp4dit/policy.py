@@ -15,7 +15,7 @@ from fp4dit.clock import Clock
 from fp4dit.errors import UserError
 from fp4dit.formats import Format
 from fp4dit.grid import Grid, TimedGrid, formats
-from fp4dit.layer import QuantLayer, check_source, wrap
+from fp4dit.layer import Entrance, QuantLayer, check_source, wrap
 from fp4dit.observers import Observer
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.ranges import Ranges, names, whole
@@ -213,8 +213,8 @@ def places(model: nn.Module) -> dict[str, Place]:
     """What can be quantized while it flows, by name: each layer's input and attention's q, k, v."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, QuantLayer):
-            found[name] = Place(module, "activation", module.rows.shape[1])
+        if isinstance(module, Entrance):
+            found[name] = Place(module, "activation", module.width)
         processor: Any = getattr(module, "processor", None)
         if isinstance(processor, QuantProcessor):
             head: int = module.inner_dim // module.heads  # pyright: ignore[reportOperatorIssue, reportAssignmentType]
@@ -254,7 +254,7 @@ def quantize_inputs_(layers: Mapping[str, QuantLayer], rules: Sequence[Rule]) ->
                     f"the activation rule {rule.match!r} is timed, and weights are learnt at all timesteps at once: "
                     "choose activations that are not timed, or leave them out while weights are learnt (joint=null)"
                 )
-            put(name, Place(layer, "activation", layer.rows.shape[1]), rule, Clock())
+            put(name, Place(layer, "activation", layer.width), rule, Clock())
 
 
 def put(name: str, place: Place, rule: Rule, clock: Clock) -> Grid | None:
