@@ -10,6 +10,6 @@ import wrapt
 
 @wrapt.when_imported("diffusers.models.modeling_utils")
 def _register(_: Any) -> None:
-    from fp4dit.packed.hub import register
+    pass
 
-    register()
+

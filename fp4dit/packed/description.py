@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fp4dit.attention import QuantProcessor
 from fp4dit.clock import Clock
@@ -15,7 +17,9 @@ from fp4dit.layer import check_source
 from fp4dit.packed.layer import PackedLinear, empty
 from fp4dit.packed.layout import Layout
 from fp4dit.policy import Place, Rule, places
+from fp4dit.quantizer import Quantizer
 from fp4dit.ranges import Ranges, whole
+from fp4dit.rounding import Rounding, nearest
 from fp4dit.transforms import TransformSpec
 
 
@@ -114,11 +118,32 @@ def fill(model: nn.Module, inputs: Iterable[Inputs], clock: Clock) -> None:
             attention.set_processor(QuantProcessor(attention.processor))
     there = places(model)
     for group in inputs:
+        rule = group.rule
+        shared = Once(rule.quantizer) if rule.quantizer and not rule.observe else None
         for name in group.places:
             place: Place | None = there.get(name)
-            if place is None or group.rule.quantizer is None:
+            if place is None or rule.quantizer is None:
                 raise UserError(f"{name} is no activation of {type(model).__name__} that can be quantized")
-            place.fill(group.rule.grid(group.rule.quantizer, clock), group.rule.before_norm)
+            grid = shared if shared and isinstance(place.owner, PackedLinear) else rule.grid(rule.quantizer, clock)
+            place.fill(grid, rule.before_norm)
+
+
+class Once(Grid):
+    """An online grid of many layers: what several of them are given, as q, k and v are, and every block is given the
+    text, is quantized once, and kept for as long as it is there itself."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__(quantizer)
+        self.made = WeakTensorKeyDictionary()
+
+    def forward(self, x: Float[Tensor, "..."], rounding: Rounding = nearest) -> Float[Tensor, "..."]:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():  # a compiler sees for itself what is the same
+            return super().forward(x, rounding)
+        version, made = self.made.get(x, (None, x))
+        if version != x._version:
+            made = super().forward(x, rounding)
+            self.made[x] = (x._version, made)
+        return made
 
 
 def verbatim(model: nn.Module) -> set[str]:

@@ -13,7 +13,7 @@ from fp4dit.errors import UserError
 from fp4dit.formats import Format
 from fp4dit.grid import Grid
 from fp4dit.packed import bits
-from fp4dit.packed.codes import code_bits, encode, levels
+from fp4dit.packed.codes import code_bits, encode, levels, pairs
 from fp4dit.packed.numbers import Numbers, smallest
 from fp4dit.quantizer import Granularity
 from fp4dit.scaling import Blocks, Scaling, from_parts, parts
@@ -71,14 +71,21 @@ class Layout:
     def weight(self, held: Held, k: int) -> Rows:
         """In fp32."""
         o = len(held["codes"])
-        width = self.granularity.width(torch.Size([o, k]))
-        codes = self.whole(bits.unpack(held["codes"], self.code, k), held, width)
-        tables = [levels(fmt).to(codes.device) for fmt in self.formats]
-        kind = self.kind(held, len(codes))
-        index = codes.int()
+        blocks = self.grid(held, k).reshape(-1, self.granularity.width(torch.Size([o, k])))
+        return self.scales(held, self.kind(held, len(blocks))).from_grid(blocks).view(o, k)
+
+    def grid(self, held: Held, k: int) -> Rows:
+        """The values of the codes."""
+        codes, first = held["codes"], self.formats[0]
+        if self.code == 4 and self.share == 1 and not self.choice:
+            found = pairs(first, codes.device).index_select(0, codes.flatten().int()).view(torch.float32)
+            return found.view(len(codes), -1)[:, :k]
+        whole = self.whole(bits.unpack(codes, self.code, k), held, self.granularity.width(torch.Size([len(codes), k])))
+        index = whole.int()
         if self.choice:
-            index += kind.int()[:, None] << code_bits(self.formats[0])
-        return self.scales(held, kind).from_grid(torch.cat(tables)[index]).view(o, k)
+            index += self.kind(held, len(index)).int()[:, None] << code_bits(first)
+        tables = torch.cat([levels(fmt) for fmt in self.formats]).to(codes.device)
+        return tables.index_select(0, index.flatten()).view(len(codes), k)
 
     def kind(self, held: Held, blocks: int) -> UInt8[Tensor, "blocks"]:
         """Which of the formats each block has."""
