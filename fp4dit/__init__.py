@@ -11,5 +11,3 @@ import wrapt
 @wrapt.when_imported("diffusers.models.modeling_utils")
 def _register(_: Any) -> None:
     pass
-
-

@@ -128,7 +128,8 @@ class NVFP4:
             return next(answers)
         return least_error(blocks, fmt, answers, self.p, importance)
 
-    def tensor_scale(self, blocks: Blocks, fmt: Format) -> Float[Tensor, ""]:
+    def tensor_scale(self, blocks: Blocks, fmt: Format) -> Float[Tensor, "..."]:
+        """One number, or, where blocks have formats of their own, one for each block."""
         amax = blocks.abs().amax() if self.amax is None else blocks.new_tensor(self.amax)
         scale = amax / (self.top * fmt.max)
         return torch.where(scale == 0, 1.0, scale)

@@ -15,7 +15,7 @@ from fp4dit.rounding import Learner, Rounder, Rounding, nearest
 from fp4dit.transforms import Transform, TransformSpec
 
 
-class Entrance:
+class Entrance(nn.Module):
     """How a layer's input reaches its product, however the weight is kept: by `transforms`, then `activation`."""
 
     transforms: nn.ModuleList
@@ -70,7 +70,7 @@ class Convolution:
         return F.unfold(x, own.kernel_size, own.dilation, own.padding, own.stride).mT  # pyright: ignore[reportArgumentType]
 
 
-class QuantLayer(Entrance, nn.Module):
+class QuantLayer(Entrance):
     """Wraps a layer. After `prepare`, and until `freeze`, its weight is the transformed one in full precision, seen
     through `rounding` if that learns: hard, but for steps that `soften` it.
 

@@ -30,13 +30,15 @@ class Clock:
 @dataclass(frozen=True)
 class Runtime:
     """`devices` holds accelerator, devices and strategy; `progress` is bar, lines, none or auto (bar on a terminal);
-    `memory_budget_gb` is what calibration data may take of the host's memory: the rest of it lies in files."""
+    `memory_budget_gb` is what calibration data may take of the host's memory: the rest of it lies in files; `command` is what a user
+    gave."""
 
     devices: Mapping[str, Any] = field(default_factory=dict)
     progress: str = "auto"
     job: str = ""
     clock: Clock = field(default_factory=Clock)
     memory_budget_gb: float = float("inf")
+    command: str = ""
 
     def trainer(self, label: str, **kw: Any) -> "Trainer":
         """A Trainer that computes and shows progress under `label`, and keeps nothing. `kw` goes to the Trainer."""

@@ -1,6 +1,7 @@
 """What this project needs of a text-to-image model."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -35,6 +36,10 @@ class Pipeline(Protocol):
 
     def units(self) -> list[Unit]:
         """All of `dit` that can be quantized, in execution order."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """As a folder that diffusers loads."""
         ...
 
 

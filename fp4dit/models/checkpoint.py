@@ -111,6 +111,12 @@ class Adapter:
         (self.dit if self.pipe is None else self.pipe).to(device)
         self.device = torch.device(device)
 
+    def save(self, folder: Path) -> None:
+        """All of it, as diffusers does. Raises UserError if there is a transformer alone."""
+        if self.pipe is None:
+            raise UserError(f"there is no pipeline around this {type(self.dit).__name__} to be saved with it")
+        self.pipe.save_pretrained(folder)
+
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor on the meta device, of the transformer's dtype if no other is given."""
         return torch.empty(shape, dtype=dtype or self.dit.dtype, device="meta")

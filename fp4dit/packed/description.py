@@ -108,7 +108,7 @@ def joined(name: str, made: Mapping[str, PackedLinear], group: Weights, clock: C
     lacking = [name for name in names if name not in made]
     if lacking:
         raise UserError(f"the checkpoint describes no {lacking[0]}, and {name} has {len(names)} ranges")
-    return Ranges([made[name] for name in names], group.ends, clock)
+    return Ranges([made[name] for name in names], group.ends, clock)  # pyright: ignore[reportArgumentType]
 
 
 def fill(model: nn.Module, inputs: Iterable[Inputs], clock: Clock) -> None:
@@ -137,13 +137,13 @@ class Once(Grid):
         self.made = WeakTensorKeyDictionary()
 
     def forward(self, x: Float[Tensor, "..."], rounding: Rounding = nearest) -> Float[Tensor, "..."]:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():  # a compiler sees for itself what is the same
+        # A compiler sees for itself what is the same; of an inference tensor nobody knows whether it was written to.
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_inference():
             return super().forward(x, rounding)
-        version, made = self.made.get(x, (None, x))
-        if version != x._version:
-            made = super().forward(x, rounding)
-            self.made[x] = (x._version, made)
-        return made
+        found = self.made.get(x)
+        if found is None or found[0] != x._version:
+            found = self.made[x] = (x._version, super().forward(x, rounding))
+        return found[1]
 
 
 def verbatim(model: nn.Module) -> set[str]:

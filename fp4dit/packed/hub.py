@@ -18,6 +18,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor
 
 from fp4dit.errors import UserError
+from fp4dit.grid import Grid
 from fp4dit.packed import checkpoint
 from fp4dit.packed.description import Description, build_, verbatim
 from fp4dit.packed.spec import describe, made
@@ -37,7 +38,7 @@ class PackedConfig(QuantizationConfigMixin):
     def __init__(
         self, version: int, weights: Sequence[Any], inputs: Sequence[Any], quant_method: str = "fp4dit"
     ) -> None:
-        self.quant_method = Method.FP4DIT
+        self.quant_method = Method.FP4DIT  # pyright: ignore[reportAttributeAccessIssue]
         if version != checkpoint.VERSION:
             raise UserError(
                 f"this checkpoint's layout has version {version}, and this fp4dit reads version {checkpoint.VERSION}: "
@@ -105,8 +106,8 @@ class PackedQuantizer(DiffusersQuantizer):
         param_name: str,
         target_device: torch.device | str,
         state_dict: dict[str, Tensor],
-        *_: Any,
-        **__: Any,
+        *others: Any,
+        **options: Any,
     ) -> None:
         """`param_value` was cast by now. A copy, so that the file may be written anew while the model is there."""
         owner, _, name = param_name.rpartition(".")
@@ -136,8 +137,6 @@ class PackedQuantizer(DiffusersQuantizer):
 
 def expect_scales(model: torch.nn.Module, stored: dict[str, checkpoint.Stored]) -> None:
     """Give the grids of static activations, in place, empty buffers for what was measured for them."""
-    from fp4dit.grid import Grid
-
     grids = {name: module for name, module in model.named_modules() if isinstance(module, Grid)}
     for name, found in stored.items():
         owner, _, own = name.rpartition(".")

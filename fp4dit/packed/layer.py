@@ -23,7 +23,7 @@ class PackedLinear(Entrance, nn.Linear):
         self,
         layout: Layout,
         shape: tuple[int, int],
-        bias: nn.Parameter | None,
+        bias: Tensor | None,
         transforms: Sequence[Transform],
         dtype: torch.dtype,
         device: torch.device | str = "meta",
@@ -33,7 +33,7 @@ class PackedLinear(Entrance, nn.Linear):
         self.out_features, self.in_features = shape
         for name, size in layout.sizes(*shape).items():
             self.register_buffer(name, torch.empty(size, dtype=torch.uint8, device=device))
-        self.bias = bias
+        self.bias = bias  # pyright: ignore[reportAttributeAccessIssue]
         self.transforms = nn.ModuleList(transforms)
         self.activation: nn.Module = nn.Identity()
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, UInt8
@@ -21,6 +21,7 @@ if sys.byteorder != "little":
     raise ImportError("packed weights are read and written in little-endian order, and this machine is big-endian")
 
 
+@runtime_checkable
 class Numbers(Protocol):
     """A way to keep n numbers."""
 
