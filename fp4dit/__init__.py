@@ -10,4 +10,6 @@ import wrapt
 
 @wrapt.when_imported("diffusers.models.modeling_utils")
 def _register(_: Any) -> None:
-    pass
+    from fp4dit.packed.hub import register
+
+    register()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fp4dit.clock import Clock
 from fp4dit.errors import UserError
-from fp4dit.layer import QuantLayer
+from fp4dit.layer import Entrance, QuantLayer
 
 
 class Ranges(nn.Module):
@@ -18,16 +18,16 @@ class Ranges(nn.Module):
     `ends` are the last timesteps of all ranges but the last one, ascending.
     """
 
-    def __init__(self, layers: Sequence[QuantLayer], ends: Sequence[int | float], clock: Clock) -> None:
+    def __init__(self, layers: Sequence[Entrance], ends: Sequence[int | float], clock: Clock) -> None:
         super().__init__()
         self.ranges, self.ends, self.clock = nn.ModuleList(layers), torch.tensor(ends, dtype=torch.float32), clock
 
     @property
     def weight(self) -> Tensor:
-        return self.layers[0].weight
+        return self.layers[0].weight  # pyright: ignore[reportReturnType]
 
     @property
-    def layers(self) -> list[QuantLayer]:
+    def layers(self) -> list[Entrance]:
         return list(self.ranges)  # pyright: ignore[reportReturnType]
 
     def which(self, timestep: Shaped[Tensor, "n"]) -> Int[Tensor, "n"]:
@@ -58,7 +58,7 @@ def shares(module: nn.Module, timestep: Shaped[Tensor, "n"]) -> Iterator[tuple[Q
                     f"no calibration call is in range {i + 1} of {len(module.ranges)} of the timesteps, which end at "
                     f"{module.ends.tolist()}: the calls reach from {timestep.min():.0f} to {timestep.max():.0f}"
                 )
-            yield layer, which == i
+            yield layer, which == i  # pyright: ignore[reportReturnType]
 
 
 def names(name: str, module: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
@@ -66,7 +66,7 @@ def names(name: str, module: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
     if isinstance(module, QuantLayer):
         yield name, module
     if isinstance(module, Ranges):
-        yield from ((f"{name}.ranges.{i}", layer) for i, layer in enumerate(module.layers))
+        yield from ((f"{name}.ranges.{i}", layer) for i, layer in enumerate(module.layers))  # pyright: ignore
 
 
 def whole(name: str) -> str:

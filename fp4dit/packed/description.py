@@ -108,7 +108,7 @@ def joined(name: str, made: Mapping[str, PackedLinear], group: Weights, clock: C
     lacking = [name for name in names if name not in made]
     if lacking:
         raise UserError(f"the checkpoint describes no {lacking[0]}, and {name} has {len(names)} ranges")
-    return Ranges([made[name] for name in names], group.ends, clock)  # pyright: ignore[reportArgumentType]
+    return Ranges([made[name] for name in names], group.ends, clock)
 
 
 def fill(model: nn.Module, inputs: Iterable[Inputs], clock: Clock) -> None:

@@ -1,0 +1,260 @@
+"""Packed pipelines as stock diffusers saves and loads them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, PixArtSigmaPipeline
+from peft import LoraConfig, get_peft_model
+
+from fp4dit import policy
+from fp4dit.clock import Clock
+from fp4dit.errors import UserError
+from fp4dit.formats import floating, fp16, integer
+from fp4dit.grid import Grid, TimedGrid
+from fp4dit.hadamard import Hadamard
+from fp4dit.observers import Sample
+from fp4dit.packed.export import pack_transformer_
+from fp4dit.packed.layer import PackedLinear
+from fp4dit.policy import Rule, everywhere
+from fp4dit.quantizer import Granularity, Quantizer
+from fp4dit.ranges import Ranges
+from fp4dit.scales import AbsMax
+from fp4dit.transforms import Balance, LowRank
+from tests import tiny
+
+E2M1 = Quantizer(floating(2, 1), Granularity("group", 16), AbsMax(fp16))
+WEIGHT = everywhere(E2M1, by_row=["pos_embed.proj"])
+ONLINE = [Rule("*", Quantizer(floating(3, 4), Granularity("row")))]
+
+
+def quantized(pipe: DiffusionPipeline, weight: list[Rule], activation: list[Rule]) -> DiffusionPipeline:
+    """The transformer packed, its weights to nearest."""
+    dit = pipe.transformer
+    rules = policy.assign(policy.layers(dit), weight)
+    for layer in policy.quantize_weights_(dit, rules).values():
+        layer.prepare(torch.randn(3, 4, layer.width) if layer.transforms else None)
+        layer.freeze()
+    _, inputs = policy.quantize_activations_(dit, activation)
+    pack_transformer_(dit, rules, inputs)
+    return pipe
+
+
+def draw(pipe: DiffusionPipeline) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 2, "generator": generator, "output_type": "pt", "use_resolution_binning": False}
+    return pipe("a red square", **options).images
+
+
+@torch.no_grad()
+def answer(dit: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    latent, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 7, 32, generator=generator)
+    conditions = {"resolution": None, "aspect_ratio": None}
+    given = {"timestep": torch.tensor([700, 700]), "added_cond_kwargs": conditions, "return_dict": False}
+    return dit(latent.to(dit.dtype), encoder_hidden_states=text.to(dit.dtype), **given)[0]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    tiny.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed")
+    quantized(PixArtSigmaPipeline.from_pretrained(plain), WEIGHT, ONLINE).save_pretrained(out)
+    return out
+
+
+def test_stock_diffusers_loads_what_was_saved(plain: Path, folder: Path):
+    pipe = quantized(PixArtSigmaPipeline.from_pretrained(plain), WEIGHT, ONLINE)
+    loaded = PixArtSigmaPipeline.from_pretrained(folder)
+    assert isinstance(loaded.transformer.transformer_blocks[0].attn1.to_q, PackedLinear)
+    assert draw(loaded).equal(draw(pipe))
+
+
+def test_importing_fp4dit_is_enough(folder: Path):
+    """Before diffusers or after it, in a process that has seen nothing else of us."""
+    for first, second in (("fp4dit", "diffusers"), ("diffusers", "fp4dit")):
+        code = (
+            f"import {first}, {second}; from diffusers import PixArtSigmaPipeline as P; "
+            f"print(type(P.from_pretrained({str(folder)!r}).transformer.transformer_blocks[0].attn1.to_q).__name__)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == "PackedLinear", done.stderr
+
+
+def test_it_is_saved_again_as_it_is(folder: Path, tmp_path: Path):
+    loaded = PixArtSigmaPipeline.from_pretrained(folder)
+    loaded.save_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path)  # over files that it may have been read from
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        before, after = ((place / "transformer" / name).read_bytes() for place in (folder, tmp_path))
+        assert before == after or name == "config.json"
+    assert draw(PixArtSigmaPipeline.from_pretrained(tmp_path)).equal(draw(loaded))
+
+
+def test_sharded(folder: Path, tmp_path: Path):
+    loaded = PixArtSigmaPipeline.from_pretrained(folder)
+    loaded.transformer.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    again = type(loaded.transformer).from_pretrained(tmp_path)
+    state, other = loaded.transformer.state_dict(), again.state_dict()
+    assert all(other[name].equal(value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_dtype_asked_for_casts_all_but_what_is_packed(folder: Path, dtype: torch.dtype):
+    loaded, cast = (PixArtSigmaPipeline.from_pretrained(folder, torch_dtype=t) for t in (torch.float32, dtype))
+    before, after = loaded.transformer.state_dict(), cast.transformer.state_dict()
+    for name, value in before.items():
+        if value.dtype == torch.uint8:
+            assert after[name].equal(value)
+        else:
+            assert after[name].equal(value.to(dtype))
+    assert cast.transformer.transformer_blocks[0].attn1.to_q.dtype == dtype
+    difference = answer(cast.transformer).float() - answer(loaded.transformer)
+    assert difference.norm() < 0.05 * answer(loaded.transformer).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("transforms", "activation"),
+    [
+        ((Hadamard(16),), ONLINE),
+        ((Balance(), LowRank(2)), ONLINE),
+        ((), []),
+    ],
+    ids=["rotation", "balance and branch", "weights alone"],
+)
+def test_transforms_come_along(plain: Path, tmp_path: Path, transforms, activation, dtype: torch.dtype):
+    torch.manual_seed(0)
+    weight = everywhere(E2M1, by_row=["pos_embed.proj"], transforms=transforms)
+    pipe = quantized(PixArtSigmaPipeline.from_pretrained(plain, torch_dtype=dtype), weight, activation)
+    pipe.save_pretrained(tmp_path)
+    again = PixArtSigmaPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
+    assert draw(again).equal(draw(pipe))
+    before, after = pipe.transformer.state_dict(), again.transformer.state_dict()
+    assert all(after[name].dtype == value.dtype and after[name].equal(value) for name, value in before.items())
+
+
+def measured(dit: Any, rules: list[Rule]) -> dict[str, Grid]:
+    """The activations' grids, static ones measured on something."""
+    grids, _ = policy.quantize_activations_(dit, rules)
+    for grid in grids.values():
+        width = 32 if grid.quantizer.granularity.unit == "channel" else 16
+        if isinstance(grid, TimedGrid):
+            grid.measure_at({t: torch.randn(5, width) * t for t in (900.0, 600.0, 1.0)})
+        elif grid.static:
+            grid.measure(torch.randn(5, width))
+    return grids
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_static_activations_come_along(plain: Path, tmp_path: Path, timed: bool):
+    torch.manual_seed(0)
+    dit = PixArtSigmaPipeline.from_pretrained(plain).transformer
+    rules = policy.assign(policy.layers(dit), WEIGHT)
+    for layer in policy.quantize_weights_(dit, rules).values():
+        layer.prepare()
+        layer.freeze()
+    static = [Rule("*", Quantizer(integer(8), Granularity("tensor")), observe=Sample(), timed=timed)]
+    grids = measured(dit, static)
+    pack_transformer_(dit, rules, dict.fromkeys(grids, static[0]))
+    before = answer(dit)
+    dit.save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        again = type(dit).from_pretrained(tmp_path, dtype=dtype)
+        scales = {name: value for name, value in again.state_dict().items() if name.endswith("activation.scale")}
+        assert len(scales) == 27
+        assert all(value.equal(dit.state_dict()[name]) for name, value in scales.items())
+    assert answer(type(dit).from_pretrained(tmp_path)).equal(before)
+
+
+def test_layers_of_each_range_of_timesteps_come_along(plain: Path, tmp_path: Path):
+    torch.manual_seed(0)
+    dit = PixArtSigmaPipeline.from_pretrained(plain).transformer
+    weight = everywhere(E2M1, by_row=["pos_embed.proj"], ranges=[500], transforms=[LowRank(2)])
+    rules, clock = policy.assign(policy.layers(dit), weight), Clock()
+    clock.follow(dit)
+    for layer in policy.quantize_weights_(dit, rules, clock=clock).values():
+        if layer.transforms:
+            layer.write(torch.randn_like(layer.weight))
+        layer.prepare(torch.randn(3, 4, layer.width) if layer.transforms else None)
+        layer.freeze()
+    _, inputs = policy.quantize_activations_(dit, ONLINE)
+    pack_transformer_(dit, rules, inputs)
+    before = answer(dit)
+    dit.save_pretrained(tmp_path)
+    again = type(dit).from_pretrained(tmp_path)
+    assert isinstance(again.transformer_blocks[0].attn1.to_q, Ranges)
+    assert answer(again).equal(before)
+
+
+def test_a_device_map(folder: Path):
+    dit = PixArtSigmaPipeline.from_pretrained(folder).transformer
+    mapped = type(dit).from_pretrained(folder / "transformer", device_map={"": "cpu"})
+    state = mapped.state_dict()
+    assert all(state[name].equal(value) for name, value in dit.state_dict().items())
+
+
+def test_it_moves_but_is_not_cast(folder: Path):
+    pipe = PixArtSigmaPipeline.from_pretrained(folder)
+    pipe.to("cpu")
+    dit = pipe.transformer
+    with pytest.raises(ValueError, match="unsupported"):
+        dit.to(torch.float16)
+    assert all(value.is_meta for value in dit.to("meta").state_dict().values())
+
+
+def test_lora_through_peft_is_added_and_trained_but_not_merged(folder: Path):
+    pipe = PixArtSigmaPipeline.from_pretrained(folder)
+    before = draw(pipe)
+    torch.manual_seed(0)
+    model = get_peft_model(pipe.transformer, LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=True))
+    assert draw(pipe).equal(before)  # LoRA starts as nothing
+    with torch.enable_grad():
+        answer.__wrapped__(model).square().mean().backward()
+    grads = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
+    assert len(grads) == 8
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+    with pytest.raises(RuntimeError):
+        model.merge_adapter()
+
+
+def test_it_is_not_quantized_while_it_is_loaded(plain: Path, folder: Path):
+    config = json.loads((folder / "transformer" / "config.json").read_text())["quantization_config"]
+    from fp4dit.packed.hub import PackedConfig
+
+    with pytest.raises(UserError, match=r"targets=\[export\]"):
+        PixArtSigmaPipeline.from_pretrained(plain).transformer.from_pretrained(
+            plain / "transformer", quantization_config=PackedConfig(**config)
+        )
+
+
+def test_a_changed_checkpoint_is_refused(folder: Path, tmp_path: Path):
+    PixArtSigmaPipeline.from_pretrained(folder).save_pretrained(tmp_path)
+    path = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="is not what was written"):
+        PixArtSigmaPipeline.from_pretrained(tmp_path)
+
+
+def test_a_config_of_another_version_is_refused(folder: Path, tmp_path: Path):
+    PixArtSigmaPipeline.from_pretrained(folder).save_pretrained(tmp_path)
+    path = tmp_path / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["version"] = 99
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="version 99"):
+        PixArtSigmaPipeline.from_pretrained(tmp_path)
