@@ -1,7 +1,7 @@
 """Quantized attention: queries, keys and values as they enter the product, whatever model computes them."""
 
-from collections.abc import Callable, Mapping
-from functools import partial, wraps
+from collections.abc import Mapping
+from functools import lru_cache, wraps
 from typing import Any
 
 from torch import nn
@@ -33,16 +33,33 @@ class QuantProcessor(nn.Module):
     embeddings, where a low-bit product would read its operands.
     """
 
+    def __new__(cls, inner: Any) -> "QuantProcessor":
+        return like(type(inner))
+
     def __init__(self, inner: Any) -> None:
         super().__init__()
         self.inner = inner
         self.q, self.k, self.v = nn.Identity(), nn.Identity(), nn.Identity()
 
-    @property
-    def __call__(self) -> Callable[..., Any]:
-        """With the signature of the inner processor, where attention looks up which arguments to pass on."""
-        return wraps(self.inner.__call__)(partial(super().__call__))
+    def __reduce__(self) -> tuple[Any, ...]:
+        return like, (type(self.inner),), self.__dict__
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with _Intercept({"q": self.q, "k": self.k, "v": self.v}):
             return self.inner(*args, **kwargs)
+
+
+def like(inner: type) -> QuantProcessor:
+    """A blank one, called with the signature of this class: attention looks there for which arguments to pass on, and
+    torch.compile does not see it where it is made for each object."""
+    kind = called_like(inner)
+    return nn.Module.__new__(kind)
+
+
+@lru_cache
+def called_like(inner: type) -> type[QuantProcessor]:
+    @wraps(inner.__call__)
+    def call(self: QuantProcessor, *args: Any, **kwargs: Any) -> Any:
+        return nn.Module.__call__(self, *args, **kwargs)
+
+    return type(QuantProcessor.__name__, (QuantProcessor,), {"__call__": call})

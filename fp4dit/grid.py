@@ -56,7 +56,9 @@ class Grid(nn.Module):
     def forward(self, x: Float[Tensor, "..."], rounding: Rounding = nearest) -> Float[Tensor, "..."]:
         if self.scaling is None:
             return x if self.static else self.quantizer.settled(x)(x, rounding=rounding)
-        return replace(self.quantizer, format=self.format)(x, self.scaling, rounding)
+        chosen = isinstance(self.quantizer.format, Choice)  # else nothing is replaced, for torch.compile cannot follow
+        quantizer = replace(self.quantizer, format=self.format) if chosen else self.quantizer
+        return quantizer(x, self.scaling, rounding)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         # What was measured is only known from what was saved.

@@ -96,8 +96,9 @@ def parts(scaling: Scaling) -> dict[str, Tensor]:
     return {f.name: getattr(scaling, f.name) for f in fields(scaling)}  # pyright: ignore[reportArgumentType]
 
 
+KINDS = {tuple(f.name for f in fields(kind)): kind for kind in (Scale, Affine, Offset, TwoSided)}
+
+
 def from_parts(found: Mapping[str, Tensor]) -> Scaling:
     """The scaling that has these parts."""
-    kinds = (Scale, Affine, Offset, TwoSided)
-    kind = next(kind for kind in kinds if {f.name for f in fields(kind)} == set(found))
-    return kind(**found)
+    return next(kind for names, kind in KINDS.items() if set(names) == set(found))(**found)

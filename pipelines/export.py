@@ -21,8 +21,8 @@ from pipelines.stages import read_json, write_json
 class Export:
     """`pipeline/`, with the transformer packed, and the text encoder too where there are rules for it.
 
-    Metrics must have reached what `at_least` and `at_most` say, or `force` is needed. `metrics` are the names of what is
-    scored.
+    Metrics must have reached what `at_least` and `at_most` say, or `force` is needed. `metrics` are the names of what
+    is scored.
     """
 
     model: Source

@@ -30,8 +30,8 @@ class Clock:
 @dataclass(frozen=True)
 class Runtime:
     """`devices` holds accelerator, devices and strategy; `progress` is bar, lines, none or auto (bar on a terminal);
-    `memory_budget_gb` is what calibration data may take of the host's memory: the rest of it lies in files; `command` is what a user
-    gave."""
+    `memory_budget_gb` is what calibration data may take of the host's memory: the rest of it lies in files; `command`
+    is what a user gave."""
 
     devices: Mapping[str, Any] = field(default_factory=dict)
     progress: str = "auto"

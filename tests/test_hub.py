@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, PixArtSigmaPipeline
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 from fp4dit import policy
 from fp4dit.clock import Clock
@@ -27,6 +28,7 @@ from fp4dit.scales import AbsMax
 from fp4dit.transforms import Balance, LowRank
 from tests import tiny
 
+FILE = "diffusion_pytorch_model.safetensors"
 E2M1 = Quantizer(floating(2, 1), Granularity("group", 16), AbsMax(fp16))
 WEIGHT = everywhere(E2M1, by_row=["pos_embed.proj"])
 ONLINE = [Rule("*", Quantizer(floating(3, 4), Granularity("row")))]
@@ -96,9 +98,9 @@ def test_it_is_saved_again_as_it_is(folder: Path, tmp_path: Path):
     loaded = PixArtSigmaPipeline.from_pretrained(folder)
     loaded.save_pretrained(tmp_path)
     loaded.save_pretrained(tmp_path)  # over files that it may have been read from
-    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
-        before, after = ((place / "transformer" / name).read_bytes() for place in (folder, tmp_path))
-        assert before == after or name == "config.json"
+    before, after = (load_file(place / "transformer" / FILE) for place in (folder, tmp_path))
+    assert before.keys() == after.keys()
+    assert all(after[name].equal(value) for name, value in before.items())
     assert draw(PixArtSigmaPipeline.from_pretrained(tmp_path)).equal(draw(loaded))
 
 
@@ -158,17 +160,21 @@ def measured(dit: Any, rules: list[Rule]) -> dict[str, Grid]:
     return grids
 
 
-@pytest.mark.parametrize("timed", [False, True])
-def test_static_activations_come_along(plain: Path, tmp_path: Path, timed: bool):
+def static(dit: Any, timed: bool) -> Any:
+    """Packed, with static activations."""
     torch.manual_seed(0)
-    dit = PixArtSigmaPipeline.from_pretrained(plain).transformer
     rules = policy.assign(policy.layers(dit), WEIGHT)
     for layer in policy.quantize_weights_(dit, rules).values():
         layer.prepare()
         layer.freeze()
-    static = [Rule("*", Quantizer(integer(8), Granularity("tensor")), observe=Sample(), timed=timed)]
-    grids = measured(dit, static)
-    pack_transformer_(dit, rules, dict.fromkeys(grids, static[0]))
+    rule = Rule("*", Quantizer(integer(8), Granularity("tensor")), observe=Sample(), timed=timed)
+    pack_transformer_(dit, rules, dict.fromkeys(measured(dit, [rule]), rule))
+    return dit
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_static_activations_come_along(plain: Path, tmp_path: Path, timed: bool):
+    dit = static(PixArtSigmaPipeline.from_pretrained(plain).transformer, timed)
     before = answer(dit)
     dit.save_pretrained(tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
@@ -197,6 +203,22 @@ def test_layers_of_each_range_of_timesteps_come_along(plain: Path, tmp_path: Pat
     again = type(dit).from_pretrained(tmp_path)
     assert isinstance(again.transformer_blocks[0].attn1.to_q, Ranges)
     assert answer(again).equal(before)
+
+
+@pytest.mark.parametrize("kind", ["online", "static"])
+def test_it_compiles_as_one_graph_and_answers_the_same(plain: Path, folder: Path, tmp_path: Path, kind: str):
+    """In a process without the checks of shapes, which cannot be compiled."""
+    if kind == "static":
+        dit = static(PixArtSigmaPipeline.from_pretrained(plain).transformer, timed=False)
+        dit.save_pretrained(tmp_path)
+    place = tmp_path if kind == "static" else folder / "transformer"
+    code = (
+        "import torch, fp4dit; from diffusers import PixArtTransformer2DModel as M; from tests.test_hub import answer; "
+        f"dit = M.from_pretrained({str(place)!r}); before = answer(dit); "
+        "print(answer(torch.compile(dit, backend='aot_eager', fullgraph=True)).equal(before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_a_device_map(folder: Path):
@@ -242,7 +264,7 @@ def test_it_is_not_quantized_while_it_is_loaded(plain: Path, folder: Path):
 
 def test_a_changed_checkpoint_is_refused(folder: Path, tmp_path: Path):
     PixArtSigmaPipeline.from_pretrained(folder).save_pretrained(tmp_path)
-    path = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    path = tmp_path / "transformer" / FILE
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)

@@ -165,7 +165,7 @@ def test_a_weight_is_read_as_it_was_packed(name: str, dtype: torch.dtype):
     weight[3] = 0
     hard, grid = rounded(quantizer, weight)
     layout, held = pack(hard, grid)
-    assert layout.weight(held, 96).to(dtype).equal(hard)
+    assert layout.weight(held, 96, layout.table()).to(dtype).equal(hard)
     assert {key: tuple(value.shape) for key, value in held.items()} == layout.sizes(40, 96)
     assert all(value.dtype == torch.uint8 for value in held.values())
     bytes_ = sum(value.numel() for value in held.values())
@@ -177,7 +177,7 @@ def test_rows_of_odd_length(k: int):
     for fmt in (floating(2, 1), floating(2, 3), integer(3)):
         hard, grid = rounded(Quantizer(fmt, Granularity("row"), AbsMax(fp16)), torch.randn(7, k))
         layout, held = pack(hard, grid)
-        assert layout.weight(held, k).equal(hard)
+        assert layout.weight(held, k, layout.table()).equal(hard)
 
 
 def test_a_weight_off_its_grid_is_refused():
@@ -248,4 +248,4 @@ def test_a_large_table_of_all_pairs_of_codes():
     grid.measure(values)
     layout, held = pack(hard, grid)
     assert held["codes"].flatten().tolist() == [low | high << 4 for low, high in codes.tolist()]
-    assert layout.weight(held, 2).equal(values)
+    assert layout.weight(held, 2, layout.table()).equal(values)

@@ -1,7 +1,5 @@
 """Which value each code of a number format stands for."""
 
-from functools import lru_cache
-
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
@@ -12,7 +10,6 @@ from fp4dit.formats import Format
 Levels = Float[Tensor, "codes"]
 
 
-@lru_cache
 def levels(fmt: Format) -> Levels:
     """The value of every code of up to 8 bits, NaN where a code stands for none.
 
@@ -41,13 +38,12 @@ def filled(values: Float[Tensor, "v"], count: int) -> Levels:
     return torch.cat([values, values.new_full((count - len(values),), torch.nan)])
 
 
-@lru_cache
-def pairs(fmt: Format, device: torch.device) -> Int64[Tensor, "256"]:
-    """For every byte of two codes of 4 bits both values, as the bits of one number: a byte is looked up once, which is six
-    times faster than taking it apart."""
+def pairs(fmt: Format) -> Int64[Tensor, "256"]:
+    """For every byte of two codes of 4 bits both values, as the bits of one number: a byte is looked up once, which is
+    six times faster than taking it apart."""
     values = levels(fmt)
     both = torch.stack([values.repeat(16), values.repeat_interleave(16)], 1)
-    return both.view(torch.int64).flatten().to(device)
+    return both.view(torch.int64).flatten()
 
 
 def encode(x: Float[Tensor, "*n"], levels: Levels) -> UInt8[Tensor, "*n"]:

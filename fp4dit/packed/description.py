@@ -72,7 +72,8 @@ def build_(model: nn.Module, description: Description, dtype: torch.dtype) -> di
         UserError: if the model has no such layers.
     """
     clock, made = Clock(), {}
-    clock.follow(model)
+    if any(group.ends for group in description.weights) or any(group.rule.timed for group in description.inputs):
+        clock.follow(model)
     for group in description.weights:
         for name in group.layers:
             made[name] = layer_of(model, name, group)

@@ -12,7 +12,7 @@ from fp4dit.policy import Rule
 
 
 def pack_transformer_(dit: ModelMixin, weight: Mapping[str, Rule], activation: Mapping[str, Rule]) -> None:
-    """Pack a transformer that these rules quantized, by layer and by activation, in place; it then saves itself as that.
+    """Pack a transformer that these rules quantized, by layer and by activation, in place; it saves itself as that.
 
     Raises:
         UserError: if a weight cannot be packed.

@@ -24,7 +24,7 @@ from fp4dit.packed.description import Description, build_, verbatim
 from fp4dit.packed.spec import describe, made
 
 
-class Method(str, Enum):
+class Method(str, Enum):  # noqa: UP042, a str of which `.value` is one, as diffusers has it
     FP4DIT = "fp4dit"
 
 

@@ -33,6 +33,7 @@ class PackedLinear(Entrance, nn.Linear):
         self.out_features, self.in_features = shape
         for name, size in layout.sizes(*shape).items():
             self.register_buffer(name, torch.empty(size, dtype=torch.uint8, device=device))
+        self.register_buffer("table", layout.table(), persistent=False)
         self.bias = bias  # pyright: ignore[reportAttributeAccessIssue]
         self.transforms = nn.ModuleList(transforms)
         self.activation: nn.Module = nn.Identity()
@@ -47,14 +48,14 @@ class PackedLinear(Entrance, nn.Linear):
 
     @property
     def weight(self) -> Float[Tensor, "o k"]:
-        """A stand-in of the weight's shape, dtype and device, for code that asks no more of it. Reading its values gives
-        NaN, and writing them is an error: an adapter can be added to this layer, but not merged into it."""
+        """A stand-in of the weight's shape, dtype and device, for code that asks no more of it. Reading its values
+        gives NaN, and writing them is an error: an adapter can be added to this layer, but not merged into it."""
         stand_in = torch.full((), torch.nan, dtype=self.dtype, device=self.codes.device)  # pyright: ignore
         return stand_in.expand(self.out_features, self.in_features)
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o k"]:
         """The weight."""
-        return self.layout.weight(self.held, self.in_features).to(dtype)
+        return self.layout.weight(self.held, self.in_features, self.table).to(dtype)
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         entering, around = self.transformed(x)

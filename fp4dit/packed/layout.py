@@ -68,24 +68,31 @@ class Layout:
             found |= {named(name, part): (size,) for part, size in numbers.sizes(blocks).items()}
         return found
 
-    def weight(self, held: Held, k: int) -> Rows:
+    def table(self) -> Tensor:
+        """What is looked up to read a weight: the values of codes or, where a byte is two codes, those of all bytes."""
+        return pairs(self.formats[0]) if self.bytewise else torch.cat([levels(fmt) for fmt in self.formats])
+
+    @property
+    def bytewise(self) -> bool:
+        return self.code == 4 and self.share == 1 and not self.choice
+
+    def weight(self, held: Held, k: int, table: Tensor) -> Rows:
         """In fp32."""
         o = len(held["codes"])
-        blocks = self.grid(held, k).reshape(-1, self.granularity.width(torch.Size([o, k])))
+        blocks = self.grid(held, k, table).reshape(-1, self.granularity.width(torch.Size([o, k])))
         return self.scales(held, self.kind(held, len(blocks))).from_grid(blocks).view(o, k)
 
-    def grid(self, held: Held, k: int) -> Rows:
+    def grid(self, held: Held, k: int, table: Tensor) -> Rows:
         """The values of the codes."""
-        codes, first = held["codes"], self.formats[0]
-        if self.code == 4 and self.share == 1 and not self.choice:
-            found = pairs(first, codes.device).index_select(0, codes.flatten().int()).view(torch.float32)
+        codes = held["codes"]
+        if self.bytewise:
+            found = table.index_select(0, codes.flatten().int()).view(torch.float32)
             return found.view(len(codes), -1)[:, :k]
         whole = self.whole(bits.unpack(codes, self.code, k), held, self.granularity.width(torch.Size([len(codes), k])))
         index = whole.int()
         if self.choice:
-            index += self.kind(held, len(index)).int()[:, None] << code_bits(first)
-        tables = torch.cat([levels(fmt) for fmt in self.formats]).to(codes.device)
-        return tables.index_select(0, index.flatten()).view(len(codes), k)
+            index += self.kind(held, len(index)).int()[:, None] << code_bits(self.formats[0])
+        return table.index_select(0, index.flatten()).view(len(codes), k)
 
     def kind(self, held: Held, blocks: int) -> UInt8[Tensor, "blocks"]:
         """Which of the formats each block has."""
@@ -123,7 +130,7 @@ def pack(weight: Rows, grid: Grid) -> tuple[Layout, dict[str, UInt8[Tensor, "...
     blocks, scaling = grid.quantizer.granularity.split(weight).float(), grid.scaling
     assert scaling is not None, "round the weight first"
     formats, kind = chosen(grid, len(blocks))
-    held: dict[str, UInt8[Tensor, "..."]] = {}
+    held = {}
     numbers = {name: smallest(column(value, len(blocks)), kind, len(formats)) for name, value in parts(scaling).items()}
     layout = Layout(formats, grid.quantizer.granularity, {name: way for name, (way, _) in numbers.items()})
     codes = encoded(grid.format.nearest(scaling.to_grid(blocks)).cpu(), formats, kind)
@@ -135,7 +142,7 @@ def pack(weight: Rows, grid: Grid) -> tuple[Layout, dict[str, UInt8[Tensor, "...
         held["choice"] = bits.pack(kind, layout.choice)
     for name, (_, found) in numbers.items():
         held |= {named(name, part): value for part, value in found.items()}
-    if not layout.weight(held, weight.shape[1]).to(weight.dtype).equal(weight.cpu()):
+    if not layout.weight(held, weight.shape[1], layout.table()).to(weight.dtype).equal(weight.cpu()):
         raise UserError("the weight does not lie on its grid: it was changed after it was rounded, or never rounded")
     return layout, held
 

@@ -39,7 +39,7 @@ class Backend(Protocol):
 
 
 class Dequantize:
-    """The weight in the model's dtype, for as long as the product takes: anywhere, and to the bit what was simulated."""
+    """The weight in the model's dtype, for as long as the product takes: anywhere, and to the bit as simulated."""
 
     name = "dequantize"
 
@@ -95,8 +95,8 @@ def matmul(layer: "PackedLinear", x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b
 
 
 def fastest(ways: Sequence[Backend], layer: "PackedLinear", x: Float[Tensor, "*b k"]) -> Backend:
-    """As measured on such a device for about this many rows. Where nobody measured, the first for many rows, and for few
-    the one that reads the packed weight."""
+    """As measured on such a device for about this many rows. Where nobody measured, the first for many rows, and for
+    few the one that reads the packed weight."""
     name, m = speeds.device_name(x.device), x.numel() // layer.in_features
     times = [speeds.milliseconds(name, way.name, m, layer.out_features, layer.in_features) for way in ways]
     known = {way: ms for way, ms in zip(ways, times, strict=True) if ms is not None}

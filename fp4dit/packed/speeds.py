@@ -34,7 +34,7 @@ def device_name(device: torch.device) -> str:
 
 @lru_cache
 def milliseconds(device: str, backend: str, m: int, o: int, k: int) -> float | None:
-    """Of the shape most like this one that was measured there, as if it took time by its size; None if there is none."""
+    """Of the shape most like this one that was measured there, as if time went by size; None if there is none."""
     there = [speed for speed in measured() if (speed.device, speed.backend) == (device, backend)]
     if not there:
         return None
