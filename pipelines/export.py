@@ -55,10 +55,11 @@ class Export:
         load_scales_(grids, needs["activations"] / "scales.safetensors")
         plain = policy.checkpoint_bytes(pipeline.dit, [])
         pack_transformer_(pipeline.dit, rules, inputs)  # pyright: ignore[reportArgumentType]
-        pipeline.save(out / "pipeline")
+        base = self.base
+        pipeline.save(out / "pipeline", base)
         audits = [read_json(needs[role] / "audit.json") for role in ("weights", "activations")]
         facts = Facts(
-            base=getattr(self.model, "path", type(pipeline.dit).__name__),
+            base=base,
             pipeline=read_json(out / "pipeline" / "model_index.json")["_class_name"],
             weights=audits[0]["layers"],
             activations=audits[1]["layers"],
@@ -71,6 +72,12 @@ class Export:
         )
         (out / "pipeline" / "README.md").write_text(card(facts))
         write_json(out / "export.json", {"bytes": facts.bytes, "bytes16": facts.bytes16})
+
+    @property
+    def base(self) -> str:
+        """What the model was made from, a hub id or a package; of a folder the name, for where it lay says nothing."""
+        path = str(getattr(self.model, "path", type(self.model).__name__))
+        return Path(path).name if Path(path).expanduser().is_dir() else path
 
     def missed(self, scores: Mapping[str, Mapping[str, float] | None]) -> Iterator[str]:
         """Which scores are not as good as they should be. Those of a set have a longer name, which begins alike."""

@@ -38,8 +38,8 @@ class Pipeline(Protocol):
         """All of `dit` that can be quantized, in execution order."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """As a folder that diffusers loads."""
+    def save(self, folder: Path, base: str) -> None:
+        """As a folder that diffusers loads, which says that it was made from `base`."""
         ...
 
 

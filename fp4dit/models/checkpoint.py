@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoModel, DiffusionPipeline, ModelMixin
+from diffusers import AutoModel, ConfigMixin, DiffusionPipeline, ModelMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -111,10 +111,17 @@ class Adapter:
         (self.dit if self.pipe is None else self.pipe).to(device)
         self.device = torch.device(device)
 
-    def save(self, folder: Path) -> None:
-        """All of it, as diffusers does. Raises UserError if there is a transformer alone."""
+    def save(self, folder: Path, base: str) -> None:
+        """All of it, as diffusers does, with `base` in place of the folder that it was loaded from.
+
+        Raises:
+            UserError: if there is a transformer alone.
+        """
         if self.pipe is None:
             raise UserError(f"there is no pipeline around this {type(self.dit).__name__} to be saved with it")
+        for part in (self.pipe, *self.pipe.components.values()):
+            if isinstance(part, ConfigMixin):
+                part.register_to_config(_name_or_path=base)
         self.pipe.save_pretrained(folder)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
