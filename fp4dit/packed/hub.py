@@ -36,7 +36,7 @@ class PackedConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, version: int, weights: Sequence[Any], inputs: Sequence[Any], quant_method: str = "fp4dit"
+        self, version: int, weights: Sequence[Any], inputs: Sequence[Any], quant_method: str = "fp4dit", **others: Any
     ) -> None:
         self.quant_method = Method.FP4DIT  # pyright: ignore[reportAttributeAccessIssue]
         if version != checkpoint.VERSION:
@@ -44,6 +44,8 @@ class PackedConfig(QuantizationConfigMixin):
                 f"this checkpoint's layout has version {version}, and this fp4dit reads version {checkpoint.VERSION}: "
                 "install the fp4dit that wrote it, or export it again"
             )
+        if others:
+            raise UserError(f"quantization_config.{min(others)} is nothing that fp4dit writes: the file was changed")
         self.version, self.weights, self.inputs = version, weights, inputs
 
     @classmethod
@@ -54,8 +56,7 @@ class PackedConfig(QuantizationConfigMixin):
     @property
     def description(self) -> Description:
         """Raises UserError if it is none."""
-        found = made({"kind": "Description", "weights": self.weights, "inputs": self.inputs})
-        return found
+        return made({"kind": "Description", "weights": self.weights, "inputs": self.inputs}, Description)
 
     def to_dict(self) -> dict[str, Any]:
         kept = {"version": self.version, "weights": self.weights, "inputs": self.inputs}
