@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,24 @@ def test_stock_diffusers_loads_what_was_saved(plain: Path, folder: Path):
     loaded = PixArtSigmaPipeline.from_pretrained(folder)
     assert isinstance(loaded.transformer.transformer_blocks[0].attn1.to_q, PackedLinear)
     assert draw(loaded).equal(draw(pipe))
+
+
+@pytest.mark.parametrize(
+    "save", [tiny.save_alpha, tiny.save_hunyuan, tiny.save_dit, tiny.save_sd3, tiny.save_flux, tiny.save_sana]
+)
+def test_every_model_of_ours_is_saved_and_loaded(tmp_path: Path, save: Callable[[Path], None]):
+    save(tmp_path / "plain")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "plain")
+    layers = policy.layers(pipe.transformer)
+    odd = [name for name, layer in layers.items() if layer.weight[0].numel() % 16]
+    weight = everywhere(
+        E2M1, by_row=odd, leave=[name for name, layer in layers.items() if getattr(layer, "groups", 1) > 1]
+    )
+    quantized(pipe, weight, ONLINE).save_pretrained(tmp_path / "packed")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "packed")
+    before, after = pipe.transformer.state_dict(), again.transformer.state_dict()
+    assert before.keys() == after.keys()
+    assert all(after[name].equal(value) for name, value in before.items())
 
 
 def test_importing_fp4dit_is_enough(folder: Path):
