@@ -23,7 +23,7 @@ MODULES = (
     *(description, layout, numbers),
 )
 DEEPEST = 20  # levels of JSON
-MOST = 100_000  # values in it; a model of 500 layers that are all named in five ranges of timesteps has 10,000
+MOST = 100_000  # values in it; to name 500 layers in five ranges of timesteps takes 2,500
 LARGEST = 2**53  # every reader of JSON keeps integers up to here
 
 
@@ -103,8 +103,9 @@ def inside(json: Any) -> Iterable[Any]:
 
 def field(json: Any, hint: Any, path: str) -> Any:
     """The value of a field with this annotation."""
+    value = built(json, path)
     try:
-        return fitted(built(json, path), hint)
+        return fitted(value, hint)
     except TypeError as error:
         raise UserError(f"{path} must be {shown(hint)}, not {brief(json)}") from error
 
@@ -133,8 +134,8 @@ def listed(name: Any, known: Mapping[str, Any], path: str) -> Any:
 
 def instance(json: Mapping[str, Any], path: str) -> Any:
     kind = listed(json["kind"], KINDS, f"{path}.kind")
-    hints, names = get_type_hints(kind), {f.name for f in fields(kind)}
-    if wrong := sorted(names ^ (json.keys() - {"kind"})):
+    hints, names = get_type_hints(kind), [f.name for f in fields(kind)]
+    if wrong := sorted(set(names) ^ (json.keys() - {"kind"})):
         raise UserError(f"{path}.{wrong[0]} is {'missing' if wrong[0] in names else f'no field of {kind.__name__}'}")
     values = {name: field(json[name], hints[name], f"{path}.{name}") for name in names}
     try:
