@@ -212,6 +212,12 @@ def test_what_is_too_large_is_an_error():
         made([[0] * 60_000, [0] * 60_000])
 
 
+def test_a_format_whose_values_do_not_fit_its_bits_is_refused_at_once():
+    """Its values would be 2^40."""
+    with pytest.raises(UserError, match="4 bits do not hold its values"):
+        made(describe(floating(2, 1)) | {"mantissa": 40})
+
+
 def test_many_bits_cost_no_time():
     """2**bits would take all memory."""
     assert made({"kind": "Codebook", "name": "wide", "bits": 2**53, "levels": [0.0, 1.0]}).bits == 2**53
@@ -223,7 +229,7 @@ def test_many_bits_cost_no_time():
     "value",
     [
         float("inf"),
-        AbsMax(replace(floating(2, 1), max=float("nan"))),
+        Deviations(float("nan")),
         2**53 + 1,
         os.system,
         floating,

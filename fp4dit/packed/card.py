@@ -79,8 +79,7 @@ def scored(scores: Mapping[str, Any]) -> str:
 
 def untested(facts: Facts) -> str:
     return (
-        f"Other prompts than the {facts.scores['n']} that were scored; other samplers, numbers of steps, guidance "
-        "and image sizes than those of the command above; fine-tunes and adapters on top; and whatever the metrics above do "
-        "not see, such as text in images, faces and hands. What the original model should not be used for, this one "
-        "should not be either."
+        f"Other prompts than the {facts.scores['n']} that were scored; other samplers, numbers of steps, guidance and "
+        "image sizes than those of the command above; fine-tunes and adapters on top; and what the metrics do not see, "
+        "such as text in images, faces and hands. What the original should not be used for, this should not either."
     )
