@@ -36,8 +36,12 @@ def tile(m: int, dtype: torch.dtype) -> Tile:
     program; of two, one expands while the other multiplies."""
     if dtype == torch.float32:  # no tensor cores: their fp32 is TF32
         return Tile(16, 32, 4, 2)
-    tokens = min(128, max(16, triton.next_power_of_2(m)))
-    return Tile(tokens, 64, 4, 3)
+    return Tile(min(128, max(16, power_of_2(m))), 64, 4, 3)
+
+
+def power_of_2(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()
 
 
 def expand(codes: Codes, shift: int) -> Float8e4m3fn[Tensor, "n k"]:
@@ -68,12 +72,13 @@ def quantize_rows(
     if k > WIDEST:
         raise ValueError(f"rows of {k} values do not fit one program: quantize at most {WIDEST}")
     values, scale = like_quantized(x, mantissa, min_exponent, largest)
-    block = triton.next_power_of_2(k)
+    block = power_of_2(k)
     floor = max(2.0**min_exponent, torch.finfo(torch.float32).tiny)
     with torch.cuda.device_of(x):
         programs.quantized_row[(m,)](
-            x.contiguous(), values, scale, k, block, mantissa, floor, largest, num_warps=min(16, max(1, block // 512))
-        )
+            x.contiguous(), values, scale, k, block, mantissa, floor, largest,
+            num_warps=min(16, max(1, block // 512)),  # pyright: ignore[reportCallIssue]
+        )  # fmt: skip
     return values, scale
 
 
@@ -155,6 +160,7 @@ def multiplied(
     with torch.cuda.device_of(x):
         programs.product[(triton.cdiv(m, t.tokens), triton.cdiv(n, t.rows))](
             x.contiguous(), x_scale, codes.contiguous(), scale.contiguous(), bias, out, m, n, k, k // groups, shift,
-            t.tokens, t.rows, STEP, num_warps=t.warps, num_stages=t.stages,
+            t.tokens, t.rows, STEP,
+            num_warps=t.warps, num_stages=t.stages,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return out
