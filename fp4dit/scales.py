@@ -89,7 +89,10 @@ class AbsMax:
     store: NumberFormat | None = None
 
     def __call__(self, blocks: Blocks, fmt: Format, importance: Importance | None = None) -> Scale:
-        return Scale(stored(blocks.abs().amax(1, keepdim=True) / fmt.max, self.store))
+        reach = blocks.abs().amax(1, keepdim=True)
+        # By a tensor: a GPU divides by a mere number as it multiplies with its reciprocal, one bit off.
+        largest = fmt.max if isinstance(fmt.max, Tensor) else torch.full_like(reach[:1], fmt.max)
+        return Scale(stored(reach / largest, self.store))
 
     def cost(self, fmt: Format, blocks: int) -> float:
         return width(self.store) * blocks

@@ -6,12 +6,19 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch import nn
+from torch.nn import functional as F
 from triton.runtime import interpreter
 
 from fp4dit.blockscales import E4M3
-from fp4dit.formats import floating
+from fp4dit.formats import floating, fp16, integer
+from fp4dit.grid import Grid
+from fp4dit.layer import QuantLayer
 from fp4dit.packed import kernels, programs
+from fp4dit.packed.layer import packed
+from fp4dit.packed.matmul import Dequantize, Fp8, WeightOnly, expandable
 from fp4dit.quantizer import Granularity, Quantizer
+from fp4dit.scales import AbsMax
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("test_kernels.py runs this file", allow_module_level=True)
@@ -159,3 +166,19 @@ def test_one_graph_holds_all_of_a_layer():
         return y.relu() + kernels.weight_only_matmul(x, codes, 2, scale, None)
 
     assert torch.compile(layer, fullgraph=True, backend="aot_eager")(x).equal(layer(x))
+
+
+@pytest.mark.parametrize("fmt", [floating(2, 1), floating(1, 2), floating(3, 0), integer(4)], ids=named)
+@pytest.mark.parametrize("granularity", [Granularity("group", 128), Granularity("row")], ids=["groups", "rows"])
+def test_backends_multiply_what_the_simulation_does(fmt, granularity: Granularity):
+    """As the exact product of the simulated weight and input, to fp32's accuracy of the sums."""
+    torch.manual_seed(0)
+    layer = QuantLayer(nn.Linear(256, 48), Quantizer(fmt, granularity, AbsMax(fp16)))
+    layer.activation = Grid(Quantizer(E4M3, Granularity("row")))
+    layer.prepare()
+    layer.freeze()
+    made, x = packed(layer), torch.randn(2, 3, 256)
+    assert expandable(made.layout, 256)
+    exact = F.linear(layer.activation(x).double(), layer.rows.double(), layer.source.bias.double())
+    for backend in (Fp8(), WeightOnly(), Dequantize()):
+        torch.testing.assert_close(backend(made, x).double(), exact, rtol=0, atol=2e-6 * exact.abs().max().item())
