@@ -10,11 +10,15 @@ from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
+from benchmarks import published
 from fp4dit import policy
 from fp4dit.clock import Clock
 from fp4dit.grid import Grid, TimedGrid
+from fp4dit.packed.description import Description, Weights, build_
 from fp4dit.packed.export import pack_transformer_, size
 from fp4dit.packed.layer import PackedLinear
+from fp4dit.packed.layout import Layout
+from fp4dit.packed.numbers import Floats
 from fp4dit.resources import locate
 from pipelines.plan import plan
 from pipelines.resolvers import options
@@ -122,3 +126,19 @@ def test_the_stage_leaves_a_folder_that_stock_diffusers_loads(run: Run, tmp_path
     text = "".join(path.read_text() for path in folder.rglob("*") if path.suffix in (".json", ".md"))
     assert str(tmp_path) not in text
     assert "python -m pipelines.run" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("model", ["pixart_alpha", "pixart_sigma", "hunyuan"])
+def test_a_published_transformer_takes_at_most_0_29_of_its_16_bits(composed: Compose, model: str):
+    """Built without memory: the true architecture, its layers as FP4DiT packs them, all else in 16 bits."""
+    with torch.device("meta"):
+        dit = published.build(model).half()
+    rules = policy.assign(policy.layers(dit), plan(composed("method=fp4dit"))["reconstruct"].make().weight)
+    whole = size(dit)
+    groups = {}
+    for name, rule in rules.items():
+        groups.setdefault(rule.quantizer, []).append(name)
+    scales = {"scale": Floats(2)}
+    weights = [Weights(names, Layout((q.format,), q.granularity, scales), (), ()) for q, names in groups.items()]
+    build_(dit, Description(weights, ()), torch.float16)
+    assert size(dit) < 0.29 * whole
