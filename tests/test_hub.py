@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +245,23 @@ def test_a_device_map(folder: Path):
     mapped = type(dit).from_pretrained(folder / "transformer", device_map={"": "cpu"})
     state = mapped.state_dict()
     assert all(state[name].equal(value) for name, value in dit.state_dict().items())
+
+
+def offloaded(folder: Path) -> Iterator[PixArtSigmaPipeline]:
+    """As each way of diffusers to save memory leaves the pipeline. The CPU stands in for the device that computes."""
+    pipe = PixArtSigmaPipeline.from_pretrained(folder)
+    pipe.enable_model_cpu_offload(device="cpu")
+    yield pipe
+    yield PixArtSigmaPipeline.from_pretrained(folder, device_map="balanced")
+    pipe = PixArtSigmaPipeline.from_pretrained(folder)
+    cpu = torch.device("cpu")
+    pipe.transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    yield pipe
+
+
+def test_offload_changes_nothing(folder: Path):
+    before = draw(PixArtSigmaPipeline.from_pretrained(folder))
+    assert all(draw(pipe).equal(before) for pipe in offloaded(folder))
 
 
 def test_it_moves_but_is_not_cast(folder: Path):

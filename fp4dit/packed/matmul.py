@@ -91,7 +91,26 @@ BACKENDS: Sequence[Backend] = (Fp8(), WeightOnly(), Dequantize())
 def matmul(layer: "PackedLinear", x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b o"]:
     """x W^T + bias, with x as the layer's activation quantizes it."""
     ways = [backend for backend in BACKENDS if backend.takes(layer, x)]
-    return (ways[0] if len(ways) == 1 else fastest(ways, layer, x))(layer, x)
+    way = ways[0] if len(ways) == 1 else fastest(ways, layer, x)
+    if not torch.compiler.is_compiling():
+        warn_if_slow(way, layer, x)
+    return way(layer, x)
+
+
+def warn_if_slow(way: Backend, layer: "PackedLinear", x: Float[Tensor, "*b k"]) -> None:
+    """Says once for a device that products are slower there than in 16 bits."""
+    shape = x.numel() // layer.in_features, layer.out_features, layer.in_features
+    name = speeds.device_name(x.device)
+    ours, plain = (speeds.milliseconds(name, side, *shape) for side in (way.name, "16-bit"))
+    if ours and plain and ours > 1.02 * plain:
+        tell_slow(name)
+
+
+@lru_cache
+def tell_slow(device: str) -> None:
+    log.warning(
+        "on %s packed weights save memory, not time: some of their products take longer than in 16 bits", device
+    )
 
 
 def fastest(ways: Sequence[Backend], layer: "PackedLinear", x: Float[Tensor, "*b k"]) -> Backend:
