@@ -19,6 +19,9 @@ class PackedLinear(Entrance, nn.Linear):
     It is a `nn.Linear`, so that adapters such as peft's LoRA find it. `dtype` is what the weight had before.
     """
 
+    codes: UInt8[Tensor, "o b"]
+    table: Tensor
+
     def __init__(
         self,
         layout: Layout,
@@ -50,7 +53,7 @@ class PackedLinear(Entrance, nn.Linear):
     def weight(self) -> Float[Tensor, "o k"]:
         """A stand-in of the weight's shape, dtype and device, for code that asks no more of it. Reading its values
         gives NaN, and writing them is an error: an adapter can be added to this layer, but not merged into it."""
-        stand_in = torch.full((), torch.nan, dtype=self.dtype, device=self.codes.device)  # pyright: ignore
+        stand_in = torch.full((), torch.nan, dtype=self.dtype, device=self.codes.device)
         return stand_in.expand(self.out_features, self.in_features)
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o k"]:
