@@ -16,7 +16,7 @@ from fp4dit.packed import bits
 from fp4dit.packed.codes import code_bits, encode, levels, pairs
 from fp4dit.packed.numbers import Numbers, smallest
 from fp4dit.quantizer import Granularity
-from fp4dit.scaling import Blocks, Scaling, from_parts, parts
+from fp4dit.scaling import Blocks, Scale, Scaling, from_parts, parts
 
 Rows = Float[Tensor, "o k"]
 Held = Mapping[str, UInt8[Tensor, "..."]]
@@ -80,7 +80,10 @@ class Layout:
         """In fp32."""
         o = len(held["codes"])
         blocks = self.grid(held, k, table).reshape(-1, self.granularity.width(torch.Size([o, k])))
-        return self.scales(held, self.kind(held, len(blocks))).from_grid(blocks).view(o, k)
+        scaling = self.scales(held, self.kind(held, len(blocks)))
+        # Overwritten where that is all, for new memory costs more than the arithmetic.
+        made = blocks.mul_(scaling.scale) if isinstance(scaling, Scale) else scaling.from_grid(blocks)
+        return made.view(o, k)
 
     def grid(self, held: Held, k: int, table: Tensor) -> Rows:
         """The values of the codes."""
