@@ -126,6 +126,23 @@ def test_the_stage_leaves_a_folder_that_stock_diffusers_loads(run: Run, tmp_path
     text = "".join(path.read_text() for path in folder.rglob("*") if path.suffix in (".json", ".md"))
     assert str(tmp_path) not in text
     assert "python -m pipelines.run" in (folder / "README.md").read_text()
+    assert "Nothing else of the pipeline is quantized" in (folder / "README.md").read_text()
+    check_with_text_encoder(run, few, tmp_path)
+
+
+def check_with_text_encoder(run: Run, few: list[str], tmp_path: Path) -> None:
+    """After the same stages, which are not run again."""
+    before = set(tmp_path.glob("store/export/*/pipeline"))
+    assert run(*few, "text_encoder=e2m1") == 0
+    (made,) = set(tmp_path.glob("store/export/*/pipeline")) - before
+    written = json.loads((made.parent / "export.json").read_text())["text_encoder"]
+    assert written["bytes"] < written["bytes16"]  # though what is not packed has 32 bits here
+    assert 0.01 < written["error"] < 0.5
+    card = (made / "README.md").read_text()
+    assert f"changes its hidden states on 2 prompts by {written['error']:.2%}" in card
+    assert "| `*` | e2m1 | 18 | 4.25 |" in card
+    encoder = PixArtSigmaPipeline.from_pretrained(made).text_encoder
+    assert sum(isinstance(layer, PackedLinear) for layer in encoder.modules()) == 18
 
 
 @pytest.mark.parametrize("model", ["pixart_alpha", "pixart_sigma", "hunyuan"])

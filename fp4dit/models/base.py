@@ -52,6 +52,10 @@ class Source(Protocol):
         """Raises UserError if it is known before loading that one of them cannot be drawn."""
         ...
 
+    def check_text_encoder(self) -> None:
+        """Raises UserError if it is known before loading that there is no text encoder to be quantized."""
+        ...
+
     def skeleton(self) -> Pipeline:
         """The transformer on the meta device: all but `to` and `sample`."""
         ...

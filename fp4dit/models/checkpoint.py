@@ -52,6 +52,14 @@ class Checkpoint:
     def check(self, prompts: Sequence[str]) -> None:
         """Raises UserError if it is known before loading that one of them cannot be drawn."""
 
+    def check_text_encoder(self) -> None:
+        """Raises UserError if it is known before loading that there is no text encoder to be quantized."""
+        indices = [Path(locate(path)) / INDEX for path in (self.path, self.rest) if path]
+        index = next((path for path in indices if path.is_file()), None)  # none of what is on the hub
+        parts = json.loads(index.read_text()) if index else {}
+        if index and not any(name.startswith("text_encoder") and kind[1] for name, kind in parts.items()):
+            raise UserError(f"{self.path} has no text encoder that could be quantized: use text_encoder=none")
+
     def skeleton(self) -> "Adapter":
         """The transformer alone and without its weights, on the meta device: nothing but its config is read.
 

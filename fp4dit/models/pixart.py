@@ -44,6 +44,15 @@ class PixArt(Checkpoint):
         if self.embeddings:
             Embeddings(self.embeddings).check(prompts)
 
+    def check_text_encoder(self) -> None:
+        """Raises UserError, too, if embeddings take its place."""
+        if self.embeddings:
+            raise UserError(
+                "with model.embeddings no text encoder is loaded that could be quantized: use text_encoder=none, or do "
+                "without the embeddings"
+            )
+        super().check_text_encoder()
+
 
 class PixArtPipeline(Adapter):
     """A PixArt as a chain of units: its embeddings, its blocks, its output layer."""

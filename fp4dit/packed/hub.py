@@ -1,12 +1,10 @@
 """Packed models as diffusers saves and loads them: `from_pretrained` and `save_pretrained`, by its own extension point.
 
-diffusers finds a quantization method by its name in two dictionaries, and `import fp4dit` puts this one there. There is
-no other way in 0.42.
+diffusers finds a quantization method by its name in two dictionaries, and importing this puts it there. There is no
+other way in 0.42.
 """
 
-import json
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +18,12 @@ from torch import Tensor
 from fp4dit.errors import UserError
 from fp4dit.grid import Grid
 from fp4dit.packed import checkpoint
+from fp4dit.packed.config import Config, Method, check_packed
 from fp4dit.packed.description import Description, build_, verbatim
-from fp4dit.packed.spec import describe, made
 
 
-class Method(str, Enum):  # noqa: UP042, a str of which `.value` is one, as diffusers has it
-    FP4DIT = "fp4dit"
-
-
-class PackedConfig(QuantizationConfigMixin):
-    """`quantization_config` in a transformer's config.json: a `Description` as JSON, and the layout's version.
-
-    Raises:
-        UserError: if it is of another version.
-    """
-
-    def __init__(
-        self, version: int, weights: Sequence[Any], inputs: Sequence[Any], quant_method: str = "fp4dit", **others: Any
-    ) -> None:
-        self.quant_method = Method.FP4DIT  # pyright: ignore[reportAttributeAccessIssue]
-        if version != checkpoint.VERSION:
-            raise UserError(
-                f"this checkpoint's layout has version {version}, and this fp4dit reads version {checkpoint.VERSION}: "
-                "install the fp4dit that wrote it, or export it again"
-            )
-        if others:
-            raise UserError(f"quantization_config.{min(others)} is nothing that fp4dit writes: the file was changed")
-        self.version, self.weights, self.inputs = version, weights, inputs
-
-    @classmethod
-    def of(cls, description: Description) -> "PackedConfig":
-        found = describe(description)
-        return cls(checkpoint.VERSION, found["weights"], found["inputs"])
-
-    @property
-    def description(self) -> Description:
-        """Raises UserError if it is none."""
-        return made({"kind": "Description", "weights": self.weights, "inputs": self.inputs}, Description)
-
-    def to_dict(self) -> dict[str, Any]:
-        kept = {"version": self.version, "weights": self.weights, "inputs": self.inputs}
-        return json.loads(json.dumps({"quant_method": self.quant_method.value, **kept}))
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        return self.to_dict()
+class PackedConfig(Config, QuantizationConfigMixin):
+    """As diffusers knows it."""
 
 
 class PackedQuantizer(DiffusersQuantizer):
@@ -73,11 +33,7 @@ class PackedQuantizer(DiffusersQuantizer):
 
     def __init__(self, quantization_config: PackedConfig, **others: Any) -> None:
         super().__init__(quantization_config, **others)
-        if not self.pre_quantized:
-            raise UserError(
-                "fp4dit does not quantize while a model is loaded, for it calibrates: run "
-                "python -m pipelines.run targets=[export], and load the folder that it makes"
-            )
+        check_packed(self.pre_quantized)
         self.dtype = torch.float32
         self.stored: dict[str, checkpoint.Stored] = {}
         self.kept: set[str] = set()
@@ -154,6 +110,5 @@ def attach(model: ModelMixin, description: Description) -> None:
     model.register_to_config(quantization_config=config)
 
 
-def register() -> None:
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.FP4DIT.value] = PackedConfig
-    auto.AUTO_QUANTIZER_MAPPING[Method.FP4DIT.value] = PackedQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.FP4DIT.value] = PackedConfig
+auto.AUTO_QUANTIZER_MAPPING[Method.FP4DIT.value] = PackedQuantizer

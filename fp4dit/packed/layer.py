@@ -1,6 +1,6 @@
 """Layers whose weight is packed: what a quantized model is when nothing is to be learnt any more."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, UInt8
@@ -55,6 +55,11 @@ class PackedLinear(Entrance, nn.Linear):
         gives NaN, and writing them is an error: an adapter can be added to this layer, but not merged into it."""
         stand_in = torch.full((), torch.nan, dtype=self.dtype, device=self.codes.device)
         return stand_in.expand(self.out_features, self.in_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """A cast of the model leaves the bytes as they are, and changes what they are read as."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype  # pyright: ignore
+        return super()._apply(fn, recurse)
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o k"]:
         """The weight."""
