@@ -374,6 +374,7 @@ def test_a_changed_checkpoint_is_not_read(folder: Path, run: Run, capsys):
         reading(state | {"another": torch.zeros(1)})
     group = own["config_groups"]["group_0"]
     for key, value, message in (
+        ("output_activations", {"num_bits": 8}, "the output of .* is quantized"),
         ("format", "int-quantized", "int-quantized, and only nvfp4"),
         ("targets", ["re:nothing"], "no group"),
         ("input_activations", {"num_bits": 8}, "the input of .* is quantized as"),
@@ -381,6 +382,8 @@ def test_a_changed_checkpoint_is_not_read(folder: Path, run: Run, capsys):
         changed = own | {"config_groups": {"group_0": group | {key: value}}}
         with pytest.raises(UserError, match=message):
             reading(state, changed)
+    with pytest.raises(UserError, match="has a transform_config"):
+        reading(state, own | {"transform_config": {"config_groups": {}}})
     save_file(state, folder / "theirs" / FILE)
     data = (folder / "theirs" / FILE).read_bytes()
     (folder / "theirs" / FILE).write_bytes(data[:-9])

@@ -42,7 +42,8 @@ def compressed(model: nn.Module, dense: Sequence[str] = ()) -> Compressed:
     Raises:
         UserError: if a layer is not representable; the message names it and says why.
     """
-    state = {plain(name, model): value for name, value in model.state_dict().items() if name not in verbatim(model)}
+    ours = verbatim(model)
+    state = {plain(name, model): value for name, value in model.state_dict().items() if name not in ours}
     groups: dict[str, dict[str, Any]] = {}
     refused: dict[str, list[str]] = {}
     packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
