@@ -2,7 +2,7 @@
 # make table TABLE=methods    run what is missing of any other table, and print it
 # make test    check, then all tests
 # make check   lint, format and types
-# make bench-gpu   measure models of published size on a GPU, with random weights; outputs/benchmarks/gpu.md
+# make bench-gpu   measure models of published size on a GPU, with random weights; outputs/benchmarks
 # Each sets up .venv first if need be. PYTHON=/a/python chooses the interpreter, JOBS=4 how many jobs run side by side.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
@@ -38,6 +38,7 @@ check: $(STAMP)
 # With all cores: one process at a time is measured.
 bench-gpu: $(STAMP)
 	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.gpu
+	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.packed
 
 # hpsv2 pins an old pytest and protobuf that break the rest, and needs neither for what it is used for here.
 $(STAMP): pyproject.toml constraints.txt

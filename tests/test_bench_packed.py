@@ -1,0 +1,125 @@
+"""What measures packed weights, on a CPU and tiny models: that it runs, and says what it measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import cpu, packed, products, published, steps
+from benchmarks.packed import Scale, main
+from benchmarks.products import Sizes
+from benchmarks.profiles import part
+from benchmarks.timing import in_turn
+from fp4dit.packed.matmul import Dequantize
+from fp4dit.packed.speeds import Speed, device_name
+
+CPU = torch.device("cpu")
+TINY = {"num_attention_heads": 2, "attention_head_dim": 64, "cross_attention_dim": 128, "caption_channels": 128}
+SIZES = Sizes([(24, 128)], (3,), (torch.bfloat16,), repeats=1, calls=2)
+SCALE = Scale(
+    SIZES,
+    SIZES,
+    steps.Scale(batches=(1,), tokens=7, sampler=2, repeats=1, images=1, compile=lambda dit: dit),
+    cpu.Scale(prompts=1, sampler=1, repeats=1, layers=1),
+)
+
+
+@pytest.fixture(autouse=True)
+def shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    for model in ("pixart_sigma", "pixart_sigma_512"):
+        kind, config = published.PUBLISHED[model]
+        monkeypatch.setitem(published.PUBLISHED, model, (kind, config | TINY | {"sample_size": 8, "num_layers": 1}))
+    monkeypatch.setattr(products, "COLD", 10_000)
+
+
+def table(text: str, head: str) -> dict[str, list[str]]:
+    """The cells of the table whose first column is called so, by what stands in that."""
+    _, rest = text.split(f"| {head} | ")
+    lines = rest.split("\n\n")[0].splitlines()[2:]
+    return {cells[0]: cells[1:] for line in lines if (cells := line.removeprefix("| ").removesuffix(" |").split(" | "))}
+
+
+def written(out: Path, device: torch.device | None) -> str:
+    main(SCALE, device, out, run=lambda part, *given: part(*given))
+    return (out / "packed.md").read_text()
+
+
+def test_all_that_a_gpu_is_asked(tmp_path: Path):
+    text = written(tmp_path, CPU)
+    step = table(text, "batch 1 with guidance, 32 rows")
+    assert list(step) == ["bf16", "bf16 compiled", "torchao float8 compiled", "W4A8", "W4A6", "W4A8 compiled"]
+    assert set(step.pop("torchao float8 compiled")) == {"not measured"}
+    for ms, speed, of_torchao, image, _, _ in step.values():
+        assert float(speed) == pytest.approx(float(step["bf16 compiled"][0]) / float(ms), rel=0.1, abs=0.01)
+        assert float(image) > 0
+        assert of_torchao == "not measured"
+    assert step["bf16"][5] == step["bf16 compiled"][5] == "0.0000"
+    assert 0.01 < float(step["W4A8"][5]) < 0.5
+    assert step["W4A8"][5] == step["W4A8 compiled"][5]
+    shares = table(text, "of a step, batch 1")
+    assert sum(int(cell.rstrip("%")) for cell in shares["W4A8"]) == pytest.approx(100, abs=3)
+
+
+def test_where_there_is_no_gpu(tmp_path: Path):
+    text = written(tmp_path, None)
+    assert {cell for cells in table(text, "batch 1 with guidance, 32 rows").values() for cell in cells} == {
+        "not measured"
+    }
+    read = table(text, "pixart_sigma")
+    parameters = sum(p.numel() for p in published.build("pixart_sigma").parameters())
+    assert float(read["bf16"][0]) == pytest.approx(2 * parameters / 1e6, abs=0.06)
+    assert 4.125 / 16 < float(read["W4A8"][1]) < 0.29
+    assert "to the bit" in text
+    drawn = table(text, "1 images in 1 steps")
+    assert float(drawn["packed"][3]) < 0.15 * float(drawn["full precision"][3])
+    rows = json.loads((tmp_path / "speeds.json").read_text())
+    assert [row[:5] for row in rows] == [[device_name(CPU), way, 3, 24, 128] for way in ("16-bit", "dequantize")]
+
+
+def test_a_wrong_product_is_seen(monkeypatch: pytest.MonkeyPatch):
+    class Short(Dequantize):
+        def __call__(self, layer, x):
+            return 0.9 * super().__call__(layer, x)
+
+    monkeypatch.setattr(products, "BACKENDS", (Short(), Dequantize()))
+    Short.name = "short"
+    error = {found.way: found.error for found in products.measure(SIZES, CPU)}
+    assert error["short"] == pytest.approx(0.1, rel=0.05)
+    assert error["plain"] < error["dequantize"] < 0.005
+
+
+def test_speeds_of_other_devices_are_kept(monkeypatch: pytest.MonkeyPatch):
+    other, old, new = (
+        Speed("other", "fp8", 1, 2, 3, 4.0),
+        Speed("this", "fp8", 1, 2, 3, 5.0),
+        Speed("this", "fp8", 9, 2, 3, 6.0),
+    )
+    monkeypatch.setattr(packed, "measured", lambda: (other, old))
+    assert [Speed(*row) for row in json.loads(packed.speeds([new]))] == [other, new]
+
+
+def test_ways_take_turns():
+    seen: list[str] = []
+    found = in_turn({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 2, CPU, calls=2)
+    assert "".join(seen) == "aabb" * 3
+    assert {name: len(own) for name, own in found.items()} == {"a": 2, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [
+        ("void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<96>>", "attention"),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x64x64_cublas", "products"),
+        ("product", "products"),
+        ("triton_tem_fused_addmm_gelu_3", "products"),
+        ("triton_red_fused__scaled_mm_abs_amax_clamp_div_1", "quantization"),
+        ("quantized_row", "quantization"),
+        ("triton_red_fused_add_addmm_mul_native_layer_norm_0", "norms"),
+        ("void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16, float>", "norms"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl>", "all else"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(kernel: str, expected: str):
+    assert part(kernel) == expected
