@@ -279,8 +279,12 @@ def test_a_model_has_the_names_of_the_plain_one_and_says_what_is_left_as_it_is()
 
 
 def test_the_layer_that_cannot_be_converted_is_named():
-    with pytest.raises(UserError, match=r"^pos_embed\.proj: .*convolution.*name it in dense"):
+    with pytest.raises(UserError, match=r"^pos_embed\.proj: .*convolution"):
         to_compressed(quantized(BY_ROW, []))
+    blocks = replace(NV, granularity=Granularity("group", 32))
+    with pytest.raises(UserError, match=r"pos_embed\.proj: [^\n]*\n.* and 6 more: .*32 values share") as error:
+        to_compressed(quantized(everywhere(blocks, by_row=["pos_embed.proj"]), []))
+    assert "proj_out" not in str(error.value)
     ranges = quantized(everywhere(NV, by_row=["pos_embed.proj"], ranges=[500]), [])
     with pytest.raises(UserError, match=r"\.ranges\.0 is for one range of timesteps"):
         to_compressed(ranges, dense=["pos_embed.proj"])
@@ -327,6 +331,10 @@ def test_the_command_there_and_back(folder: Path, run: Run, capsys):
     assert "26 layers are mxfp4-pack-quantized" in capsys.readouterr().out
     assert run(*given, main=pipelines.convert.main, outputs=False) == 1
     assert "give a new folder" in capsys.readouterr().err
+    assert run(*given[:2], f"out={folder}/half", "to.dtype=int4", main=pipelines.convert.main, outputs=False) == 1
+    assert "choose bfloat16, float16, float32" in capsys.readouterr().err
+    assert run(*given[:2], f"out={folder}/half", "to.dtype=bfloat16", main=pipelines.convert.main, outputs=False) == 0
+    assert load_file(folder / "half" / FILE)["proj_out.bias"].dtype == torch.bfloat16
     back = [f"path={folder}/theirs", "to=fp4dit", f"out={folder}/back"]
     assert run(*back, main=pipelines.convert.main, outputs=False) == 0
     assert run(*back[:2], f"out={folder}/more", f"path={folder}/ours", main=pipelines.convert.main, outputs=False) == 1
@@ -366,6 +374,7 @@ def test_a_changed_checkpoint_is_not_read(folder: Path, run: Run, capsys):
         reading(state | {"another": torch.zeros(1)})
     group = own["config_groups"]["group_0"]
     for key, value, message in (
+        ("output_activations", {"num_bits": 8}, "the output of .* is quantized"),
         ("format", "int-quantized", "int-quantized, and only nvfp4"),
         ("targets", ["re:nothing"], "no group"),
         ("input_activations", {"num_bits": 8}, "the input of .* is quantized as"),
@@ -373,6 +382,8 @@ def test_a_changed_checkpoint_is_not_read(folder: Path, run: Run, capsys):
         changed = own | {"config_groups": {"group_0": group | {key: value}}}
         with pytest.raises(UserError, match=message):
             reading(state, changed)
+    with pytest.raises(UserError, match="has a transform_config"):
+        reading(state, own | {"transform_config": {"config_groups": {}}})
     save_file(state, folder / "theirs" / FILE)
     data = (folder / "theirs" / FILE).read_bytes()
     (folder / "theirs" / FILE).write_bytes(data[:-9])
@@ -380,12 +391,14 @@ def test_a_changed_checkpoint_is_not_read(folder: Path, run: Run, capsys):
     assert "damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("quantizer", [NV, MX], ids=["nvfp4", "mxfp4"])
-def test_the_package_itself_decompresses_the_same_model(quantizer: Quantizer):
+@pytest.mark.parametrize(
+    ("quantizer", "activation"), [(NV, []), (MX, []), (MX, [Rule("*attn?.[qkv]", None), Rule("*", MX)])]
+)
+def test_the_package_itself_makes_the_same_model(quantizer: Quantizer, activation: list[Rule]):
     """Loaded as transformers does. The package computes in bf16."""
     quantization = pytest.importorskip("compressed_tensors.quantization")
     compressors = pytest.importorskip("compressed_tensors.compressors")
-    own = quantized(everywhere(quantizer, leave=["pos_embed.proj", *LEFT]), [])
+    own = quantized(everywhere(quantizer, leave=["pos_embed.proj", *LEFT]), activation)
     made = to_compressed(own)
     config = quantization.QuantizationConfig(**made.config)
     theirs = tiny.transformer().bfloat16()
@@ -399,3 +412,4 @@ def test_the_package_itself_decompresses_the_same_model(quantizer: Quantizer):
             assert theirs.get_submodule(name).weight.equal(module.dense(torch.bfloat16)), name
         elif isinstance(module, nn.Linear):
             assert theirs.get_submodule(name).weight.equal(module.weight), name
+    assert answer(theirs).equal(answer(own))

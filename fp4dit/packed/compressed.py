@@ -98,7 +98,8 @@ def common_divisor(scales: Float[Tensor, "s"], dtype: torch.dtype) -> Float[Tens
     """A number by which numbers of E4M3 are divided to give these scales, ascending, as fp32 rounds the quotients.
 
     Quotients seldom round as products do, in the last bit of fp32. What must be equal is the weight as the layer
-    computes with it, in `dtype`: every value of E2M1 times every scale. Of bf16 and fp16 few are so unlucky.
+    computes with it, in `dtype`: every value of E2M1 times every scale. In bf16 and fp16 a product can lie halfway
+    between two numbers, and the quotient beside it: for about one in a hundred layers that had weights of 16 bits.
 
     Raises:
         UserError: if there is no such number.
@@ -115,7 +116,7 @@ def common_divisor(scales: Float[Tensor, "s"], dtype: torch.dtype) -> Float[Tens
     equal = (theirs == (scales[:, None] * values).to(dtype)).all(2).all(1)
     if not equal.any():
         raise UserError(
-            f"its scales are not, as {dtype} rounds the weight, numbers of E4M3 divided by one fp32 number. Those that "
-            "NVFP4 chose are so in bfloat16 and float16"
+            f"its scales are not, as {dtype} rounds the weight, numbers of E4M3 divided by one fp32 number. NVFP4's "
+            "nearly always are as bfloat16 and float16 round it"
         )
     return divisors[equal][0]

@@ -23,6 +23,7 @@ from fp4dit.packed.layer import PackedLinear
 from fp4dit.policy import Rule
 
 PARTS = ("weight_packed", "weight_scale", "weight_global_scale")
+BESIDES = ("transform_config", "sparsity_config", "kv_cache_scheme")
 
 
 def packed_(model: ModelMixin, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -32,13 +33,17 @@ def packed_(model: ModelMixin, state: Mapping[str, Tensor], config: Mapping[str,
     Raises:
         UserError: if there is a layer or an input that is not representable; the message names it.
     """
+    if more := [key for key in BESIDES if config.get(key)]:
+        raise UserError(f"the checkpoint has a {more[0]}, which has no counterpart here")
     rest, rules, made = dict(state), {}, {}
     for name in [name.removesuffix(".weight_packed") for name in state if name.endswith(".weight_packed")]:
         group = group_of(name, config)
         kept = {part: rest.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in rest}
-        made[name] = layer = read(name, kept, group["format"] or config["format"], model)
+        made[name] = layer = read(name, kept, group["format"] or config.get("format"), model)
         model.set_submodule(name, layer)
         rest |= {f"{name}.{part}": value for part, value in layer.held.items()}
+        if group["output_activations"] is not None:
+            raise UserError(f"the output of {name} is quantized, which has no counterpart here")
         if group["input_activations"] is not None:
             rules[name] = input_rule(name, group["input_activations"])
     try:
@@ -52,15 +57,15 @@ def packed_(model: ModelMixin, state: Mapping[str, Tensor], config: Mapping[str,
 
 def group_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The group that the layer is of: by name, by a pattern, or as one of all linear layers."""
-    fields = {"format": None, "input_activations": None, "targets": ()}
-    for group in ({**fields, **group} for group in config["config_groups"].values()):
+    fields = {"format": None, "input_activations": None, "output_activations": None, "targets": ()}
+    for group in ({**fields, **group} for group in config.get("config_groups", {}).values()):
         for target in group["targets"]:
             if target in (name, "Linear") or (target.startswith("re:") and re.match(target[3:], name)):
                 return group
     raise UserError(f"{name} is packed, and no group of the config names it")
 
 
-def read(name: str, kept: Mapping[str, Tensor], called: str, model: nn.Module) -> PackedLinear:
+def read(name: str, kept: Mapping[str, Tensor], called: str | None, model: nn.Module) -> PackedLinear:
     fmt = next((fmt for fmt in FORMATS if fmt.name == called), None)
     if fmt is None:
         raise UserError(f"{name} is {called}, and only {' and '.join(fmt.name for fmt in FORMATS)} are read")

@@ -1,11 +1,12 @@
 """A packed transformer as compressed-tensors describes one: the names of its tensors, and the config."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from diffusers import AutoModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -16,10 +17,12 @@ from fp4dit.packed.compressed import FORMATS, MXFP4, NVFP4
 from fp4dit.packed.description import verbatim
 from fp4dit.packed.folders import described_by, new, saved_dtype, transformer
 from fp4dit.packed.layer import PackedConv, PackedLinear
+from fp4dit.packed.remarks import refusal, remarks
 from fp4dit.policy import layers
 from fp4dit.ranges import whole
 
 FILE = "diffusion_pytorch_model.safetensors"
+COMPUTED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,10 @@ def compressed(model: nn.Module, dense: Sequence[str] = ()) -> Compressed:
     Raises:
         UserError: if a layer is not representable; the message names it and says why.
     """
-    state = {plain(name, model): value for name, value in model.state_dict().items() if name not in verbatim(model)}
+    ours = verbatim(model)
+    state = {plain(name, model): value for name, value in model.state_dict().items() if name not in ours}
     groups: dict[str, dict[str, Any]] = {}
+    refused: dict[str, list[str]] = {}
     packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
     for name, layer in packed.items():
         if whole(name) != name:
@@ -48,10 +53,16 @@ def compressed(model: nn.Module, dense: Sequence[str] = ()) -> Compressed:
         if any(fnmatchcase(name, pattern) for pattern in dense):
             state[f"{name}.weight"] = plain_weight(name, layer)
             continue
-        fmt, kept = written(name, layer)
+        try:
+            fmt, kept = written(layer)
+        except UserError as error:
+            refused.setdefault(str(error), []).append(name)
+            continue
         state |= {f"{name}.{part}": value for part, value in kept.items()}
         scheme = {"format": fmt.name, "weights": fmt.weights, "input_activations": fmt.inputs(layer.activation)}
         groups.setdefault(json.dumps(scheme), {"targets": [], **scheme})["targets"].append(name)
+    if refused:
+        raise UserError(refusal(refused))
     converted = {name for group in groups.values() for name in group["targets"]}
     if not converted:
         raise UserError("no packed layer is left: give a folder that targets=[export] made, and name fewer in dense")
@@ -74,7 +85,7 @@ def plain_weight(name: str, layer: PackedLinear) -> Tensor:
     return weight.unflatten(1, (-1, *layer.geometry.kernel_size)) if isinstance(layer, PackedConv) else weight
 
 
-def written(name: str, layer: PackedLinear) -> tuple[NVFP4 | MXFP4, dict[str, Tensor]]:
+def written(layer: PackedLinear) -> tuple[NVFP4 | MXFP4, dict[str, Tensor]]:
     """In the first format that takes it."""
     reasons = []
     for fmt in FORMATS:
@@ -82,9 +93,7 @@ def written(name: str, layer: PackedLinear) -> tuple[NVFP4 | MXFP4, dict[str, Te
             return fmt, fmt.write(layer)
         except UserError as error:
             reasons.append(f"it is no {fmt.name}, for {error}")
-    raise UserError(
-        f"{name}: {'; '.join(reasons)}. Unless it transforms its input, it can be a plain weight: name it in dense"
-    )
+    raise UserError("; ".join(reasons))
 
 
 def config(groups: Mapping[str, Mapping[str, Any]], ignored: Sequence[str]) -> dict[str, Any]:
@@ -100,35 +109,18 @@ def config(groups: Mapping[str, Mapping[str, Any]], ignored: Sequence[str]) -> d
     }
 
 
-def remarks(
-    model: nn.Module, packed: Mapping[str, PackedLinear], groups: Mapping[str, Mapping[str, Any]]
-) -> Iterator[str]:
-    described = {name for group in groups.values() if group["input_activations"] for name in group["targets"]}
-    for fmt in FORMATS:
-        alike = [packed[name] for group in groups.values() if group["format"] == fmt.name for name in group["targets"]]
-        if alike:
-            yield f"{len(alike)} layers are {fmt.name}, equal to the bit as {alike[0].dtype} has their weights"
-    quantized = {name for name, layer in packed.items() if isinstance(layer.activation, Grid)}
-    if described:
-        yield f"the inputs of {len(described)} layers are described, and quantized to the bit as here"
-    if quantized - described:
-        yield (
-            f"the inputs of {len(quantized - described)} layers are quantized here, in a way that compressed-tensors "
-            "cannot describe: who reads this leaves them as they are"
-        )
-    own = {id(layer.activation) for layer in packed.values()}
-    if any(isinstance(module, Grid) and id(module) not in own for module in model.modules()):
-        yield "what attention multiplies is quantized here, and not by who reads this"
-
-
-def convert(path: str, out: str, dense: Sequence[str] = ()) -> Sequence[str]:
+def convert(path: str, out: str, dense: Sequence[str] = (), dtype: str | None = None) -> Sequence[str]:
     """Write the transformer of an exported pipeline into a new folder; what a person must know of it.
+
+    `dtype` is that of what is not packed, and the one in which layers are equal; none is the one in the files.
 
     Raises:
         UserError: as `compressed`, or if there is no such pipeline.
     """
+    if dtype not in (None, *COMPUTED):
+        raise UserError(f"dtype={dtype}: choose {', '.join(COMPUTED)}")
     folder, target = transformer(path, "fp4dit"), new(out)
-    model: Any = AutoModel.from_pretrained(str(folder), torch_dtype=saved_dtype(folder))
+    model: Any = AutoModel.from_pretrained(str(folder), torch_dtype=COMPUTED[dtype] if dtype else saved_dtype(folder))
     made = compressed(model, dense)
     target.mkdir(parents=True, exist_ok=True)
     save_file(dict(made.state), target / FILE, metadata={"format": "pt"})
