@@ -55,9 +55,9 @@ def drawing(pipeline: Any, scale: Scale) -> Callable[[], object]:
 
 
 def peak(side: str, folder: Path, scale: Scale) -> float:
-    """MiB of this process, which draws in two steps."""
+    """MiB of this process, which draws in one step."""
     torch.set_num_threads(1)
-    drawing(shipped(side, folder), replace(scale, sampler=2))()
+    drawing(shipped(side, folder), replace(scale, sampler=1))()
     return resident()
 
 

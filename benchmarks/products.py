@@ -90,7 +90,8 @@ def of(plain: nn.Linear, layer: PackedLinear, x: Float[Tensor, "m k"], sizes: Si
     for name, (way, module) in own.items():
         wanted = exact(module, x)
         error = (way(module, x).double() - wanted).norm() / wanted.norm()
-        yield Product(name, x.dtype, len(x), *layer.weight.shape, times[name], times[""], error.item())
+        o, k = layer.weight.shape
+        yield Product(name, x.dtype, len(x), o, k, times[name], times[""], error.item())
 
 
 def turning(way: Callable[..., Tensor], module: nn.Linear, x: Float[Tensor, "m k"]) -> Callable[[], Tensor]:
