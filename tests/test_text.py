@@ -24,7 +24,9 @@ from fp4dit.packed.text import PackedTextConfig
 from fp4dit.policy import Rule, everywhere
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.scales import AbsMax
+from pipelines.plan import plan
 from tests import tiny
+from tests.conftest import Compose
 from tests.test_hub import draw
 
 E2M1 = Quantizer(floating(2, 1), Granularity("group", 32), AbsMax(fp16))
@@ -227,6 +229,14 @@ def test_rules_that_cannot_be_followed_change_nothing(plain: Path, rules: list[R
         quantize_text_encoder_(pipe, rules)
     assert same(pipe.text_encoder, DiffusionPipeline.from_pretrained(plain).text_encoder)
     assert type(pipe.text_encoder.encoder.block[0].layer[0].SelfAttention.q) is nn.Linear
+
+
+def test_the_stage_refuses_before_any_work(composed: Compose, tmp_path: Path):
+    file = tmp_path / "a.safetensors"
+    file.touch()
+    config = composed("text_encoder=e2m1", f"+model.embeddings={file}", "targets=[export]")
+    with pytest.raises(UserError, match=r"model\.embeddings"):
+        plan(config)["export"].make().check()
 
 
 def test_without_a_text_encoder(plain: Path, tmp_path: Path):

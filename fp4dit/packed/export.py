@@ -116,4 +116,4 @@ def hidden_states(pipe: DiffusionPipeline, name: str, prompts: Sequence[str]) ->
 
 def size(module: nn.Module) -> int:
     """Bytes of all that is saved of it: what two names share, once."""
-    return sum({value.data_ptr(): value.nbytes for value in module.state_dict().values()}.values())
+    return sum({id(value): value.nbytes for value in module.state_dict(keep_vars=True).values()}.values())
