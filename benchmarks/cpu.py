@@ -10,11 +10,11 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import nn
 
-from benchmarks import adaround, published, steps
+from benchmarks import published, steps
 from benchmarks.adaround import CPU
 from benchmarks.markdown import head, row
 from benchmarks.packing import RTN_FP4, W4A8, read, save_packed, simulate_
-from benchmarks.timing import in_turn
+from benchmarks.timing import in_turn, resident
 from fp4dit.models.pixart import PixArt
 from fp4dit.packed.export import pack_transformer_, size
 from fp4dit.prompts import shapes, texts
@@ -55,9 +55,10 @@ def drawing(pipeline: Any, scale: Scale) -> Callable[[], object]:
 
 
 def peak(side: str, folder: Path, scale: Scale) -> float:
-    """MiB of this process, which draws in two steps."""
-    drawing(shipped(side, folder), replace(scale, sampler=2))()
-    return adaround.peak(CPU)
+    """MiB of this process, which draws in one step."""
+    torch.set_num_threads(1)
+    drawing(shipped(side, folder), replace(scale, sampler=1))()
+    return resident()
 
 
 def drawn(folder: Path, scale: Scale, run: Callable[..., Any]) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Packed weights beside 16 bits and torchao: `python -m benchmarks.packed`, with a GPU if there is one.
 
 All sides take turns in one run, and of the repeats medians count. Weights and data are random, the architectures true:
-nothing is downloaded. It writes outputs/benchmarks/packed.md, and outputs/benchmarks/speeds.json, by which products
-choose their way. On a device that the package does not know yet, make it known:
+nothing is downloaded. On a CPU one core is measured. It writes outputs/benchmarks/packed.md and speeds.json beside it,
+by which products choose their way. On a device that the package does not know yet, make it known:
 
     cp outputs/benchmarks/speeds.json fp4dit/packed/speeds.json
 
@@ -50,7 +50,7 @@ def full() -> Scale:
 
 def report(scale: Scale, device: torch.device | None, known: list[Product], run: Callable[..., Any]) -> Iterator[str]:
     """Lines of Markdown. Products measured on the best device there is are added to those known."""
-    yield from ("## CPU", "", f"{device_name(CPU)}, {torch.get_num_threads()} threads, torch {torch.__version__}", "")
+    yield from ("## CPU", "", f"{device_name(CPU)}, one core, torch {torch.__version__}", "")
     with tempfile.TemporaryDirectory() as folder:
         yield from cpu.drawn(Path(folder), scale.cpu, run)
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +63,7 @@ def report(scale: Scale, device: torch.device | None, known: list[Product], run:
         yield from ("", "## GPU", "", device_name(device) if device else "There is none here.")
         yield from steps.table(Path(folder), scale.full_size, device)
     on_gpu = list(products.measure(scale.gpu_products, device)) if device else []
-    yield from ("", *products.lines(on_gpu, device_name(device) if device else ""))
+    yield from ("", *(products.lines(on_gpu, device_name(device)) if device else ("Products: not measured.",)))
     known += on_gpu or on_cpu
 
 
@@ -76,6 +76,7 @@ def speeds(known: Sequence[Speed]) -> str:
 
 def main(scale: Scale, device: torch.device | None, out: Path, run: Callable[..., Any] = alone) -> None:
     """`device` is the GPU, if there is one."""
+    torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     found: list[Product] = []
     with open(out / "packed.md", "w") as file:

@@ -90,7 +90,8 @@ def of(plain: nn.Linear, layer: PackedLinear, x: Float[Tensor, "m k"], sizes: Si
     for name, (way, module) in own.items():
         wanted = exact(module, x)
         error = (way(module, x).double() - wanted).norm() / wanted.norm()
-        yield Product(name, x.dtype, len(x), *layer.weight.shape, times[name], times[""], error.item())
+        o, k = layer.weight.shape
+        yield Product(name, x.dtype, len(x), o, k, times[name], times[""], error.item())
 
 
 def turning(way: Callable[..., Tensor], module: nn.Linear, x: Float[Tensor, "m k"]) -> Callable[[], Tensor]:
@@ -120,17 +121,16 @@ def exact(module: nn.Linear, x: Float[Tensor, "m k"]) -> Float[Tensor, "m o"]:
 
 
 def lines(found: Sequence[Product], card: str) -> Iterator[str]:
-    """Markdown."""
+    """Markdown. Of a card whose peak is known, its share."""
     peak = next((peak for name, peak in PEAKS.items() if name in card), None)
-    columns = ("ms", "of plain", "of FP8 peak", "quantizing alone, ms", "error")
+    columns = ("ms", "of plain", *(("of FP8 peak",) if peak else ()), "quantizing alone, ms", "error")
     yield from head("o x k", "rows", "dtype", "product", *columns)
     plain = {(p.dtype, p.m, p.o, p.k): p.ms for p in found if p.way == PLAIN}
     for p in found:
-        share = f"{2 * p.m * p.o * p.k / p.ms / 1e-3 / peak:.0%}" if peak else ""
+        share = [f"{2 * p.m * p.o * p.k / p.ms / 1e-3 / peak:.0%}"] if peak else []
         quantizing = "" if p.way == PLAIN else f"{p.quantizing:.3f}"
         cells = [f"{p.o} x {p.k}", f"{p.m}", str(p.dtype).removeprefix("torch."), p.way, f"{p.ms:.3f}"]
-        cells += [f"{p.ms / plain[p.dtype, p.m, p.o, p.k]:.2f}", share, quantizing, f"{p.error:.1e}"]
-        yield row(*cells)
+        yield row(*cells, f"{p.ms / plain[p.dtype, p.m, p.o, p.k]:.2f}", *share, quantizing, f"{p.error:.1e}")
 
 
 def speeds(found: Sequence[Product], device: torch.device) -> list[Speed]:

@@ -14,11 +14,11 @@ from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTr
 from torch import Tensor, nn
 
 from benchmarks import published
-from benchmarks.adaround import CPU, peak
+from benchmarks.adaround import peak
 from benchmarks.markdown import head, row
 from benchmarks.packing import W4A6, W4A8, read, save_packed
 from benchmarks.profiles import PARTS, REST, shares
-from benchmarks.timing import in_turn, medians
+from benchmarks.timing import in_turn, medians, resident
 from fp4dit.packed.export import size
 
 BF16, COMPILED, TORCHAO = "bf16", "bf16 compiled", "torchao float8 compiled"
@@ -139,9 +139,9 @@ def more(way: Callable[[], object], device: torch.device) -> float:
 
 
 def reading(folder: Path, dtype: torch.dtype) -> Reading:
-    before, began = peak(CPU), time.perf_counter()
+    before, began = resident(), time.perf_counter()
     dit = read(PixArtTransformer2DModel, folder, dtype)
-    return Reading(time.perf_counter() - began, peak(CPU) - before, size(dit))
+    return Reading(time.perf_counter() - began, resident() - before, size(dit))
 
 
 def readings(folder: Path, scale: Scale, run: Callable[..., Any]) -> Iterator[str]:

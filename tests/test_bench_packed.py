@@ -1,6 +1,7 @@
 """What measures packed weights, on a CPU and tiny models: that it runs, and says what it measured."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,17 +21,22 @@ SIZES = Sizes([(24, 128)], (3,), (torch.bfloat16,), repeats=1, calls=2)
 SCALE = Scale(
     SIZES,
     SIZES,
-    steps.Scale(batches=(1,), tokens=7, sampler=2, repeats=1, images=1, compile=lambda dit: dit),
+    steps.Scale(batches=(1,), tokens=7, sampler=1, repeats=1, images=1, compile=lambda dit: dit),
     cpu.Scale(prompts=1, sampler=1, repeats=1, layers=1),
 )
 
 
-@pytest.fixture(autouse=True)
-def shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    for model in ("pixart_sigma", "pixart_sigma_512"):
-        kind, config = published.PUBLISHED[model]
-        monkeypatch.setitem(published.PUBLISHED, model, (kind, config | TINY | {"sample_size": 8, "num_layers": 1}))
-    monkeypatch.setattr(products, "COLD", 10_000)
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What a run leaves that takes the CPU for a GPU, too."""
+    folder = tmp_path_factory.mktemp("out")
+    with pytest.MonkeyPatch.context() as patch:
+        for model in ("pixart_sigma", "pixart_sigma_512"):
+            kind, config = published.PUBLISHED[model]
+            patch.setitem(published.PUBLISHED, model, (kind, config | TINY | {"sample_size": 8, "num_layers": 1}))
+        patch.setattr(products, "COLD", 10_000)
+        main(SCALE, CPU, folder, run=lambda part, *given: part(*given))
+        yield folder
 
 
 def table(text: str, head: str) -> dict[str, list[str]]:
@@ -40,13 +46,8 @@ def table(text: str, head: str) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for line in lines if (cells := line.removeprefix("| ").removesuffix(" |").split(" | "))}
 
 
-def written(out: Path, device: torch.device | None) -> str:
-    main(SCALE, device, out, run=lambda part, *given: part(*given))
-    return (out / "packed.md").read_text()
-
-
-def test_all_that_a_gpu_is_asked(tmp_path: Path):
-    text = written(tmp_path, CPU)
+def test_all_that_a_gpu_is_asked(out: Path):
+    text = (out / "packed.md").read_text()
     step = table(text, "batch 1 with guidance, 32 rows")
     assert list(step) == ["bf16", "bf16 compiled", "torchao float8 compiled", "W4A8", "W4A6", "W4A8 compiled"]
     assert set(step.pop("torchao float8 compiled")) == {"not measured"}
@@ -61,11 +62,8 @@ def test_all_that_a_gpu_is_asked(tmp_path: Path):
     assert sum(int(cell.rstrip("%")) for cell in shares["W4A8"]) == pytest.approx(100, abs=3)
 
 
-def test_where_there_is_no_gpu(tmp_path: Path):
-    text = written(tmp_path, None)
-    assert {cell for cells in table(text, "batch 1 with guidance, 32 rows").values() for cell in cells} == {
-        "not measured"
-    }
+def test_sizes_and_what_is_drawn(out: Path):
+    text = (out / "packed.md").read_text()
     read = table(text, "pixart_sigma")
     parameters = sum(p.numel() for p in published.build("pixart_sigma").parameters())
     assert float(read["bf16"][0]) == pytest.approx(2 * parameters / 1e6, abs=0.06)
@@ -73,8 +71,14 @@ def test_where_there_is_no_gpu(tmp_path: Path):
     assert "to the bit" in text
     drawn = table(text, "1 images in 1 steps")
     assert float(drawn["packed"][3]) < 0.15 * float(drawn["full precision"][3])
-    rows = json.loads((tmp_path / "speeds.json").read_text())
+    rows = json.loads((out / "speeds.json").read_text())
     assert [row[:5] for row in rows] == [[device_name(CPU), way, 3, 24, 128] for way in ("16-bit", "dequantize")]
+
+
+def test_where_there_is_no_gpu(out: Path):
+    text = "\n".join(steps.table(out, steps.Scale(), None))
+    found = table(text, "of a step, batch 1") | table(text, "batch 1 with guidance, 32 rows")
+    assert {cell for cells in found.values() for cell in cells} == {"not measured"}
 
 
 def test_a_wrong_product_is_seen(monkeypatch: pytest.MonkeyPatch):
