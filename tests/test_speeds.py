@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fp4dit.blockscales import E4M3
 from fp4dit.formats import floating, fp16
 from fp4dit.layer import QuantLayer
 from fp4dit.packed import matmul, speeds
@@ -74,3 +75,11 @@ def test_what_is_slower_than_16_bits_says_so_once(measured, layer: PackedLinear,
 def test_a_gpu_s_ways_do_not_take_a_cpu_s_tensors(layer: PackedLinear):
     x = torch.zeros(2, 256)
     assert [way.name for way in matmul.BACKENDS if way.takes(layer, x)] == ["dequantize"]
+
+
+SMALL = [floating(e, m) for e in range(1, 6) for m in range(6) if e + m < 8]
+
+
+@pytest.mark.parametrize("fmt", SMALL, ids=lambda fmt: fmt.name)
+def test_which_formats_e4m3_holds(fmt):
+    assert matmul.in_e4m3(fmt) == bool(torch.isin(fmt.values(), E4M3.values()).all())

@@ -63,7 +63,7 @@ class PackedLinear(Entrance, nn.Linear):
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o k"]:
         """The weight."""
-        return self.layout.weight(self.held, self.in_features, self.table).to(dtype)
+        return self.layout.weight(self.held, self.in_features, self.table, dtype)
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         entering, around = self.transformed(x)

@@ -19,6 +19,7 @@ from fp4dit.quantizer import Granularity
 from fp4dit.scaling import Blocks, Scale, Scaling, from_parts, parts
 
 Rows = Float[Tensor, "o k"]
+PART = 2**18  # values that are unpacked at a time: in fp32 what a cache of a core holds
 Held = Mapping[str, UInt8[Tensor, "..."]]
 
 
@@ -76,14 +77,17 @@ class Layout:
     def bytewise(self) -> bool:
         return self.code == 4 and self.share == 1 and not self.choice
 
-    def weight(self, held: Held, k: int, table: Tensor) -> Rows:
-        """In fp32."""
-        o = len(held["codes"])
-        blocks = self.grid(held, k, table).reshape(-1, self.granularity.width(torch.Size([o, k])))
-        scaling = self.scales(held, self.kind(held, len(blocks)))
-        # Overwritten where that is all, for new memory costs more than the arithmetic.
-        made = blocks.mul_(scaling.scale) if isinstance(scaling, Scale) else scaling.from_grid(blocks)
-        return made.view(o, k)
+    def weight(self, held: Held, k: int, table: Tensor, dtype: torch.dtype = torch.float32) -> Rows:
+        """What fp32 makes of codes and scalings, cast: on a CPU some rows at a time, before they leave the cache."""
+        codes, width = held["codes"], self.granularity.width(torch.Size([len(held["codes"]), k]))
+        scaling, step = self.scales(held, self.kind(held, len(codes) * k // width)), max(1, PART // k)
+        if dtype == torch.float32 or not (codes.is_cpu and self.bytewise and k % width == 0):
+            return scaled(self.grid(held, k, table), scaling, width).to(dtype)
+        made = torch.empty(len(codes), k, dtype=dtype)
+        pieces = split(scaling, step * k // width)
+        for rows, own, piece in zip(made.split(step), codes.split(step), pieces, strict=True):
+            rows.copy_(scaled(self.grid({"codes": own}, k, table), piece, width))
+        return made
 
     def grid(self, held: Held, k: int, table: Tensor) -> Rows:
         """The values of the codes."""
@@ -118,6 +122,19 @@ class Layout:
             own = {part: held[named(name, part)] for part in numbers.sizes(len(kind))}
             found[name] = numbers.decode(own, kind).view(-1, 1)
         return from_parts(found)
+
+
+def scaled(grid: Rows, scaling: Scaling, width: int) -> Rows:
+    """Of the values of codes, the weight; they may be overwritten, for new memory costs more than the arithmetic."""
+    blocks = grid.reshape(-1, width)
+    made = blocks.mul_(scaling.scale) if isinstance(scaling, Scale) else scaling.from_grid(blocks)
+    return made.view(grid.shape)
+
+
+def split(scaling: Scaling, blocks: int) -> list[Scaling]:
+    """Scalings of so many blocks each."""
+    columns = {name: value.split(blocks) for name, value in parts(scaling).items()}
+    return [from_parts(dict(zip(columns, own, strict=True))) for own in zip(*columns.values(), strict=True)]
 
 
 def named(name: str, part: str) -> str:

@@ -5,6 +5,7 @@ the tensor cores of sm_89 and later, and what remains of the simulation's roundi
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -142,17 +143,18 @@ def shift(layout: Layout) -> int:
 def folded(layer: "PackedLinear") -> Float[Tensor, "o g"]:
     """The scales of codes that were moved there: of the two largest values, which is the larger by how much."""
     fmt = layer.layout.formats[0]
-    code = torch.tensor(7 << shift(layer.layout), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    exponent, mantissa = divmod(7 << shift(layer.layout), 8)
+    largest = math.ldexp(1 + mantissa / 8, exponent - 7)  # which E4M3 makes of these bits
     held = layer.held
     blocks = layer.out_features * layer.in_features // layer.layout.granularity.width(torch.Size(layer.weight.shape))
     scaling = layer.layout.scales(held, layer.layout.kind(held, blocks))
     assert isinstance(scaling, Scale)
-    return (scaling.scale * (fmt.max / code.float().item())).view(layer.out_features, -1)
+    return (scaling.scale * (fmt.max / largest)).view(layer.out_features, -1)
 
 
-@lru_cache
 def in_e4m3(fmt: NumberFormat) -> bool:
-    return bool(torch.isin(fmt.values(), E4M3.values()).all())
+    """Whether E4M3 holds its values: without looking at them, which torch.compile could not follow."""
+    return fmt.mantissa <= E4M3.mantissa and fmt.smallest >= E4M3.smallest and fmt.max <= E4M3.max
 
 
 def token_format(activation: nn.Module) -> NumberFormat | None:
