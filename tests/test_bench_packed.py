@@ -53,7 +53,7 @@ def test_all_that_a_gpu_is_asked(out: Path):
     assert set(step.pop("torchao float8 compiled")) == {"not measured"}
     for ms, speed, of_torchao, image, _, _ in step.values():
         assert float(speed) == pytest.approx(float(step["bf16 compiled"][0]) / float(ms), rel=0.1, abs=0.01)
-        assert float(image) > 0
+        assert float(image) >= 0  # of hundredths of a second
         assert of_torchao == "not measured"
     assert step["bf16"][5] == step["bf16 compiled"][5] == "0.0000"
     assert 0.01 < float(step["W4A8"][5]) < 0.5

@@ -25,7 +25,10 @@ from pipelines.resolvers import options
 from tests.conftest import Compose, Run
 
 SEARCHED = {"msfp", "lowbit_fp_diff"}  # their search takes 10 s, and leaves what llmfp4_baseline does
-METHODS = sorted(set(options("method")) - {"fp16"} - SEARCHED)
+# Of presets that differ in rounding alone, which is not what is tested, one.
+ROUNDED_OTHERWISE = {"autoround_int4", "autoround_ulp", "rtn_int4", "svdquant_int4_gptq"}
+ROUNDED_OTHERWISE |= {"autoround_mxfp4", "autoround_nvfp4", "svdquant_nvfp4_gptq", "rtn_fp4"}
+METHODS = sorted(set(options("method")) - {"fp16"} - SEARCHED - ROUNDED_OTHERWISE)
 SMALL = [
     "calibration.trained=2",
     "calibration.held_out=1",
