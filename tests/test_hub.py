@@ -64,21 +64,14 @@ def answer(dit: Any) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plain")
-    tiny.save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folder(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(pixart_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed")
-    quantized(PixArtSigmaPipeline.from_pretrained(plain), WEIGHT, ONLINE).save_pretrained(out)
+    quantized(PixArtSigmaPipeline.from_pretrained(pixart_folder), WEIGHT, ONLINE).save_pretrained(out)
     return out
 
 
-def test_stock_diffusers_loads_what_was_saved(plain: Path, folder: Path):
-    pipe = quantized(PixArtSigmaPipeline.from_pretrained(plain), WEIGHT, ONLINE)
+def test_stock_diffusers_loads_what_was_saved(pixart_folder: Path, folder: Path):
+    pipe = quantized(PixArtSigmaPipeline.from_pretrained(pixart_folder), WEIGHT, ONLINE)
     loaded = PixArtSigmaPipeline.from_pretrained(folder)
     assert isinstance(loaded.transformer.transformer_blocks[0].attn1.to_q, PackedLinear)
     assert draw(loaded).equal(draw(pipe))
@@ -155,10 +148,10 @@ def test_a_dtype_asked_for_casts_all_but_what_is_packed(folder: Path, dtype: tor
     ],
     ids=["rotation", "balance and branch", "weights alone"],
 )
-def test_transforms_come_along(plain: Path, tmp_path: Path, transforms, activation, dtype: torch.dtype):
+def test_transforms_come_along(pixart_folder: Path, tmp_path: Path, transforms, activation, dtype: torch.dtype):
     torch.manual_seed(0)
     weight = everywhere(E2M1, by_row=["pos_embed.proj"], transforms=transforms)
-    pipe = quantized(PixArtSigmaPipeline.from_pretrained(plain, torch_dtype=dtype), weight, activation)
+    pipe = quantized(PixArtSigmaPipeline.from_pretrained(pixart_folder, torch_dtype=dtype), weight, activation)
     pipe.save_pretrained(tmp_path)
     again = PixArtSigmaPipeline.from_pretrained(tmp_path, torch_dtype=dtype)
     assert draw(again).equal(draw(pipe))
@@ -191,8 +184,8 @@ def static(dit: Any, timed: bool) -> Any:
 
 
 @pytest.mark.parametrize("timed", [False, True])
-def test_static_activations_come_along(plain: Path, tmp_path: Path, timed: bool):
-    dit = static(PixArtSigmaPipeline.from_pretrained(plain).transformer, timed)
+def test_static_activations_come_along(pixart_folder: Path, tmp_path: Path, timed: bool):
+    dit = static(PixArtSigmaPipeline.from_pretrained(pixart_folder).transformer, timed)
     before = answer(dit)
     dit.save_pretrained(tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
@@ -203,9 +196,9 @@ def test_static_activations_come_along(plain: Path, tmp_path: Path, timed: bool)
     assert answer(type(dit).from_pretrained(tmp_path)).equal(before)
 
 
-def test_layers_of_each_range_of_timesteps_come_along(plain: Path, tmp_path: Path):
+def test_layers_of_each_range_of_timesteps_come_along(pixart_folder: Path, tmp_path: Path):
     torch.manual_seed(0)
-    dit = PixArtSigmaPipeline.from_pretrained(plain).transformer
+    dit = PixArtSigmaPipeline.from_pretrained(pixart_folder).transformer
     weight = everywhere(E2M1, by_row=["pos_embed.proj"], ranges=[500], transforms=[LowRank(2)])
     rules, clock = policy.assign(policy.layers(dit), weight), Clock()
     clock.follow(dit)
@@ -285,13 +278,13 @@ def test_lora_through_peft_is_added_and_trained_but_not_merged(folder: Path):
         model.merge_adapter()
 
 
-def test_it_is_not_quantized_while_it_is_loaded(plain: Path, folder: Path):
+def test_it_is_not_quantized_while_it_is_loaded(pixart_folder: Path, folder: Path):
     config = json.loads((folder / "transformer" / "config.json").read_text())["quantization_config"]
     from fp4dit.packed.hub import PackedConfig
 
     with pytest.raises(UserError, match=r"targets=\[export\]"):
-        PixArtSigmaPipeline.from_pretrained(plain).transformer.from_pretrained(
-            plain / "transformer", quantization_config=PackedConfig(**config)
+        PixArtSigmaPipeline.from_pretrained(pixart_folder).transformer.from_pretrained(
+            pixart_folder / "transformer", quantization_config=PackedConfig(**config)
         )
 
 

@@ -36,16 +36,9 @@ IDS = torch.tensor([[1, 5, 3, 8], [2, 2, 9, 4]])
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plain")
-    tiny.save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folder(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(pixart_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed")
-    pipe = DiffusionPipeline.from_pretrained(plain)
+    pipe = DiffusionPipeline.from_pretrained(pixart_folder)
     quantize_text_encoder_(pipe, RULES)
     pipe.save_pretrained(out)
     return out
@@ -95,8 +88,8 @@ def test_hidden_states_are_those_that_were_saved(save: Callable[[Path], None], d
     assert same(encoder, again.components[name])
 
 
-def test_a_whole_pipeline_draws_as_it_did(plain: Path, folder: Path):
-    pipe = DiffusionPipeline.from_pretrained(plain)
+def test_a_whole_pipeline_draws_as_it_did(pixart_folder: Path, folder: Path):
+    pipe = DiffusionPipeline.from_pretrained(pixart_folder)
     before = draw(pipe)
     quantize_text_encoder_(pipe, RULES)
     loaded = DiffusionPipeline.from_pretrained(folder)
@@ -177,14 +170,14 @@ def test_a_changed_config_is_refused(folder: Path, tmp_path: Path, change: dict[
         T5EncoderModel.from_pretrained(tmp_path)
 
 
-def test_it_is_not_quantized_while_it_is_loaded(plain: Path, folder: Path):
+def test_it_is_not_quantized_while_it_is_loaded(pixart_folder: Path, folder: Path):
     config = json.loads((folder / "text_encoder" / "config.json").read_text())["quantization_config"]
     with pytest.raises(UserError, match=r"targets=\[export\]"):
-        encoder_of(plain, quantization_config=PackedTextConfig(**config))
+        encoder_of(pixart_folder, quantization_config=PackedTextConfig(**config))
 
 
-def test_size(plain: Path, folder: Path):
-    pipe = DiffusionPipeline.from_pretrained(plain)
+def test_size(pixart_folder: Path, folder: Path):
+    pipe = DiffusionPipeline.from_pretrained(pixart_folder)
     report = pack_text_encoder_(pipe, RULES, tiny.PROMPTS)
     layers = [layer for layer in pipe.text_encoder.modules() if isinstance(layer, PackedLinear)]
     packed, values = (
@@ -223,11 +216,11 @@ def test_the_largest_is_chosen_and_the_others_stay(tmp_path: Path):
         ([Rule("*", None)], "no layer of the text encoder is quantized"),
     ],
 )
-def test_rules_that_cannot_be_followed_change_nothing(plain: Path, rules: list[Rule], message: str):
-    pipe = DiffusionPipeline.from_pretrained(plain)
+def test_rules_that_cannot_be_followed_change_nothing(pixart_folder: Path, rules: list[Rule], message: str):
+    pipe = DiffusionPipeline.from_pretrained(pixart_folder)
     with pytest.raises(UserError, match=message):
         quantize_text_encoder_(pipe, rules)
-    assert same(pipe.text_encoder, DiffusionPipeline.from_pretrained(plain).text_encoder)
+    assert same(pipe.text_encoder, DiffusionPipeline.from_pretrained(pixart_folder).text_encoder)
     assert type(pipe.text_encoder.encoder.block[0].layer[0].SelfAttention.q) is nn.Linear
 
 
@@ -239,13 +232,13 @@ def test_the_stage_refuses_before_any_work(composed: Compose, tmp_path: Path):
         plan(config)["export"].make().check()
 
 
-def test_without_a_text_encoder(plain: Path, tmp_path: Path):
+def test_without_a_text_encoder(pixart_folder: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"model\.embeddings"):
-        PixArt(str(plain), embeddings="a.safetensors").check_text_encoder()
+        PixArt(str(pixart_folder), embeddings="a.safetensors").check_text_encoder()
     tiny.save_dit(tmp_path)
     with pytest.raises(UserError, match="no text encoder"):
         DiT(str(tmp_path)).check_text_encoder()
     with pytest.raises(UserError, match="no text encoder"):
         quantize_text_encoder_(DiffusionPipeline.from_pretrained(tmp_path), RULES)
-    PixArt(str(plain)).check_text_encoder()
+    PixArt(str(pixart_folder)).check_text_encoder()
     DiT("org/on-the-hub").check_text_encoder()

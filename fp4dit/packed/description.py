@@ -1,6 +1,6 @@
 """What was quantized how, so that an empty model can be made into one that takes the checkpoint."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,9 +112,11 @@ def joined(name: str, made: Mapping[str, PackedLinear], group: Weights, clock: C
     return Ranges([made[name] for name in names], group.ends, clock)
 
 
-def fill(model: nn.Module, inputs: Iterable[Inputs], clock: Clock) -> None:
-    for module in list(model.modules()):
-        if hasattr(module, "set_processor"):
+def fill(model: nn.Module, inputs: Sequence[Inputs], clock: Clock) -> None:
+    named = [name.rpartition(".") for group in inputs for name in group.places]
+    wanted = {owner for owner, _, operand in named if operand in ("q", "k", "v")}
+    for name, module in list(model.named_modules()):
+        if name in wanted and hasattr(module, "set_processor"):
             attention: Any = module
             attention.set_processor(QuantProcessor(attention.processor))
     there = places(model)

@@ -47,8 +47,7 @@ def block_scales(layer: PackedLinear, fmt: NumberFormat, width: int) -> Float[Te
     """
     if (reason := next(differences(layer, fmt, width), None)) is not None:
         raise UserError(reason)
-    count = layer.out_features * layer.in_features // width
-    scaling = layer.layout.scales(layer.held, layer.layout.kind(layer.held, count))
+    scaling = layer.scaling
     assert isinstance(scaling, Scale)
     return scaling.scale.flatten()
 

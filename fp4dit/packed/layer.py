@@ -10,6 +10,7 @@ from fp4dit.errors import UserError
 from fp4dit.layer import Convolution, Entrance, Geometry, QuantLayer
 from fp4dit.packed.layout import Layout, pack
 from fp4dit.packed.matmul import matmul
+from fp4dit.scaling import Scaling
 from fp4dit.transforms import Transform
 
 
@@ -60,6 +61,13 @@ class PackedLinear(Entrance, nn.Linear):
         """A cast of the model leaves the bytes as they are, and changes what they are read as."""
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype  # pyright: ignore
         return super()._apply(fn, recurse)
+
+    @property
+    def scaling(self) -> Scaling:
+        """That of the weight, read from its bytes."""
+        shape = torch.Size([self.out_features, self.in_features])
+        held, blocks = self.held, shape.numel() // self.layout.granularity.width(shape)
+        return self.layout.scales(held, self.layout.kind(held, blocks))
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "o k"]:
         """The weight."""

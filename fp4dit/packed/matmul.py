@@ -145,9 +145,7 @@ def folded(layer: "PackedLinear") -> Float[Tensor, "o g"]:
     fmt = layer.layout.formats[0]
     exponent, mantissa = divmod(7 << shift(layer.layout), 8)
     largest = math.ldexp(1 + mantissa / 8, exponent - 7)  # which E4M3 makes of these bits
-    held = layer.held
-    blocks = layer.out_features * layer.in_features // layer.layout.granularity.width(torch.Size(layer.weight.shape))
-    scaling = layer.layout.scales(held, layer.layout.kind(held, blocks))
+    scaling = layer.scaling
     assert isinstance(scaling, Scale)
     return (scaling.scale * (fmt.max / largest)).view(layer.out_features, -1)
 
