@@ -16,6 +16,7 @@ from fp4dit.grid import Grid
 from fp4dit.layer import check_source
 from fp4dit.packed.layer import PackedLinear, empty
 from fp4dit.packed.layout import Layout
+from fp4dit.packed.tokens import quantized, token_format
 from fp4dit.policy import Place, Rule, places
 from fp4dit.quantizer import Quantizer
 from fp4dit.ranges import Ranges, whole
@@ -127,8 +128,7 @@ def fill(model: nn.Module, inputs: Sequence[Inputs], clock: Clock) -> None:
             place: Place | None = there.get(name)
             if place is None or rule.quantizer is None:
                 raise UserError(f"{name} is no activation of {type(model).__name__} that can be quantized")
-            grid = shared if shared and isinstance(place.owner, PackedLinear) else rule.grid(rule.quantizer, clock)
-            place.fill(grid, rule.before_norm)
+            place.fill(shared or rule.grid(rule.quantizer, clock), rule.before_norm)
 
 
 class Once(Grid):
@@ -137,16 +137,21 @@ class Once(Grid):
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__(quantizer)
-        self.made = WeakTensorKeyDictionary()
+        self.made, self.tokens = WeakTensorKeyDictionary(), token_format(self)
 
     def forward(self, x: Float[Tensor, "..."], rounding: Rounding = nearest) -> Float[Tensor, "..."]:
         # A compiler sees for itself what is the same; of an inference tensor nobody knows whether it was written to.
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_inference():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or rounding is not nearest:
             return super().forward(x, rounding)
+        if x.is_inference():
+            return self.quantized(x)
         found = self.made.get(x)
         if found is None or found[0] != x._version:
-            found = self.made[x] = (x._version, super().forward(x, rounding))
+            found = self.made[x] = (x._version, self.quantized(x))
         return found[1]
+
+    def quantized(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        return quantized(x, self.tokens) if self.tokens else super().forward(x)
 
 
 def verbatim(model: nn.Module) -> set[str]:

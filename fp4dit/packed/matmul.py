@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fp4dit.blockscales import E4M3
 from fp4dit.formats import NumberFormat
-from fp4dit.grid import Grid
 from fp4dit.packed import speeds
 from fp4dit.packed.layout import Layout
-from fp4dit.scales import AbsMax
+from fp4dit.packed.tokens import token_format
 from fp4dit.scaling import Scale
 
 if TYPE_CHECKING:
@@ -74,7 +73,8 @@ class Fp8:
 
     def takes(self, layer: "PackedLinear", x: Float[Tensor, "*b k"]) -> bool:
         recent = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
-        return recent and expandable(layer.layout, layer.in_features) and token_format(layer.activation) is not None
+        fmt = token_format(layer.activation)
+        return recent and expandable(layer.layout, layer.in_features) and fmt is not None and in_e4m3(fmt)
 
     def __call__(self, layer: "PackedLinear", x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b o"]:
         from fp4dit.packed import kernels  # which needs triton
@@ -153,12 +153,3 @@ def folded(layer: "PackedLinear") -> Float[Tensor, "o g"]:
 def in_e4m3(fmt: NumberFormat) -> bool:
     """Whether E4M3 holds its values: without looking at them, which torch.compile could not follow."""
     return fmt.mantissa <= E4M3.mantissa and fmt.smallest >= E4M3.smallest and fmt.max <= E4M3.max
-
-
-def token_format(activation: nn.Module) -> NumberFormat | None:
-    """The format in which tokens are quantized online, if FP8 holds it."""
-    if not isinstance(activation, Grid) or activation.static:
-        return None
-    given = activation.quantizer
-    plain = given.granularity.unit == "row" and given.scale == AbsMax() and isinstance(given.format, NumberFormat)
-    return given.format if plain and in_e4m3(given.format) else None  # pyright: ignore
