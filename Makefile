@@ -1,6 +1,7 @@
-# make demo    run the main experiments on the shipped model and print their table
+# make demo    run the main experiments on the shipped model, print their table and write their report
 # make table TABLE=methods    run what is missing of any other table, and print it
 # make test    check, then all tests
+# make test-browser    look at a report in a headless Chromium, which is installed if need be (Debian, as root)
 # make check   lint, format and types
 # make bench-gpu   measure models of published size on a GPU, with random weights; outputs/benchmarks
 # Each sets up .venv first if need be. PYTHON=/a/python chooses the interpreter, JOBS=4 how many jobs run side by side.
@@ -8,13 +9,14 @@
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 JOBS ?= 2
+CHROMIUM ?= chromium
 BIN := .venv/bin
 STAMP := .venv/installed
 
 # One thread for each job: spinning threads of two jobs on two cores slow both down many times over.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo table test check bench-gpu
+.PHONY: demo table test test-browser check bench-gpu
 .DEFAULT_GOAL := demo
 
 # The experiments named after a table, and the table. It is printed even if a job failed: it says what is missing.
@@ -22,13 +24,18 @@ demo: $(STAMP)
 	@status=0; \
 	$(BIN)/python -m pipelines.run -m experiment='glob(demo_*)' logger=wandb logger.group=demo progress=lines \
 		hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) hydra.launcher.batch_size=1 || status=$$?; \
-	$(BIN)/python -m pipelines.table table=demo && exit $$status
+	$(BIN)/python -m pipelines.table table=demo && $(BIN)/python -m pipelines.report table=demo && exit $$status
 
 table: $(STAMP)
 	@$(BIN)/python -m pipelines.table table=$(TABLE) run_missing=true jobs=$(JOBS) 'overrides=[logger=wandb,logger.group=$(TABLE)]'
 
 test: check
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+test-browser: $(STAMP)
+	@command -v $(CHROMIUM) >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || { \
+		echo "Install Chromium, or name one: make test-browser CHROMIUM=/path/to/chrome"; exit 1; }
+	CHROMIUM=$$(command -v $(CHROMIUM)) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/browser
 
 check: $(STAMP)
 	$(BIN)/ruff check .

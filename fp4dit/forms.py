@@ -4,7 +4,6 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from fp4dit.comparisons import Mark
 from fp4dit.rows import Column, Row
 from fp4dit.tables import Table
 
@@ -23,13 +22,11 @@ class Style:
     missing: str = "–"
 
     def cell(self, table: Table, i: int, column: Column) -> str:
-        own, mark = table.rows[i], table.marks[i].get(column.name, Mark())
-        value = own.values.get(column.name)
+        own, value = table.rows[i], table.rows[i].values.get(column.name)
         if value is None:
             return self.missing
-        arrow = {-1: "↓", 0: "", 1: "↑"}[mark.against]
-        signs = [sign for sign in ("†" if mark.equal else "", arrow, "⚠" if table.warns(i, column) else "") if sign]
-        number = (self.bold if mark.best else "{}").format(column.number(value)) + self.marks(signs)
+        template = self.bold if table.mark(i, column).best else "{}"
+        number = template.format(column.number(value)) + self.marks(table.signs(i, column))
         return self.number.format(number + self.spread(column, own))
 
     def published(self, table: Table, i: int, column: Column) -> str:

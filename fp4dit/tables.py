@@ -74,6 +74,15 @@ class Table:
         values = self.rows[i].values
         return column.of_set and values.get(column.name) is not None and (values.get("n") or 0) < FEW
 
+    def mark(self, i: int, column: Column) -> Mark:
+        return self.marks[i].get(column.name, Mark())
+
+    def signs(self, i: int, column: Column) -> list[str]:
+        """What stands behind a number, as the legend explains it."""
+        mark = self.mark(i, column)
+        arrow = {-1: "↓", 0: "", 1: "↑"}[mark.against]
+        return [sign for sign in ("†" if mark.equal else "", arrow, "⚠" if self.warns(i, column) else "") if sign]
+
     def numbers(self, i: int) -> dict[str, Any]:
         """All that is known of a row by CSV column, unrounded: its values, differences to full precision and to the
         best of its group, and what is published."""

@@ -21,12 +21,16 @@ from pipelines.units import duration
 ENVIRONMENT = dict(os.environ)
 
 
+def line(module: str, *arguments: str) -> str:
+    """What a user types to run one of our commands."""
+    return shlex.join(["python", "-m", f"pipelines.{module}", *arguments])
+
+
 def told(missing: Sequence[Entry], there: Sequence[Entry], again: Sequence[str], store: Store) -> Iterator[str]:
     """How to make each row that is missing, and all of them, and how long it may take, by the rows that are `there`.
 
     `again` is what the table itself was given.
     """
-    line = lambda module, *arguments: shlex.join(["python", "-m", f"pipelines.{module}", *arguments])
     known = Measured(there, store)
     costs = [known.expected(entry) for entry in missing]
     for entry, cost in zip(missing, costs, strict=True):

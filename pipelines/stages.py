@@ -11,20 +11,23 @@ from typing import Any
 from lightning import LightningModule
 from torch.utils.data import DataLoader
 
-from fp4dit import policy, reconstruction, scores
+from fp4dit import histograms, policy, reconstruction, scores
 from fp4dit.columns import Room
 from fp4dit.errors import UserError
 from fp4dit.estimate import Cost, Estimator, calls
 from fp4dit.footprint import bit_operations
+from fp4dit.layer import QuantLayer
 from fp4dit.metrics.base import PerImage, PerSet
 from fp4dit.models.base import Source
 from fp4dit.policy import Rule
 from fp4dit.prompts import Prompts, texts
+from fp4dit.ranges import whole
 from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, load_weights_, split
 from fp4dit.resources import hide_loading_bars
 from fp4dit.tasks.activate import Measure, Observe, load_scales_, save_scales
 from fp4dit.tasks.capture import Alteration, CaptureTask, as_heard, chunked
 from fp4dit.tasks.generate import GenerateTask
+from fp4dit.tasks.histograms import Watch
 from fp4dit.tasks.reconstruct import Fit
 from fp4dit.tasks.score import ScoreTask, gathered, shards
 from pipelines.runtime import Runtime
@@ -191,6 +194,32 @@ class Activate:
         work = bit_operations(self.model.skeleton(), self.weight, self.activation)
         found = {"layers": policy.as_rows(audit), "bits_activation": bits, "bit_operations": work}
         write_json(out / "audit.json", found)
+
+
+@dataclass(frozen=True)
+class Histograms:
+    """Where weights and activations lie on the grids of their formats, for reports."""
+
+    model: Source
+    weight: Sequence[Rule]
+    activation: Sequence[Rule]
+    calibration: Calibration
+
+    def cost(self, at: Estimator) -> Cost:
+        return at.replay(0, self.calibration.rows[1], 2 * self.calibration.chunk, self.activation, "calibration.chunk")
+
+    def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        pipeline = self.model.load()
+        before = histograms.originals(policy.layers(pipeline.dit))
+        activations, _ = load_weights_(pipeline, self.weight, self.activation, needs["weights"] / "units")
+        load_scales_(activations, needs["activations"] / "scales.safetensors")
+        _, held_out = load_steps(needs["calls"] / "calls", self.calibration.trained)
+        watch = Watch(pipeline, activations)
+        runtime.trainer("histograms", devices=1).test(watch, one_by_one(held_out), verbose=False)
+        layers = {name: layer for name, layer in pipeline.dit.named_modules() if isinstance(layer, QuantLayer)}
+        weights = {name: histograms.of_weight(layer, before[whole(name)]).told() for name, layer in layers.items()}
+        found = {"weight": weights, "activation": {name: seen.told() for name, seen in watch.found.items()}}
+        write_json(out / "histograms.json", found)
 
 
 @dataclass(frozen=True)
