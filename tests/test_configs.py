@@ -79,7 +79,7 @@ def test_a_table_names_real_experiments_and_none_of_its_own_is_left_out(table: s
 
 @pytest.mark.parametrize("table", TABLES)
 def test_what_a_table_shows_is_known_and_what_is_published_has_a_source(table: str):
-    node, own = (yaml.safe_load((CONF / f"{name}.yaml").read_text()) for name in ("table", f"table/{table}"))
+    node, own = (yaml.safe_load((CONF / f"{name}.yaml").read_text()) for name in ("tables", f"table/{table}"))
     known = {**node["others"], **node["columns"], **own.get("columns", {})}
     assert [column for column in own.get("show", []) if column.partition(":")[0] not in known] == []
     data = yaml.safe_load((CONF / "published.yaml").read_text())

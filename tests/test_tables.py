@@ -178,7 +178,7 @@ def test_a_column_is_better_higher_or_lower():
 
 
 def test_the_columns_of_our_tables_are_those_of_the_issue():
-    given = OmegaConf.load(CONF / "table.yaml").columns
+    given = OmegaConf.load(CONF / "tables.yaml").columns
     columns = [Column(name, **fields) for name, fields in given.items()]
     header = next(csv.reader(io.StringIO(as_csv(Table([], columns)))))
     means = [f"{m}{end}" for m in ("psnr", "ssim", "oracle", "clip") for end in ("", "_low", "_high")]
