@@ -48,8 +48,10 @@ def explain(error: Exception) -> str | None:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name}: {group!r} has no option {name!r}; {nearest(name, options(group))}"
     if isinstance(error, HydraException) and (found := re.match(r"Could not override '(.+?)'", str(error))):
-        name = found[1].split("=")[0]
-        return f"{name!r} is not in the configuration; {nearest(name, names())}"
+        name, known = found[1].split("=")[0], names()
+        if name in known:
+            return f"{name!r} is not in this configuration, only in the default: leave it out, or choose options with it"
+        return f"{name!r} is not in the configuration; {nearest(name, known)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read: {error.message}"
     if isinstance(error, HydraException | OmegaConfBaseException):

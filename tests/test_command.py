@@ -23,6 +23,10 @@ ROOT = Path(__file__).parents[1]
     [
         (["weight=fp4dlt"], "'weight' has no option 'fp4dlt'; did you mean fp4dit"),
         (["wieght=e2m1"], "'wieght' is not in the configuration; did you mean weight"),
+        (
+            ["rounding=nearest", "rounding.steps=9"],
+            "'rounding.steps' is not in this configuration, only in the default",
+        ),
         (["generation.step=3"], "did you mean generation.steps"),
         (["experiment=demo_4_fp4dit"], "did you mean demo_4_fp4dit_w4a8"),
         (["zzz=1"], "there are generation, model"),
