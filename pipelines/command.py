@@ -50,7 +50,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, HydraException) and (found := re.match(r"Could not override '(.+?)'", str(error))):
         name, known = found[1].split("=")[0], names()
         if name in known:
-            return f"{name!r} is not in this configuration, only in the default: leave it out, or choose options with it"
+            return f"{name!r} is not in this configuration, only in the default: leave it out, or choose what has it"
         return f"{name!r} is not in the configuration; {nearest(name, known)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read: {error.message}"
