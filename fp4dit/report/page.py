@@ -18,6 +18,13 @@ from fp4dit.rows import Column
 from fp4dit.tables import Table
 
 
+SCRIPTS = ("base.js", "table.js", "images.js", "plots.js", "begin.js")  # as one script, in this order
+
+
+def asset(name: str) -> str:
+    return (files("fp4dit.report") / "assets" / name).read_text()
+
+
 def page(
     name: str,
     table: Table,
@@ -34,11 +41,10 @@ def page(
     Raises:
         UserError: if the images are more than the album's limit.
     """
-    asset = lambda kind: (files("fp4dit.report") / "assets" / f"report.{kind}").read_text()
     head = (
-        asset("html")
+        asset("page.html")
         .replace("<!--title-->", html.escape(f"{name}: {table.heading}"))
-        .replace("<!--style-->", asset("css"))
+        .replace("<!--style-->", asset("style.css"))
     )
     before, after = head.split("<!--data-->")
     yield before
@@ -68,7 +74,7 @@ def page(
             "sqnr": plots.span(materials),
         },
     )
-    yield after.replace("<!--script-->", asset("js"))
+    yield after.replace("<!--script-->", "\n".join(map(asset, SCRIPTS)))
 
 
 def embedded(name: str, value: Any) -> str:
