@@ -17,7 +17,6 @@ from fp4dit.report.material import Material
 from fp4dit.rows import Column
 from fp4dit.tables import Table
 
-
 SCRIPTS = ("base.js", "table.js", "images.js", "plots.js", "begin.js")  # as one script, in this order
 
 
