@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 INK, PAPER = (20, 20, 20), (255, 255, 255)
 
@@ -44,6 +44,13 @@ def stacked(pictures: Sequence[Image.Image], gap: int = 24) -> Image.Image:
         canvas.paste(picture, (0, y))
         y += picture.height + gap
     return canvas
+
+
+def difference(one: Path, other: Path, gain: int = 4) -> Image.Image:
+    """How far two images of one size are apart, in each channel and `gain` times as bright."""
+    with Image.open(one) as a, Image.open(other) as b:
+        apart = ImageChops.difference(a.convert("RGB"), b.convert("RGB"))
+    return apart.point([min(255, gain * value) for value in range(256)] * 3)
 
 
 def fitted(path: Path, tile: int) -> Image.Image:

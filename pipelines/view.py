@@ -7,24 +7,29 @@ import csv
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from math import isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from fp4dit.pictures import difference
 from fp4dit.rows import row
 from fp4dit.store import Store
 from pipelines.plan import Step
+from pipelines.resolvers import CONF
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class WandbView:
-    """One run per job. `images` is how many are shown beside their references."""
+    """One run per job. `images` is how many are shown beside their references. A run that is given no `name` is called
+    after what was chosen for it."""
 
     project: str
     mode: str
@@ -34,17 +39,17 @@ class WandbView:
     name: str
     images: int = 8
 
-    def show(self, cfg: DictConfig, steps: Mapping[str, Step], store: Store) -> None:
+    def show(self, cfg: DictConfig, steps: Mapping[str, Step], store: Store, chosen: Sequence[str] = ()) -> None:
         """Whatever goes wrong here is only told: the results are safe in the store."""
         try:
-            self.draw(cfg, steps, store)
+            self.draw(cfg, steps, store, self.name or named(chosen) or self.job_type)
         except Exception as error:
             log.warning("W&B shows nothing of this job: %r. Its results are in the store.", error)
 
-    def draw(self, cfg: DictConfig, steps: Mapping[str, Step], store: Store) -> None:
+    def draw(self, cfg: DictConfig, steps: Mapping[str, Step], store: Store, name: str | None) -> None:
         # The pictures of an offline run are kept here until it is synced; by default that is the home directory.
-        for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
-            os.environ.setdefault(name, str(Path(self.dir).absolute() / "wandb"))
+        for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+            os.environ.setdefault(variable, str(Path(self.dir).absolute() / "wandb"))
         import wandb  # here, for it takes half a second and a job without a logger does not need it
 
         logging.getLogger("wandb").setLevel(logging.CRITICAL)  # its errors come back as exceptions, told once
@@ -56,7 +61,7 @@ class WandbView:
             dir=self.dir,
             group=self.group,
             job_type=self.job_type,
-            name=self.name or self.job_type,
+            name=name,
             config={**config, "keys": {name: step.key for name, step in steps.items()}},
             reinit="create_new",
             settings=wandb.Settings(silent=True, console="off", init_timeout=30, x_disable_stats=True),
@@ -66,6 +71,14 @@ class WandbView:
             draw_layers(run, folders)
             draw_images(run, steps, folders, self.images)
             draw_score(run, folders)
+            refer(run, steps, folders)
+
+
+def named(chosen: Sequence[str]) -> str:
+    """A short name of what was chosen: the values of groups, and the last word of what an option is called."""
+    pairs = [override.lstrip("+~").partition("=") for override in chosen]
+    parts = [value if "." not in key else f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs]
+    return " ".join(parts)
 
 
 def draw_curves(run: Any, folders: Mapping[str, Path]) -> None:
@@ -83,31 +96,77 @@ def draw_curves(run: Any, folders: Mapping[str, Path]) -> None:
 
 
 def draw_layers(run: Any, folders: Mapping[str, Path]) -> None:
+    """Each block's error, by its number; and by timestep the mean and the worst signal to noise over layers."""
     import wandb
 
-    for block in read_json(folders.get("reconstruct"), "blocks.json") or []:
+    run.define_metric("block", hidden=True)
+    run.define_metric("block_error", step_metric="block", summary="none")
+    for number, block in enumerate(read_json(folders.get("reconstruct"), "blocks.json") or []):
         run.summary[f"{block['unit']}/block_error"] = block["error"]
+        run.log({"block": number, "block_error": block["error"]})
     lines = read_csv(folders.get("activate"), "sqnr.csv")
     if lines:
         rows = [[line["layer"], float(line["timestep"]), float(line["sqnr_db"])] for line in lines]
         run.log({"sqnr": wandb.Table(["layer", "timestep", "sqnr_db"], rows)})
         for layer, group in groupby(sorted(rows), key=lambda r: r[0]):
-            values = [r[2] for r in group]
-            run.summary[f"{layer}/sqnr_db"] = sum(values) / len(values)
+            run.summary[f"{layer}/sqnr_db"] = fmean(r[2] for r in group)
+        run.define_metric("timestep", hidden=True)
+        run.define_metric("sqnr_db/*", step_metric="timestep", summary="mean")
+        for timestep, group in groupby(sorted(rows, key=lambda r: -r[1]), key=lambda r: r[1]):
+            values = [value for _, _, value in group if isfinite(value)]  # infinite where nothing is lost
+            if values:
+                run.log({"timestep": timestep, "sqnr_db/mean": fmean(values), "sqnr_db/worst": min(values)})
 
 
 def draw_images(run: Any, steps: Mapping[str, Step], folders: Mapping[str, Path], count: int) -> None:
+    """A table of the worst images beside their references and what differs, with all that each is scored by."""
     import wandb
 
     needs = steps["score"].needs if "score" in steps else {}
     if "images" not in needs:
         return
     made, reference = folders[needs["images"]], folders[needs["reference"]]
-    table = wandb.Table(["prompt", "image", "reference"])
-    for i, entry in enumerate((read_json(made, "images.json") or [])[:count]):
-        pair = [folder / "images" / f"{i:05}.png" for folder in (made, reference)]
-        table.add_data(entry["prompt"], *(wandb.Image(str(path)) if path.is_file() else None for path in pair))
+    drawn = read_json(made, "images.json") or []
+    metrics = (read_json(folders.get("score"), "metrics.json") or {}).get("per_image", {})
+    table = wandb.Table(["prompt", "seed", "image", "reference", "difference", *metrics])
+    for i in worst(metrics, len(drawn))[:count]:
+        own, other = pair = [folder / "images" / f"{i:05}.png" for folder in (made, reference)]
+        shown = [wandb.Image(str(path)) if path.is_file() else None for path in pair]
+        apart = wandb.Image(difference(own, other)) if None not in shown else None
+        table.add_data(drawn[i]["prompt"], drawn[i]["seed"], *shown, apart, *(values[i] for values in metrics.values()))
     run.log({"images": table})
+
+
+def worst(metrics: Mapping[str, Sequence[float | None]], count: int) -> list[int]:
+    """The images by the first of their metrics, from the worst on; as they were drawn, if there is none."""
+    if not metrics:
+        return list(range(count))
+    name, values = next(iter(metrics.items()))
+    columns = OmegaConf.load(CONF / "tables.yaml")
+    better = {**columns.others, **columns.columns}.get(name, {}).get("better")
+    key = lambda i: (values[i] is None, -(values[i] or 0) if better == "lower" else values[i] or 0)
+    return sorted(range(count), key=key)
+
+
+def refer(run: Any, steps: Mapping[str, Step], folders: Mapping[str, Path]) -> None:
+    """An artifact that says where everything lies: the manifest of each stage, hard weights, and what was exported.
+
+    Nothing is copied, nor read again: a folder is named after all that its content depends on, and its manifest has
+    checksums.
+    """
+    import wandb
+
+    there = {name: folder for name, folder in folders.items() if (folder / "manifest.json").is_file()}
+    if not there:
+        return
+    last = list(there)[-1]
+    artifact = wandb.Artifact(f"{last}-{steps[last].key}", "results", metadata={n: steps[n].key for n in there})
+    for name, folder in there.items():
+        artifact.add_reference((folder / "manifest.json").absolute().as_uri(), f"{name}/manifest.json")
+        for part in ("units", "pipeline"):
+            if (folder / part).is_dir():
+                artifact.add_reference((folder / part).absolute().as_uri(), f"{name}/{part}", checksum=False)
+    run.log_artifact(artifact)
 
 
 def draw_score(run: Any, folders: Mapping[str, Path]) -> None:

@@ -1,6 +1,10 @@
 """What W&B is shown is read back from the file that an offline run leaves."""
 
+import base64
+import csv
+import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +14,13 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+import pipelines.dashboard
+from fp4dit.rows import row
 from fp4dit.store import Store
 from pipelines.plan import execute, plan
 from pipelines.runtime import Runtime
-from pipelines.view import WandbView
-from tests.conftest import TOY, Compose
+from pipelines.view import WandbView, named, worst
+from tests.conftest import TOY, Compose, Run
 
 
 def records(root: Path) -> list[dict[str, Any]]:
@@ -62,12 +68,18 @@ def test_a_run_shows_the_whole_job(shown: list[dict[str, Any]], job, tmp_path: P
     curve = [(line["step"], line["transformer_blocks.1/error"]) for line in history if "step" in line]
     assert curve == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]
     (images,) = (line for line in history if "images.nrows" in line)
-    assert (images["images.nrows"], images["images.ncols"]) == (4, 3)
+    assert (images["images.nrows"], images["images.ncols"]) == (4, 6)
+    assert [(line["block"], line["block_error"]) for line in history if "block" in line] == [(0, 0.01), (1, 0.01)]
+    decibels = [
+        (line["timestep"], line["sqnr_db/mean"], line["sqnr_db/worst"]) for line in history if "timestep" in line
+    ]
+    assert decibels == [(999, 30.5, 30.5), (1, 20.5, 20.5)]
     assert any("sqnr.nrows" in line for line in history)
     metrics = [record["metric"] for record in shown if record["type"] == "metric"]
     assert {m["glob_name"]: m["step_metric"] for m in metrics if "glob_name" in m} == {
         "transformer_blocks.0/*": "step",
         "transformer_blocks.1/*": "step",
+        "sqnr_db/*": "timestep",
     }
 
     summary = {key: value for update in parts(shown, "summary", "update") for key, value in update.items()}
@@ -77,6 +89,112 @@ def test_a_run_shows_the_whole_job(shown: list[dict[str, Any]], job, tmp_path: P
     assert "score/ssim" not in summary
     assert summary["transformer_blocks.0/block_error"] == 0.01
     assert summary["proj_out/sqnr_db"] == 25.5
+
+
+def test_what_is_shown_is_what_the_store_holds(shown: list[dict[str, Any]], job):
+    _, steps, store = job
+    folder = {name: store.path(name, step.key) for name, step in steps.items()}
+    history = parts(shown, "history", "item")
+    logged = {
+        (key.removesuffix("/error"), line["step"]): (value, line[key.replace("error", "indecision")])
+        for line in history
+        for key, value in line.items()
+        if key.endswith("/error")
+    }
+    with open(folder["reconstruct"] / "curve.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert logged == {(p["unit"], int(p["step"])): (float(p["error"]), float(p["indecision"])) for p in lines}
+    summary = {key: value for update in parts(shown, "summary", "update") for key, value in update.items()}
+    given = row("", json.loads((folder["score"] / "metrics.json").read_text())).values
+    scores = {key.removeprefix("score/"): value for key, value in summary.items() if key.startswith("score/")}
+    assert scores == {name: value for name, value in given.items() if value is not None}
+    (run,) = (record["run"] for record in shown if record["type"] == "run")
+    composed = OmegaConf.to_container(job[0], resolve=True)
+    config = {key: value for key, value in run["config"]["update"].items() if key not in ("keys", "_wandb")}
+    assert config == json.loads(json.dumps(composed))
+
+
+def test_an_artifact_says_where_all_of_it_lies_and_holds_none_of_it(shown: list[dict[str, Any]], job):
+    _, steps, store = job
+    (artifact,) = (r["artifact"] for r in shown if r["type"] == "artifact" and r["artifact"]["type"] == "results")
+    assert artifact["name"] == f"score-{steps['score'].key}"
+    assert json.loads(artifact["metadata"]) == {name: step.key for name, step in steps.items()}
+    contents = {entry["path"]: entry for entry in artifact["manifest"]["contents"]}
+    assert contents.keys() == {f"{name}/manifest.json" for name in steps}
+    for name, step in steps.items():
+        manifest = store.path(name, step.key) / "manifest.json"
+        entry = contents[f"{name}/manifest.json"]
+        assert entry["ref"] == manifest.absolute().as_uri()
+        assert base64.b64decode(entry["digest"]) == hashlib.md5(manifest.read_bytes()).digest()
+
+
+def test_a_job_that_is_all_in_the_store_is_shown_the_same_again(shown: list[dict[str, Any]], job, tmp_path: Path):
+    config, steps, store = job
+    execute(steps, ["score"], store, Runtime())
+    view(tmp_path, dir=str(tmp_path / "again")).show(config, steps, store)
+    (tmp_path / "again").mkdir(exist_ok=True)
+    aside = re.compile(r"_runtime|_timestamp|_wandb.*|.*artifact_path")  # times, and the run's own name
+    plain = lambda line: {k: v for k, v in line.items() if not aside.fullmatch(k)}
+    for kind, part in (("history", "item"), ("summary", "update")):
+        first, second = ([plain(line) for line in parts(r, kind, part)] for r in (shown, records(tmp_path / "again")))
+        assert [line for line in first if line] == [line for line in second if line]
+
+
+def test_the_dashboard_asks_for_what_was_logged(shown: list[dict[str, Any]], run: Run, capfd):
+    assert run("dry_run=true", "metrics=psnr", main=pipelines.dashboard.main, outputs=False) == 0
+    panels = [
+        panel
+        for section in json.loads(capfd.readouterr().out)["spec"]["section"]["panelBankConfig"]["sections"]
+        for panel in section["panels"]
+    ]
+    logged = {key for part in ("history", "summary") for line in parts(shown, part, PART[part]) for key in line}
+    asked = {key for panel in panels for key in keys(panel["config"])}
+    assert asked >= {"block_error", "sqnr_db/mean", "score/psnr", "score/bits_weight", "images"}
+    assert asked <= logged | {"images"}
+    assert any("images" in key for key in logged)
+    for pattern in (panel["config"].get("metricRegex") for panel in panels):
+        assert pattern is None or any(re.fullmatch(pattern, key) for key in logged)
+
+
+PART = {"history": "item", "summary": "update"}
+
+
+def keys(config: dict[str, Any]) -> set[str]:
+    """What a panel shows of a run."""
+    plain = [*config.get("metrics", []), *(config.get(axis) for axis in ("xAxis", "yAxis"))]
+    tables = re.findall(r'"type": "string", "val": "(images)"', json.dumps(config))
+    return {key.removeprefix("summary:") for key in [*plain, *tables] if key}
+
+
+def test_without_a_login_the_dashboard_says_what_to_do(
+    run: Run, capfd, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert run("entity=me", main=pipelines.dashboard.main, outputs=False) == 1
+    error = capfd.readouterr().err
+    assert "error: W&B made no workspace" in error
+    assert "wandb sync outputs/wandb/offline-run-*" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("chosen", "name"),
+    [
+        (["experiment=demo_4_fp4dit_w4a8"], "demo_4_fp4dit_w4a8"),
+        (["method=gptq", "rounding.steps=100", "+generation.seed=3"], "gptq steps=100 seed=3"),
+        ([], ""),
+    ],
+)
+def test_a_run_is_called_after_what_was_chosen(chosen: list[str], name: str):
+    assert named(chosen) == name
+
+
+def test_worst_images_come_first():
+    assert worst({"psnr": [30.0, None, 20.0, 40.0]}, 4) == [2, 0, 3, 1]
+    assert worst({"lpips": [0.3, 0.1, 0.9]}, 3) == [2, 0, 1]
+    assert worst({}, 3) == [0, 1, 2]
 
 
 def test_a_job_with_little_to_show_is_shown(composed: Compose, tmp_path: Path, caplog: pytest.LogCaptureFixture):
