@@ -9,11 +9,12 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+from fp4dit import pictures
 from fp4dit.comparisons import Mark
 from fp4dit.errors import UserError
 from fp4dit.exports import as_csv, as_json
 from fp4dit.forms import latex, markdown, terminal
-from fp4dit.pictures import difference, grid, stacked
+from fp4dit.pictures import grid, stacked
 from fp4dit.published import Published
 from fp4dit.rows import Column, Row, over_seeds, row
 from fp4dit.statistics import difference, interval
@@ -361,4 +362,4 @@ def test_pictures_are_stacked_on_paper():
 def test_a_difference_is_absolute_and_brighter(tmp_path: Path):
     for name, colour in (("a", (10, 200, 7)), ("b", (13, 100, 7))):
         Image.new("RGB", (4, 4), colour).save(tmp_path / name, "PNG")
-    assert difference(tmp_path / "a", tmp_path / "b").getpixel((0, 0)) == (12, 255, 0)
+    assert pictures.difference(tmp_path / "a", tmp_path / "b").getpixel((0, 0)) == (12, 255, 0)
