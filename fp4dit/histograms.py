@@ -63,13 +63,10 @@ def of_grid(grid: Grid) -> Histogram:
 @torch.no_grad()
 def of_weight(layer: QuantLayer, original: Float[Tensor, "o k"]) -> Histogram:
     """The original weight, after the layer's transforms, on the grid that its hard weight lies on."""
-    weight = original.float()
-    for transform in layer.chain:
-        weight = transform.weight(weight)
     split, scaling = layer.grid.quantizer.granularity.split, layer.grid.scaling
     assert scaling is not None, "load the layer first"
     found = Histogram(layer.grid.format.values())
-    found.add(scaling.to_grid(split(weight)), scaling.to_grid(split(layer.rows).float()))
+    found.add(scaling.to_grid(split(layer.changed(original))), scaling.to_grid(split(layer.rows).float()))
     return found
 
 

@@ -133,6 +133,13 @@ class QuantLayer(Entrance):
             self.static_input.measure(x)
         return self
 
+    def changed(self, weight: Float[Tensor, "o k"]) -> Float[Tensor, "o k"]:
+        """What the transforms, once they are fitted, make of the weight in full precision."""
+        weight = weight.float()
+        for transform in self.chain:
+            weight = transform.weight(weight)
+        return weight
+
     def tokens(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n t k"]:
         """The input as rows of what one output sums over."""
         return x.reshape(len(x), -1, x.shape[-1])

@@ -288,7 +288,8 @@ def costs(needs: Mapping[str, Path]) -> Mapping[str, int | float]:
     """Bits, bytes, block error, and the seconds that capture and reconstruction took."""
     audits = [needs[role] / "audit.json" for role in ("weights", "activations", "images") if role in needs]
     found = {name: value for path in audits if path.exists() for name, value in read_json(path).items()}
-    seconds = [read_json(needs[role] / "manifest.json")["seconds"] for role in ("calls", "weights") if role in needs]
+    learnt = (needs[role] for role in ("calls", "rounded", "weights") if role in needs)
+    seconds = [read_json(folder / "manifest.json")["seconds"] for folder in learnt]
     names = ("block_error", "bits_weight", "bits_activation", "bit_operations", "checkpoint_bytes", "steps")
     return {name: found[name] for name in names if name in found} | (
         {"calibration_seconds": sum(seconds)} if seconds else {}
