@@ -120,10 +120,12 @@ class Tuner(BlockReconstructor):
 
     @property
     def chosen(self) -> dict[str, Tensor] | None:
-        return self.mean
+        return self.averaged() if self.plan.average is not None else None
 
     def training_step(self, batch: Example, _: int) -> Tensor:
         """Raises UserError if the loss is no number."""
+        if self.plan.average is not None and self.global_step > 0:  # before, so that a checkpoint is of whole steps
+            self.mean = self.averaged()
         loss = super().training_step(batch, _)
         if not loss.isfinite():
             raise UserError(
@@ -133,16 +135,14 @@ class Tuner(BlockReconstructor):
         return loss
 
     @torch.no_grad()
-    def on_train_batch_end(self, *_: Any) -> None:
-        if self.plan.average is None:
-            return
-        now = self.roundings.state_dict()
+    def averaged(self) -> dict[str, Tensor]:
+        """The mean over steps, with the last step's weights in it."""
+        now, keep = self.roundings.state_dict(), self.plan.average or 0.0
         if self.mean is None:
-            self.mean = {name: p.clone() for name, p in now.items()}
-        # As in the first steps of a mean over all: else it would remember for long where it began.
-        stays = min(self.plan.average, self.global_step / (self.global_step + 9))
-        for name, mean in self.mean.items():
-            mean.lerp_(now[name], 1 - stays)
+            return {name: p.clone() for name, p in now.items()}
+        # At first as in a mean of all: else it would remember for long where it began.
+        stays = min(keep, self.global_step / (self.global_step + 9))
+        return {name: mean.lerp(now[name], 1 - stays) for name, mean in self.mean.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
