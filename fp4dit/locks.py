@@ -93,3 +93,14 @@ def free(path: Path) -> Iterator[bool]:
         yield True
     finally:
         lock.release()
+
+
+def held(path: Path) -> bool:
+    """Whether somebody holds the lock of this name now. Leaves no file behind."""
+    if not path.exists():
+        return False
+    try:
+        with free(path) as nobody:
+            return not nobody
+    except OSError:  # of a store that we may only read
+        return holder(path) is not None
