@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fp4dit.errors import UserError
+from pipelines.ahead import untouched
 from pipelines.resolvers import CONF, nearest, options, register
 
 
@@ -27,7 +28,8 @@ def command(main: Callable[[], Any]) -> Callable[[], None]:
         in_full = os.environ.get("HYDRA_FULL_ERROR") == "1"
         os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints the error itself and exits
         try:
-            main()
+            with untouched(sys.argv) as sys.argv:
+                main()
         except Exception as error:
             message = explain(error)
             if in_full or message is None:

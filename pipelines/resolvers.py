@@ -32,7 +32,8 @@ def content(
         UserError: if there is nothing there, or it is not such a model.
     """
     outputs = _root_.get("outputs")
-    memory = Path(outputs) / "store" / ".checksums.json" if outputs else None
+    dry = _root_.get("dry_run")  # which remembers nothing either
+    memory = Path(outputs) / "store" / ".checksums.json" if outputs and not dry else None
     if isinstance(node, str):
         return " ".join([of_path(node, marker, memory), *(of_path(path, None, memory) for path in others if path)])
     return OmegaConf.create({name: of_path(path, marker, memory) for name, path in sorted(paths(node))})
