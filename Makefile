@@ -2,6 +2,7 @@
 # make table TABLE=methods    run what is missing of any other table, and print it
 # make test    check, then all tests
 # make check   lint, format and types
+# make drills  what tests/faults does in seconds, at length: kills, full disks, damaged files, 10,000 configurations
 # make bench-gpu   measure models of published size on a GPU, with random weights; outputs/benchmarks
 # Each sets up .venv first if need be. PYTHON=/a/python chooses the interpreter, JOBS=4 how many jobs run side by side.
 
@@ -14,7 +15,7 @@ STAMP := .venv/installed
 # One thread for each job: spinning threads of two jobs on two cores slow both down many times over.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo table test check bench-gpu
+.PHONY: demo table test check drills bench-gpu
 .DEFAULT_GOAL := demo
 
 # The experiments named after a table, and the table. It is printed even if a job failed: it says what is missing.
@@ -29,6 +30,9 @@ table: $(STAMP)
 
 test: check
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+drills: $(STAMP)
+	DRILLS=long HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/faults
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,21 @@ from pipelines.store import worded
 from tests.conftest import TOY, Run
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("made") / "store"
+
+
 @pytest.fixture
-def store(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def store(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, made: Path):
     """The command, after two runs, of which conf needs the first."""
     monkeypatch.setattr("pipelines.garbage.runs", lambda _: {"toy": [TOY]})
-    assert run(*TOY) == 0
-    assert run(*TOY, "generation.seed=7") == 0
+    if not made.exists():
+        assert run(*TOY) == 0
+        assert run(*TOY, "generation.seed=7") == 0
+        shutil.copytree(tmp_path / "store", made)
+    else:
+        shutil.copytree(made, tmp_path / "store")
     return lambda *words: run(*worded([*words, TOY[1]]), main=pipelines.store.main)
 
 
