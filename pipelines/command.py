@@ -68,6 +68,12 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, HydraException) and (found := re.match(r"Could not override '(.+?)'", str(error))):
         name = found[1].split("=")[0]
         return f"{name!r} is not in the configuration; {nearest(name, names())}"
+    if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
+        return f"{error}: after group= comes a name, one of those that --help shows"
+    if isinstance(error, TypeError) and (found := re.match(r"Index '(.+?)' \(str\) is not an int", str(error))):
+        return (
+            f"what stands before .{found[1]} in an override is a list: name the position too, as activation.0.quantizer"
+        )
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read: {error.message}"
     if isinstance(error, HydraException | OmegaConfBaseException):

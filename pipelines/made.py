@@ -1,9 +1,10 @@
 """How an entry of the store was made, in few words."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fp4dit.stored import Stored
+from pipelines.kinds import leaves
 from pipelines.units import duration
 
 SHOWN = 3  # values in which an entry differs from others of its stage
@@ -40,12 +41,3 @@ def short(name: str, value: Any) -> str:
 
 def varies(name: str, values: Mapping[str, Mapping[str, Any]]) -> bool:
     return len({str(its.get(name)) for its in values.values()}) > 1
-
-
-def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for name, value in items:
-        if isinstance(value, dict | list):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
