@@ -32,7 +32,7 @@ test: check
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
 drills: $(STAMP)
-	DRILLS=long HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/faults
+	DRILLS=long HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 tests/faults
 
 check: $(STAMP)
 	$(BIN)/ruff check .

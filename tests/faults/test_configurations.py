@@ -81,15 +81,16 @@ def planned(overrides: Sequence[str], outputs: Path) -> None:
 PYTHONESE = ("not supported between", "has no attribute", "NoneType", "Traceback", "object is not")
 
 
+@pytest.mark.parametrize("part", range(10 if LONG else 1))  # which several processes can share
 @settings(
-    max_examples=10_000 if LONG else 20,
+    max_examples=1000 if LONG else 20,
     deadline=None,
     derandomize=not LONG,
     database=None,
     suppress_health_check=list(HealthCheck),
 )
 @given(groups=groups(), values=values())
-def test_whatever_is_asked_for_is_planned_or_refused_with_one_message(tmp_path_factory, groups, values):
+def test_whatever_is_asked_for_is_planned_or_refused_with_one_message(tmp_path_factory, part, groups, values):
     overrides = [*groups, *values]
     try:
         planned(overrides, tmp_path_factory.getbasetemp() / "planned")

@@ -69,13 +69,14 @@ def test_jobs_that_want_the_same_make_it_once_and_replace_who_is_killed(
 ):
     log, root = tmp_path / "log.txt", tmp_path / "store"
     monkeypatch.setenv("DRILL_LOG", str(log))
-    monkeypatch.setenv("DRILL_SECONDS", "0.03")
+    monkeypatch.setenv("DRILL_SECONDS", "0.1")
     plans = [steps(f"generation.seed={i % 4}") for i in range(16)]
     shared = plans[0]["reconstruct"].key
     jobs = [forked(one, root) for one in plans]
     place = lock(root / "reconstruct" / shared)
-    while not list(root.glob("reconstruct/*.draft/units/002.bin")) or (killed := holder(place)) is None:
-        time.sleep(0.005)
+    wait_for(root, "reconstruct/*.draft/units/002.bin")
+    killed = holder(place)
+    assert killed
     os.kill(killed.pid, signal.SIGKILL)
     codes = {pid: os.waitpid(pid, 0)[1] for pid in jobs}
     assert {pid for pid, code in codes.items() if code} == {killed.pid}
