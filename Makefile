@@ -3,6 +3,7 @@
 # make test    check, then all tests
 # make test-browser    look at a report in a headless Chromium, which is installed if need be (Debian, as root)
 # make check   lint, format and types
+# make drills  what tests/faults does in seconds, at length: kills, full disks, damaged files, 10,000 configurations
 # make bench-gpu   measure models of published size on a GPU, with random weights; outputs/benchmarks
 # Each sets up .venv first if need be. PYTHON=/a/python chooses the interpreter, JOBS=4 how many jobs run side by side.
 
@@ -16,7 +17,7 @@ STAMP := .venv/installed
 # One thread for each job: spinning threads of two jobs on two cores slow both down many times over.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo table test test-browser check bench-gpu
+.PHONY: demo table test test-browser check drills bench-gpu
 .DEFAULT_GOAL := demo
 
 # The experiments named after a table, and the table. It is printed even if a job failed: it says what is missing.
@@ -36,6 +37,9 @@ test-browser: $(STAMP)
 	@command -v $(CHROMIUM) >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || { \
 		echo "Install Chromium, or name one: make test-browser CHROMIUM=/path/to/chrome"; exit 1; }
 	CHROMIUM=$$(command -v $(CHROMIUM)) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/browser
+
+drills: $(STAMP)
+	DRILLS=long HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 tests/faults
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fp4dit.errors import UserError
+from pipelines.ahead import untouched
 from pipelines.resolvers import CONF, nearest, options, register
+
+INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+FULL = (errno.ENOSPC, errno.EDQUOT)
+DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def command(main: Callable[[], Any]) -> Callable[[], None]:
@@ -27,7 +33,14 @@ def command(main: Callable[[], Any]) -> Callable[[], None]:
         in_full = os.environ.get("HYDRA_FULL_ERROR") == "1"
         os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints the error itself and exits
         try:
-            main()
+            with untouched(sys.argv) as sys.argv:
+                main()
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if not isinstance(stop.__context__ if isinstance(stop, SystemExit) else stop, KeyboardInterrupt):
+                raise
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed twice is no other wish
+            print("stopped. What was finished is kept: the same command goes on from there", file=sys.stderr)
+            sys.exit(INTERRUPTED)
         except Exception as error:
             message = explain(error)
             if in_full or message is None:
@@ -41,7 +54,12 @@ def explain(error: Exception) -> str | None:
     """One message for what the user can mend; None for what only a developer can."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in DENIED:
+        return (
+            f"{error.filename or 'a file'}: {error.strerror}. Choose a folder that you may write to with outputs=, or "
+            "have this one changed"
+        )
+    if isinstance(error, OSError) and error.errno in FULL:
         where = f" while writing {error.filename}" if error.filename else ""
         return f"the disk is full{where}. What was finished is kept: free some space and give the same command again."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" in error.missing_cfg_file:
@@ -52,6 +70,12 @@ def explain(error: Exception) -> str | None:
         if name in known:
             return f"{name!r} is not in this configuration, only in the default: leave it out, or choose what has it"
         return f"{name!r} is not in the configuration; {nearest(name, known)}"
+    if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
+        return f"{error}: after group= comes a name, one of those that --help shows"
+    if isinstance(error, TypeError) and (found := re.match(r"Index '(.+?)' \(str\) is not an int", str(error))):
+        return (
+            f"what stands before .{found[1]} in an override is a list: name the position too, as activation.0.quantizer"
+        )
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read: {error.message}"
     if isinstance(error, HydraException | OmegaConfBaseException):

@@ -39,18 +39,24 @@ def main(cfg: DictConfig) -> None:
     inputs = activations(own.seen, drawing.activation)
     print(*listed(skeleton, list(own.seen), weights, inputs, cfg.layers == "all"), sep="\n")
     print("", *totals(skeleton, weights, inputs), "", sep="\n")
-    dtype: Any = skeleton.dit.dtype
-    machine = Machine.here(device(cfg.trainer), dtype, Path(cfg.outputs))
-    estimator = Estimator(own, machine, 1e9 * cfg.memory_budget_gb, dtype)
-    costs = {name: stages[name].cost(estimator) for name in todo if name in stages}
+    at = estimator(cfg, drawing)
+    costs = {name: stages[name].cost(at) for name in todo if name in stages}
     print(
-        f"Estimated, roughly, for one device here ({machine.device}) at {estimator.speed / 1e9:.0f} GFLOP/s, which is "
-        f"{SHARE} of what a product of {dtype} matrices reaches. Not counted: text encoders and autoencoders.",
+        f"Estimated, roughly, for one device here ({at.machine.device}) at {at.speed / 1e9:.0f} GFLOP/s, which is "
+        f"{SHARE} of what a product of {at.dtype} matrices reaches. Not counted: text encoders and autoencoders.",
         *expected(list(steps), todo, costs),
         sep="\n",
     )
-    for text in warnings(costs, machine, estimator.budget, cfg.outputs):
+    for text in warnings(costs, at.machine, at.budget, cfg.outputs):
         print(f"warning: {text}", file=sys.stderr)
+
+
+def estimator(cfg: DictConfig, drawing: Any) -> Estimator:
+    """For the model that the stage `drawing` draws with, here."""
+    skeleton = drawing.model.skeleton()
+    dtype: Any = skeleton.dit.dtype
+    machine = Machine.here(device(cfg.trainer), dtype, Path(cfg.outputs))
+    return Estimator(footprint(skeleton, drawing.weight), machine, 1e9 * cfg.memory_budget_gb, dtype)
 
 
 def audit(skeleton: Pipeline, rules: Sequence[Rule]) -> list[Entry]:

@@ -9,7 +9,7 @@ from fp4dit.machine import Machine
 from fp4dit.models.base import Pipeline
 from fp4dit.policy import Entry
 from fp4dit.stream import Unit, within
-from pipelines.units import duration, size
+from pipelines.units import aligned, duration, size
 
 Line = tuple[str, ...]
 HEADING = ("layer or operand", "shape", "weight", "bits", "rule", "input", "bits", "rule")
@@ -51,11 +51,6 @@ def alike(found: tuple[str, tuple[Line, ...]]) -> tuple[str, tuple[Line, ...]]:
 
 def described(entry: Entry) -> Line:
     return UNTOUCHED if entry.format == "fp16" else (entry.format, f"{entry.bits:.2f}", entry.rule)
-
-
-def aligned(lines: Sequence[Line]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
 def expected(steps: Sequence[str], todo: Sequence[str], costs: Mapping[str, Cost]) -> list[str]:

@@ -4,7 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ def told(missing: Sequence[Entry], there: Sequence[Entry], again: Sequence[str],
 
     `again` is what the table itself was given.
     """
-    known = Measured(there, store)
+    known = Measured((step for entry in there for step in entry.steps.values()), store)
     costs = [known.expected(entry) for entry in missing]
     for entry, cost in zip(missing, costs, strict=True):
         yield f"missing: {entry.name} ({about(cost)}). To make it:\n  {line('run', *entry.arguments)}"
@@ -52,10 +52,10 @@ def about(cost: Mapping[str, float | None]) -> str:
 class Measured:
     """How long stages took that are in the store."""
 
-    def __init__(self, entries: Sequence[Entry], store: Store) -> None:
+    def __init__(self, steps: Iterable[Step], store: Store) -> None:
         self.store = store
-        steps = {step.key: step for entry in entries for step in entry.steps.values()}
-        self.known = [(step, s) for step in steps.values() if (s := store.seconds(step.name, step.key)) is not None]
+        once = {step.key: step for step in steps}
+        self.known = [(step, s) for step in once.values() if (s := store.seconds(step.name, step.key)) is not None]
 
     def expected(self, entry: Entry) -> dict[str, float | None]:
         """Seconds of each stage that has to run, by key: the median of its likes', as much as it has more to do."""

@@ -19,7 +19,7 @@ from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
 from fp4dit.errors import UserError
-from fp4dit.store import fingerprint, whole
+from fp4dit.store import fingerprint, remember, remembered
 from pipelines.plan import Step, plan, planned
 from pipelines.resolvers import CONF, LOOKING, register
 
@@ -37,7 +37,8 @@ class Plan:
 def plans(rows: Sequence[Sequence[str]], outputs: str, searchpath: Sequence[str] = ()) -> list[Plan]:
     """One for each list of overrides of a run."""
     place, read = Path(outputs) / "store" / ".plans.json", state([CONF, *map(folder, searchpath)])
-    known, fresh, again = remembered(place, read), {}, Again(outputs)
+    before = remembered(place)
+    known, fresh, again = before["plans"] if before.get("read") == read else {}, {}, Again(outputs)
     found = []
     for overrides in rows:
         key = fingerprint({"overrides": list(overrides)})
@@ -50,8 +51,7 @@ def plans(rows: Sequence[Sequence[str]], outputs: str, searchpath: Sequence[str]
             steps = {name: {"needs": step.needs, "identity": step.identity} for name, step in one.steps.items()}
             fresh[key] = {"answers": answers, "steps": steps}
     if fresh:
-        with whole(place) as part:
-            part.write_text(json.dumps({"read": read, "plans": {**known, **fresh}}))
+        remember(place, {"read": read, "plans": {**known, **fresh}})
     return found
 
 
@@ -63,15 +63,6 @@ def composed(overrides: Sequence[str], outputs: str) -> tuple[list[Answer], Plan
             return answers, Plan(plan(config))
         except UserError as error:
             return answers, Plan(problem=str(error))
-
-
-def remembered(place: Path, read: str) -> dict[str, Any]:
-    """What was planned from the same files; nothing if there is none, or they have changed."""
-    try:
-        known = json.loads(place.read_text())
-        return known["plans"] if known["read"] == read else {}
-    except (OSError, ValueError, KeyError):
-        return {}
 
 
 def folder(path: str) -> Path:

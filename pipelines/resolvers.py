@@ -1,7 +1,6 @@
 """Interpolations of our own: what lies in a model's folder is part of the identity of what is made from it."""
 
 import difflib
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from fp4dit.errors import UserError
-from fp4dit.store import checksum, fingerprint, whole
+from fp4dit.store import checksum, fingerprint, remember, remembered
 from fp4dit.weights import advice, find
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -32,7 +31,8 @@ def content(
         UserError: if there is nothing there, or it is not such a model.
     """
     outputs = _root_.get("outputs")
-    memory = Path(outputs) / "store" / ".checksums.json" if outputs else None
+    dry = _root_.get("dry_run")  # which remembers nothing either
+    memory = Path(outputs) / "store" / ".checksums.json" if outputs and not dry else None
     if isinstance(node, str):
         return " ".join([of_path(node, marker, memory), *(of_path(path, None, memory) for path in others if path)])
     return OmegaConf.create({name: of_path(path, marker, memory) for name, path in sorted(paths(node))})
@@ -98,11 +98,7 @@ def of_path(path: str, marker: str | None, memory: Path | None) -> str:
 
 def checksums(place: Path, memory: Path | None) -> dict[str, str]:
     """SHA-256 of every file that can change what the model computes, by name."""
-    try:
-        known = json.loads(memory.read_text()) if memory else {}
-    except (OSError, ValueError):
-        known = {}
-    found, fresh = {}, {}
+    known, found, fresh = remembered(memory), {}, {}
     for path in [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.suffix in WEIGHTS_AND_CONFIGS):
         stat = path.stat()
         state = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
@@ -110,8 +106,7 @@ def checksums(place: Path, memory: Path | None) -> dict[str, str]:
             fresh[state] = checksum(path)
         found[path.relative_to(place).as_posix()] = known.get(state) or fresh[state]
     if memory and fresh:
-        with whole(memory) as part:
-            part.write_text(json.dumps({**known, **fresh}, indent=0))
+        remember(memory, {**known, **fresh})
     return found
 
 

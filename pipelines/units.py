@@ -1,4 +1,6 @@
-"""Times and sizes as one says them."""
+"""Times and sizes as one says them, and lines of them."""
+
+from collections.abc import Sequence
 
 
 def duration(seconds: float) -> str:
@@ -11,3 +13,9 @@ def duration(seconds: float) -> str:
 def size(count: float) -> str:
     """Bytes as MB or GB; nothing for none."""
     return "" if not count else f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Columns, each as wide as its widest."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]

@@ -34,7 +34,7 @@ TOOK = {"capture": 10, "reconstruct": 200, "activate": 5, "generate": 30, "refer
 def test_a_stage_takes_as_long_as_its_likes_and_more_if_it_has_more_to_do(entry, store: Store):
     there = entry("method=fp4dit", "calibration=demo")
     finished(there, store, TOOK)
-    known = Measured([there], store)
+    known = Measured(there.steps.values(), store)
 
     def expected(*given: str) -> dict[str, float | None]:
         names = {step.key: name for name, step in entry(*given).steps.items()}

@@ -52,7 +52,7 @@ def test_another_config_file_is_planned_anew(given, made, tmp_path: Path):
     (folder / "another.yaml").write_text("a: 1")
     plans(given, str(tmp_path), [f"file://{folder}"])
     assert len(made) == 2 * len(given)
-    assert list(json.loads((tmp_path / "store" / ".plans.json").read_text())) == ["read", "plans"]
+    assert list(json.loads((tmp_path / "store" / ".plans.json").read_text())) == ["read", "plans", "sha256"]
 
 
 def test_a_file_that_is_not_here_is_told_and_looked_for_again(given, made, model: Path, tmp_path: Path):

@@ -18,7 +18,7 @@ class Capture:
     calibration: int
 
     def run(self, needs: Needs, out: Path, runtime: Runtime) -> None:
-        (out / "calls").mkdir()
+        (out / "calls").mkdir(exist_ok=True)
         (out / "calls" / "00000.safetensors").write_bytes(b"calls")
 
 

@@ -1,0 +1,75 @@
+"""Stages for drills, and what has to hold of a store whatever happened to it."""
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fp4dit.store import Store, whole
+from fp4dit.stored import contents
+from pipelines.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Units:
+    """`count` units, each of which depends on all that the stage needs, and is not made again if it is there."""
+
+    seed: int
+    count: int
+
+    def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        say(f"{out.name.partition('.')[0]}\n")
+        before = b"".join(read(needs[role]) for role in sorted(needs))
+        for i in range(self.count):
+            path = out / "units" / f"{i:03}.bin"
+            if not path.exists():
+                time.sleep(float(os.environ.get("DRILL_SECONDS", "0.01")))
+                data = hashlib.sha512(b"%d %d " % (self.seed, i) + before).digest() * 400
+                with whole(path) as part:
+                    part.write_bytes(data)
+
+
+def say(line: str) -> None:
+    """Appends to what is counted, which all processes share."""
+    if "DRILL_LOG" in os.environ:
+        with open(os.environ["DRILL_LOG"], "a") as file:
+            file.write(line)
+
+
+def read(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(folder.glob("units/*.bin")))
+
+
+def results(root: Path) -> dict[str, bytes]:
+    """Every file of every finished entry but the manifests, which say when."""
+    return {
+        f"{one.name}/{path.relative_to(one.path)}": path.read_bytes()
+        for one in contents(root)
+        if not one.is_draft
+        for path in one.path.rglob("*")
+        if path.is_file() and path.name != "manifest.json"
+    }
+
+
+def units(root: Path) -> dict[str, tuple[int, int]]:
+    """Every unit that is published, in an entry or a draft: which file it is, and when it was written."""
+    found = {}
+    for one in contents(root):
+        for path in [*one.path.glob("units/*.bin"), *one.path.glob("units/*.json")]:
+            stat = path.stat()
+            found[f"{one.name}/{path.name}"] = (stat.st_ino, stat.st_mtime_ns)
+    return found
+
+
+def check(root: Path, before: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The units that there are, after seeing that all that were there still are what they were, and that what has the
+    name of something finished is finished."""
+    now = units(root)
+    again = [name for name, state in before.items() if now.get(name) != state]
+    assert again == []
+    for one in contents(root):
+        if not one.is_draft:
+            assert Store(root).damaged(one.path) == [], one.name
+    return now
