@@ -21,6 +21,7 @@ from pipelines.ahead import untouched
 from pipelines.resolvers import CONF, nearest, options, register
 
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+NO_NAME = ("Config group override must be", "argument of type 'int' is not iterable")  # Hydra's, of group=1, group=[1]
 FULL = (errno.ENOSPC, errno.EDQUOT)
 DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -70,7 +71,7 @@ def explain(error: Exception) -> str | None:
         if name in known:
             return f"{name!r} is not in this configuration, only in the default: leave it out, or choose what has it"
         return f"{name!r} is not in the configuration; {nearest(name, known)}"
-    if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
+    if isinstance(error, ValueError | TypeError) and str(error).startswith(NO_NAME):
         return f"{error}: after group= comes a name, one of those that --help shows"
     if isinstance(error, TypeError) and (found := re.match(r"Index '(.+?)' \(str\) is not an int", str(error))):
         return (

@@ -117,7 +117,7 @@ def test_every_kind_of_file_that_is_harmed_is_made_again(composed, tmp_path: Pat
         planned = plan(composed(*stages))
         root = tmp_path / stages[0] / "store"
         make = lambda planned=planned, root=root: everything(planned, root)
-        harmed(root, make, harm, 20 if LONG else 1)
+        harmed(root, make, harm, 5 if LONG else 1)
 
 
 def everything(planned, root: Path) -> None:
