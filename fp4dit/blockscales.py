@@ -56,6 +56,13 @@ def nearest(reach: Column, fmt: Format) -> Int[Tensor, "blocks 1"]:
     return exponent - shift + (mantissa >= top * math.sqrt(2)).int() - (mantissa < top * math.sqrt(0.5)).int()
 
 
+def below(reach: Column, fmt: Format) -> Int[Tensor, "blocks 1"]:
+    """floor(log2(reach / max)); clips what lies above the largest code, up to half of the reach."""
+    mantissa, exponent = torch.frexp(reach)
+    top, shift = math.frexp(fmt.max)
+    return exponent - shift - (mantissa < top).int()
+
+
 @dataclass(frozen=True)
 class Ceiling:
     """The smallest power of two that brings the reach within `overshoot` times the largest code.

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,20 @@ class Entry:
     values: int
 
 
-def assign(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, Rule]:
+@runtime_checkable
+class Named(Protocol):
+    """A rule of any kind."""
+
+    @property
+    def match(self) -> str: ...
+    @property
+    def optional(self) -> bool: ...
+
+
+Some = TypeVar("Some", bound=Named)
+
+
+def assign(names: Iterable[str], rules: Sequence[Some]) -> dict[str, Some]:
     """The first rule that matches each name.
 
     Raises:
@@ -103,12 +116,12 @@ def assign(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, Rule]:
     return chosen
 
 
-def matched(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, Rule]:
+def matched(names: Iterable[str], rules: Sequence[Some]) -> dict[str, Some]:
     """The same of a part of the names, in which a rule may match nothing."""
     return {name: rule for name in names if (rule := first(name, rules))}
 
 
-def first(name: str, rules: Sequence[Rule]) -> Rule | None:
+def first(name: str, rules: Sequence[Some]) -> Some | None:
     return next((rule for rule in rules if fnmatchcase(whole(name), rule.match)), None)
 
 

@@ -28,7 +28,7 @@ def train(cfg: DictConfig) -> None:
     last = folder / "last.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     L.seed_everything(cfg.seed, verbose=False)
-    task, stop = instantiate(node.task), Stop()
+    task, stop = instantiate(node.task, _convert_="all"), Stop()
     trainer = L.Trainer(
         accelerator=cfg.accelerator,
         precision=cfg.precision,
@@ -70,7 +70,7 @@ def main(cfg: DictConfig) -> None:
     elif cfg.part in TRAINED:
         train(cfg)
     else:
-        instantiate(cfg[cfg.part])
+        instantiate(cfg[cfg.part], _convert_="all")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torchao.prototype.mx_formats.kernels import f4_unpacked_to_f32, unpack_uint
 from torchao.prototype.mx_formats.mx_tensor import to_dtype, to_mx
 from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor_amax_to_scale
 
-from fp4dit.blockscales import E4M3, E8M0, NVFP4, Ceiling, Exponent, ceil, even, floor, nearest
+from fp4dit.blockscales import E4M3, E8M0, NVFP4, Ceiling, Exponent, below, ceil, even, floor, nearest
 from fp4dit.formats import NumberFormat, floating, integer
 from fp4dit.scales import AbsMax, Deviations, MinError, Percentile, ScaleRule, error, least_error
 from fp4dit.scaling import Scale
@@ -50,6 +50,7 @@ RULES: dict[Exponent, Callable[[Fraction, Fraction, int], int]] = {
     ceil: lambda x, top, m: log2_up(x) - log2(top),
     even: lambda x, top, m: log2(digits(x, m)) - log2(top),
     nearest: lambda x, top, m: log2_near(x / top),
+    below: lambda x, top, m: log2(x / top),
     Ceiling(): lambda x, top, m: log2_up(x / top),
     Ceiling(7.25 / 6): lambda x, top, m: log2_up(x / (top * Fraction(29, 24))),
 }

@@ -20,16 +20,17 @@ from fp4dit.models.shapes import recipe
 from fp4dit.models.shapes.data import Scenes
 from fp4dit.models.shapes.evaluate import draw, evaluate, insert
 from fp4dit.models.shapes.export import export
+from fp4dit.tasks import pretrain as tasks
 from pipelines.pretrain import train
-from pipelines.resolvers import CONF
+from pipelines.resolvers import CONF, options
 from pipelines.training import Stop
 
 TINY = ["transformer.trainer={devices: 1, strategy: auto}", "transformer.task.layers=1", "+autoencoder.save.n=64"]
 
 
-def run(part, folder, steps, batch=2, minutes=5):
+def run(part, folder, steps, *overrides, batch=2, minutes=5):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("pretrain", [*TINY, f"part={part}", f"folder={folder}"])
+        cfg = compose("pretrain", [*TINY, f"part={part}", f"folder={folder}", *overrides])
     cfg[part].steps, cfg[part].data.batch, cfg.minutes = steps, batch, minutes
     train(cfg)
     return tree.load(folder / part / "last.safetensors")
@@ -137,6 +138,27 @@ def test_training_goes_on_from_what_ships(parts, shipped, monkeypatch):
     shipped_weights = load_file(shipped / "transformer/diffusion_pytorch_model.safetensors")
     for net in (task.transformer, task.average.module):
         assert torch.equal(net.proj_out.weight.half(), shipped_weights["proj_out.weight"])
+
+
+@pytest.mark.parametrize("linear", [name for name in options("linear") if name != "none"])
+def test_the_transformer_trains_in_few_bits_with_the_same_seeds(tmp_path, linear):
+    """From the same random weights, to nearly the same; the state is a plain model's."""
+    override = ["transformer.task.further=false"]
+    plain = run("transformer", tmp_path / "plain", 1, *override)["state_dict"]
+    found = run("transformer", tmp_path / linear, 1, *override, f"linear={linear}")["state_dict"]
+    assert found.keys() == plain.keys()
+    changed = {name for name in found if not torch.equal(found[name], plain[name])}
+    assert any(name.startswith("transformer.transformer_blocks.0.attn1") for name in changed)
+    for name in changed:
+        assert (found[name] - plain[name]).abs().max() < 0.01
+
+
+def test_a_resumed_training_in_few_bits_draws_on(tmp_path, monkeypatch):
+    passes = []
+    monkeypatch.setattr(tasks, "resume_", lambda model, count: passes.append(count))
+    for steps in (2, 3):
+        run("transformer", tmp_path, steps, "linear=quartet")
+    assert passes == [0, 2]
 
 
 def test_diffusers_loads_and_renders_what_was_exported(shipped):

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from fp4dit.models.shapes.data import ATTRIBUTES, SLOTS, Batch
+from fp4dit.training.layer import resume_
 
 
 def trapezoid(optimizer: Optimizer, steps: int, warmup: int = 100, decay: float = 0.2) -> LambdaLR:
@@ -146,6 +147,9 @@ class DenoisingTask(L.LightningModule):
         repeat = lambda x: x.float().repeat(self.levels, *[1] * (x.ndim - 1))
         scale: float = self.vae.config.scaling_factor  # pyright: ignore[reportAttributeAccessIssue]
         return repeat(latents * scale), repeat(states), repeat(tokens["attention_mask"])
+
+    def on_train_start(self) -> None:
+        resume_(self.transformer, self.global_step // len(self.optimizers()))  # pyright: ignore[reportArgumentType]
 
     def training_step(self, batch: Batch, _: int) -> None:
         latents, states, mask = self.encode(batch)

@@ -19,16 +19,29 @@ from fp4dit.models.shapes.build import TOKENS
 from fp4dit.models.shapes.oracle import judge
 from fp4dit.models.shapes.world import SIZE, render, scenes
 from fp4dit.statistics import interval
+from fp4dit.training.layer import TrainRule, train_in_few_bits_
 
 BEGIN, END = "<!-- figures: written by part=evaluate -->", "<!-- end of figures -->"
 VERDICTS = ("shapes", "colours", "relation", "all")
 Images = Float[Tensor, "n 3 h w"]
 
 
-def evaluate(weights: str, images: int, steps: int, guidance: float, chunk: int, seed: int) -> None:
-    """On the captions of `images` held-out scenes; `chunk` are made at once, and are part of what makes the bits."""
+def evaluate(
+    weights: str,
+    images: int,
+    steps: int,
+    guidance: float,
+    chunk: int,
+    seed: int,
+    linear: Sequence[TrainRule] = (),
+) -> None:
+    """On the captions of `images` held-out scenes; `chunk` are made at once, and are part of what makes the bits.
+
+    `linear` is what the transformer was trained by: it draws in as few bits.
+    """
     folder = Path(weights)
     pipe = PixArtSigmaPipeline.from_pretrained(folder)
+    train_in_few_bits_(pipe.transformer, linear)
     pipe.set_progress_bar_config(disable=True)
     batches = chunks(list(islice(scenes(seed, held_out=True), images)), chunk)
     truth = torch.cat([render(batch) for batch in batches]) / 2 + 0.5

@@ -3,6 +3,7 @@
 A part that was not trained here is taken from the weights that ship, so that any part can be trained further.
 """
 
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fp4dit.models.shapes import build
 from fp4dit.models.shapes.clip import save_clip
 from fp4dit.models.shapes.world import render, scenes
 from fp4dit.tasks.pretrain import AutoencoderTask, ClipTask, DenoisingTask, TextTask
+from fp4dit.training.layer import TrainRule, train_in_few_bits_
 
 SHIPPED = Path(__file__).parent / "weights"
 
@@ -87,15 +89,18 @@ def transformer(
     layers: int,
     further: bool,
     compile: bool = False,
+    linear: Sequence[TrainRule] = (),
 ) -> DenoisingTask:
     """`further` goes on from the weights that ship, if they exist; the optimizers' moments restart with a warm-up.
 
-    `compile` makes a step a quarter faster on a CPU and needs a C++ compiler.
+    `compile` makes a step a quarter faster on a CPU and needs a C++ compiler. `linear` says which linear layers are
+    trained in few bits.
     """
     root = Path(parts)
     net = build.transformer(layers)
     if further and (SHIPPED / "transformer").exists():
         net = PixArtTransformer2DModel.from_pretrained(SHIPPED / "transformer", dtype=torch.float32)
+    train_in_few_bits_(net, linear)
     if compile:
         net.compile()
     return DenoisingTask(

@@ -1,0 +1,131 @@
+"""Projections: what becomes of the operands of a product in low-bit training (Quartet, arXiv:2505.14669)."""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int8
+from torch import Tensor
+from torch.nn import functional as F
+
+from fp4dit.blockscales import E4M3, E8M0, NVFP4, Ceiling, Exponent, floor, nearest
+from fp4dit.formats import NumberFormat, floating
+from fp4dit.hadamard import matrix, rotate
+from fp4dit.quantizer import Granularity, Quantizer
+from fp4dit.rounding import at_random
+from fp4dit.scales import Deviations
+
+BLOCK = 32  # values that are rotated together; every group of a projection divides it
+E2M1 = floating(2, 1)
+Matrix = Float[Tensor, "m k"]
+
+
+class Projected(NamedTuple):
+    """`gain * values` stands for the operand. bf16 holds the values of block formats exactly, so that a product in
+    bf16 is the one that hardware for these formats makes. `kept` is False where a value was clipped; None if none
+    can be."""
+
+    values: Matrix
+    gain: Float[Tensor, ""]
+    kept: Bool[Tensor, "m k"] | None = None
+
+
+@runtime_checkable
+class Projection(Protocol):
+    """Quantizes the rows of an operand, whose length is a multiple of `BLOCK`."""
+
+    @property
+    def stochastic(self) -> bool: ...
+
+    def __call__(self, x: Matrix, generator: torch.Generator | None = None) -> Projected:
+        """`generator`, on the device of x, is what a stochastic one draws from."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Rounds by a quantizer, to nearest or `stochastic`ally.
+
+    Scales are `widen` times what the quantizer chooses: a factor of the product, for E8M0 cannot hold it, as is
+    `align`, which makes up for what rounding takes from the values' length. With `reach` the quantizer sees the operand
+    as if its largest magnitude were that. One that is `masked` tells what it clipped.
+    """
+
+    quantizer: Quantizer
+    widen: float = 1.0
+    align: float = 1.0
+    reach: float | None = None
+    masked: bool = False
+    stochastic: bool = False
+
+    def __call__(self, x: Matrix, generator: torch.Generator | None = None) -> Projected:
+        fmt, unit = self.quantizer.format, self.unit(x)
+        assert isinstance(fmt, NumberFormat)
+        blocks = self.quantizer.granularity.split(x if self.reach is None else x / unit)
+        scaling = self.quantizer.scale(blocks, fmt)
+        grid = scaling.to_grid(blocks if self.widen == 1 else blocks / self.widen)
+        if self.stochastic:
+            draw = torch.rand(grid.shape, generator=generator, device=x.device, dtype=x.dtype)
+            rounded = at_random(grid, fmt, draw)
+        else:
+            rounded = fmt.nearest(grid)
+        kept = (grid.abs() < fmt.max).view_as(x) if self.masked else None
+        return Projected(scaling.from_grid(rounded).view_as(x), self.align * self.widen * unit, kept)
+
+    def unit(self, x: Matrix) -> Float[Tensor, ""]:
+        if self.reach is None:
+            return x.new_ones(())
+        amax = x.abs().amax()
+        return torch.where(amax == 0, 1.0, amax / self.reach)
+
+
+def quest(exponent: Exponent = nearest, align: float = 1.0) -> Rounded:
+    """MXFP4 that reaches 2.92 standard deviations of a block, and clips the rest (QuEST, arXiv:2502.05003).
+
+    With `nearest` the scale is the nearest power of two, and the error for Gaussian values the 0.013 that Quartet's
+    table 2 states. Its code takes the power `below`: twice that error, and 7 % of the values clipped.
+    """
+    rule = E8M0(exponent, reach=Deviations())
+    return Rounded(Quantizer(E2M1, Granularity("group", 32), rule), align=align, masked=True)
+
+
+def absmax(align: float = 1.0, stochastic: bool = False) -> Rounded:
+    """MXFP4 whose scales are 4/3 of OCP's, so that nothing is clipped.
+
+    `align` = 1.009276 makes up for the mean shrinking of Gaussian values under rounding to nearest; stochastic rounding
+    shrinks nothing.
+    """
+    return Rounded(Quantizer(E2M1, Granularity("group", 32), E8M0(floor)), 4 / 3, align, stochastic=stochastic)
+
+
+def mxfp8() -> Rounded:
+    """MXFP8: E4M3 in blocks of 32, with the smallest power of two that clips nothing as scale (arXiv:2506.08027)."""
+    return Rounded(Quantizer(E4M3, Granularity("group", 32), E8M0(Ceiling())))
+
+
+def nvfp4() -> Rounded:
+    """NVFP4: E2M1 in blocks of 16 with an E4M3 scale, under one fp32 scale of the operand. Masks nothing: what
+    it clips is what a block's scale lost when it was rounded.
+    """
+    whole = NVFP4.top * E2M1.max
+    return Rounded(Quantizer(E2M1, Granularity("group", 16), NVFP4(amax=whole)), reach=whole)
+
+
+@cache
+def hadamard(device: torch.device) -> tuple[Int8[Tensor, "1 1"], Int8[Tensor, "k k"]]:
+    """The matrix of order `BLOCK` as `rotate` takes it, kept on the device: its copying would wait for a GPU."""
+    return torch.ones(1, 1, dtype=torch.int8, device=device), matrix(BLOCK).to(device)
+
+
+def turned(x: Matrix, signs: Int8[Tensor, "block"] | None = None) -> Float[Tensor, "m padded"]:
+    """In at least fp32, the rows filled up with zeros, given signs and rotated block by block.
+
+    Without signs it is its own inverse, but for the zeros: Sylvester's matrix is symmetric.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = F.pad(x, (0, -x.shape[1] % BLOCK))
+    if signs is not None:
+        x = x * signs.repeat(math.ceil(x.shape[1] / BLOCK))
+    return rotate(x, *hadamard(x.device))
