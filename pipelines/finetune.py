@@ -74,5 +74,8 @@ class Finetune:
             save_layers(within(layers, one), out / "units" / f"{number:03}_{one.module}.safetensors")
         write_csv(out / "curve.csv", [{"unit": "whole", **point} for point in curve])
         write_json(out / "blocks.json", [{"unit": "whole", "error": error(), "before": start}])
-        made = read_json(needs["weights"] / "audit.json") | {"steps": self.tuning.steps}
-        write_json(out / "audit.json", made | {"block_error": read_json(out / "blocks.json")[0]["error"]})
+        # The error of a block is not what was learnt, nor is it measured again.
+        made = {
+            name: value for name, value in read_json(needs["weights"] / "audit.json").items() if name != "block_error"
+        }
+        write_json(out / "audit.json", made | {"steps": self.tuning.steps})
