@@ -1,6 +1,6 @@
 """Projections: what becomes of the operands of a product in low-bit training (Quartet, arXiv:2505.14669)."""
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -12,14 +12,17 @@ from torch.nn import functional as F
 
 from fp4dit.blockscales import E4M3, E8M0, NVFP4, Ceiling, Exponent, floor, nearest
 from fp4dit.formats import NumberFormat, floating
-from fp4dit.hadamard import matrix, rotate
+from fp4dit.hadamard import matrix
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.rounding import at_random
-from fp4dit.scales import Deviations
+from fp4dit.scales import RootMeanSquares
+from fp4dit.scaling import Blocks, Column
 
 BLOCK = 32  # values that are rotated together; every group of a projection divides it
 E2M1 = floating(2, 1)
 Matrix = Float[Tensor, "m k"]
+Gain = float | Float[Tensor, ""]
+Reach = Callable[[Blocks], Column]
 
 
 class Projected(NamedTuple):
@@ -28,7 +31,7 @@ class Projected(NamedTuple):
     can be."""
 
     values: Matrix
-    gain: Float[Tensor, ""]
+    gain: Gain
     kept: Bool[Tensor, "m k"] | None = None
 
 
@@ -61,9 +64,13 @@ class Rounded:
     stochastic: bool = False
 
     def __call__(self, x: Matrix, generator: torch.Generator | None = None) -> Projected:
-        fmt, unit = self.quantizer.format, self.unit(x)
+        fmt, gain = self.quantizer.format, self.align * self.widen
         assert isinstance(fmt, NumberFormat)
-        blocks = self.quantizer.granularity.split(x if self.reach is None else x / unit)
+        if self.reach is not None:
+            amax = x.abs().amax()
+            unit = torch.where(amax == 0, 1.0, amax / self.reach)
+            x, gain = x / unit, gain * unit
+        blocks = self.quantizer.granularity.split(x)
         scaling = self.quantizer.scale(blocks, fmt)
         grid = scaling.to_grid(blocks if self.widen == 1 else blocks / self.widen)
         if self.stochastic:
@@ -72,22 +79,17 @@ class Rounded:
         else:
             rounded = fmt.nearest(grid)
         kept = (grid.abs() < fmt.max).view_as(x) if self.masked else None
-        return Projected(scaling.from_grid(rounded).view_as(x), self.align * self.widen * unit, kept)
-
-    def unit(self, x: Matrix) -> Float[Tensor, ""]:
-        if self.reach is None:
-            return x.new_ones(())
-        amax = x.abs().amax()
-        return torch.where(amax == 0, 1.0, amax / self.reach)
+        return Projected(scaling.from_grid(rounded).view_as(x), gain, kept)
 
 
-def quest(exponent: Exponent = nearest, align: float = 1.0) -> Rounded:
-    """MXFP4 that reaches 2.92 standard deviations of a block, and clips the rest (QuEST, arXiv:2502.05003).
+def quest(exponent: Exponent = nearest, reach: Reach = RootMeanSquares(), align: float = 1.0) -> Rounded:
+    """MXFP4 that reaches 2.92 root mean squares of a block, and clips the rest (QuEST, arXiv:2502.05003).
 
     With `nearest` the scale is the nearest power of two, and the error for Gaussian values the 0.013 that Quartet's
-    table 2 states. Its code takes the power `below`: twice that error, and 7 % of the values clipped.
+    table 2 states. Its code takes the power `below`, at twice that error and with 7 % of the values clipped, and
+    `Deviations`, which lose blocks that are far from zero: rotated, those whose first channel is an outlier.
     """
-    rule = E8M0(exponent, reach=Deviations())
+    rule = E8M0(exponent, reach=reach)
     return Rounded(Quantizer(E2M1, Granularity("group", 32), rule), align=align, masked=True)
 
 
@@ -114,18 +116,19 @@ def nvfp4() -> Rounded:
 
 
 @cache
-def hadamard(device: torch.device) -> tuple[Int8[Tensor, "1 1"], Int8[Tensor, "k k"]]:
-    """The matrix of order `BLOCK` as `rotate` takes it, kept on the device: its copying would wait for a GPU."""
-    return torch.ones(1, 1, dtype=torch.int8, device=device), matrix(BLOCK).to(device)
+def hadamard(device: torch.device, dtype: torch.dtype) -> Float[Tensor, "block block"]:
+    """Orthogonal and symmetric. Kept on the device, for its copying would wait for a GPU."""
+    return (matrix(BLOCK).double() / BLOCK**0.5).to(device, dtype)
 
 
-def turned(x: Matrix, signs: Int8[Tensor, "block"] | None = None) -> Float[Tensor, "m padded"]:
-    """In at least fp32, the rows filled up with zeros, given signs and rotated block by block.
+def turned(x: Matrix, signs: Int8[Tensor, "block"] | None = None, gain: Gain = 1.0) -> Float[Tensor, "m padded"]:
+    """gain * x in at least fp32, the rows filled up with zeros, given signs and rotated block by block.
 
-    Without signs it is its own inverse, but for the zeros: Sylvester's matrix is symmetric.
+    Signs, rotation and gain are one product with a small matrix. Without signs it is, but for zeros, its own inverse.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    x = F.pad(x, (0, -x.shape[1] % BLOCK))
-    if signs is not None:
-        x = x * signs.repeat(math.ceil(x.shape[1] / BLOCK))
-    return rotate(x, *hadamard(x.device))
+    x = x.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format)
+    if rest := -x.shape[1] % BLOCK:
+        x = F.pad(x, (0, rest))
+    turn = hadamard(x.device, x.dtype) * gain
+    turn = turn if signs is None else turn * signs[:, None]
+    return (x.reshape(-1, BLOCK) @ turn).view(len(x), -1)
