@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fp4dit.blockscales import E4M3, E8M0, NVFP4, Ceiling, Exponent, floor, nearest
-from fp4dit.formats import NumberFormat, floating
+from fp4dit.choice import Choice
+from fp4dit.formats import floating
 from fp4dit.hadamard import matrix
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.rounding import at_random
@@ -52,23 +53,23 @@ class Rounded:
     """Rounds by a quantizer, to nearest or `stochastic`ally.
 
     Scales are `widen` times what the quantizer chooses: a factor of the product, for E8M0 cannot hold it, as is
-    `align`, which makes up for what rounding takes from the values' length. With `reach` the quantizer sees the operand
+    `align`, which makes up for what rounding takes from the values' length. With `amax` the quantizer sees the operand
     as if its largest magnitude were that. One that is `masked` tells what it clipped.
     """
 
     quantizer: Quantizer
     widen: float = 1.0
     align: float = 1.0
-    reach: float | None = None
+    amax: float | None = None
     masked: bool = False
     stochastic: bool = False
 
     def __call__(self, x: Matrix, generator: torch.Generator | None = None) -> Projected:
         fmt, gain = self.quantizer.format, self.align * self.widen
-        assert isinstance(fmt, NumberFormat)
-        if self.reach is not None:
+        assert not isinstance(fmt, Choice), "settle the format first"
+        if self.amax is not None:
             amax = x.abs().amax()
-            unit = torch.where(amax == 0, 1.0, amax / self.reach)
+            unit = torch.where(amax == 0, 1.0, amax / self.amax)
             x, gain = x / unit, gain * unit
         blocks = self.quantizer.granularity.split(x)
         scaling = self.quantizer.scale(blocks, fmt)
@@ -108,11 +109,13 @@ def mxfp8() -> Rounded:
 
 
 def nvfp4() -> Rounded:
-    """NVFP4: E2M1 in blocks of 16 with an E4M3 scale, under one fp32 scale of the operand. Masks nothing: what
-    it clips is what a block's scale lost when it was rounded.
+    """NVFP4: E2M1 in blocks of 16 with an E4M3 scale, under one fp32 scale of the operand.
+
+    Masks nothing: it clips no more than a block's scale lost when it was rounded. The fp32 scale depends on all tokens,
+    so processes with a share of a batch each differ a little from one with all of it.
     """
-    whole = NVFP4.top * E2M1.max
-    return Rounded(Quantizer(E2M1, Granularity("group", 16), NVFP4(amax=whole)), reach=whole)
+    amax = NVFP4.top * E2M1.max
+    return Rounded(Quantizer(E2M1, Granularity("group", 16), NVFP4(amax=amax)), amax=amax)
 
 
 @cache
