@@ -114,6 +114,17 @@ class Deviations:
 
 
 @dataclass(frozen=True)
+class RootMeanSquares:
+    """As `Deviations`, about 0 and not the mean (arXiv:2502.05003): what lies off zero all together is not clipped."""
+
+    count: float = 2.92247856
+
+    def __call__(self, blocks: Blocks) -> Column:
+        reach = self.count * blocks.square().mean(1, keepdim=True).sqrt_()
+        return torch.where(reach == 0, blocks.abs().amax(1, keepdim=True), reach)  # squares may be too small for fp32
+
+
+@dataclass(frozen=True)
 class SigmaClip:
     """The largest code lies `kappa` standard deviations of the block from zero (arXiv:2505.14669)."""
 

@@ -16,7 +16,7 @@ from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor
 
 from fp4dit.blockscales import E4M3, E8M0, NVFP4, Ceiling, Exponent, below, ceil, even, floor, nearest
 from fp4dit.formats import NumberFormat, floating, integer
-from fp4dit.scales import AbsMax, Deviations, MinError, Percentile, ScaleRule, error, least_error
+from fp4dit.scales import AbsMax, Deviations, MinError, Percentile, RootMeanSquares, ScaleRule, error, least_error
 from fp4dit.scaling import Scale
 
 E2M1, E5M2 = floating(2, 1), floating(5, 2, reserved=4)
@@ -78,7 +78,10 @@ def test_e8m0_scales_are_what_its_eight_bits_hold():
     assert len(np.unique(scale)) > 200
 
 
-@pytest.mark.parametrize("rule", [E8M0(), SEARCH, E8M0(nearest, reach=Deviations())], ids=["even", "search", "sigmas"])
+REACHES = [E8M0(nearest, reach=reach) for reach in (Deviations(), RootMeanSquares())]
+
+
+@pytest.mark.parametrize("rule", [E8M0(), SEARCH, *REACHES], ids=["even", "search", "sigmas", "squares"])
 def test_empty_and_broken_blocks_stay_so_and_spoil_no_other(rule: E8M0):
     x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
     x[0], x[2, 3], x[3, 0], x[4, 1] = 0, float("inf"), float("-inf"), float("nan")

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from fp4dit import blockscales
-from fp4dit.blockscales import E8M0, NVFP4, Ceiling
+from fp4dit.blockscales import E8M0, NVFP4, Ceiling, below
 from fp4dit.choice import Choice, LeastError, Mixed, RangeRatio
 from fp4dit.errors import UserError
 from fp4dit.formats import floating, integer, nf4
@@ -23,7 +23,7 @@ from fp4dit.observers import ChannelRange
 from fp4dit.packed.spec import FUNCTIONS, KINDS, MODULES, describe, made, own
 from fp4dit.policy import Rule
 from fp4dit.quantizer import Granularity, Quantizer
-from fp4dit.scales import AbsMax, Deviations, MinError, Percentile
+from fp4dit.scales import AbsMax, Deviations, MinError, Percentile, RootMeanSquares
 from fp4dit.transforms import Balance, LowRank, MovingMax
 from pipelines.resolvers import options
 from tests.conftest import Compose
@@ -41,7 +41,7 @@ MANY = {
         ),
         "blocks.2.ff": Rule("a", None),
     },
-    "scales": [E8M0(Ceiling(7.25 / 6), 4 / 3, (0, -1, 1), Deviations(), 2.5)],
+    "scales": [E8M0(Ceiling(7.25 / 6), 4 / 3, (0, -1, 1), Deviations(), 2.5), E8M0(below, reach=RootMeanSquares())],
     "chosen": Choice((floating(2, 1), integer(4)), RangeRatio(), "block"),
 }
 
@@ -104,7 +104,7 @@ def test_a_name_stands_for_one_thing_and_fields_do_not_hide_it():
     for kind in KINDS.values():
         assert not {"kind", "function"} & {f.name for f in fields(kind)}
     assert not {"Mixed", "Place", "Entry", "Transform", "Format", "UserError", "Scale"} & set(KINDS)
-    assert set(FUNCTIONS) == {"ceil", "even", "floor", "largest", "nearest"}
+    assert set(FUNCTIONS) == {"below", "ceil", "even", "floor", "largest", "nearest"}
 
 
 def at(*keys: str | int, value: Any) -> Any:

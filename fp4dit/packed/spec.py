@@ -41,7 +41,10 @@ KINDS = {kind.__name__: kind for kind in (Rule, *(kind for module in MODULES for
 # Those that a field may hold; no other function of the library is for a checkpoint to choose.
 FUNCTIONS = {
     function.__name__: function
-    for function in (blockscales.ceil, blockscales.even, blockscales.floor, blockscales.largest, blockscales.nearest)
+    for function in (
+        *(blockscales.below, blockscales.ceil, blockscales.even, blockscales.floor, blockscales.nearest),
+        blockscales.largest,
+    )
 }
 
 

@@ -85,8 +85,7 @@ def train_in_few_bits_(model: nn.Module, rules: Sequence[TrainRule], seed: int =
 
 
 def resume_(model: nn.Module, passes: int) -> None:
-    """Let the layers draw as after so many backward passes: what a training that was killed needs to end as if it had
-    not been."""
+    """Let the layers draw as after so many backward passes, which is where a training that was killed goes on."""
     for module in model.modules():
         if isinstance(module, Fp4TrainLinear):
             module.draws.passes = passes

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fp4dit.training.draws import Draws, Signs
-from fp4dit.training.projections import Projected, Projection, absmax, quest, turned
+from fp4dit.training.projections import Gain, Projection, absmax, quest, turned
 
 Left = Float[Tensor, "m k"]
 Right = Float[Tensor, "o k"]
@@ -37,17 +37,18 @@ def operand(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
-def plain(a: Left, b: Right, gain: Float[Tensor, ""], dtype: torch.dtype) -> Float[Tensor, "m o"]:
+def plain(a: Left, b: Right, gain: Gain, dtype: torch.dtype) -> Float[Tensor, "m o"]:
     """gain * a b^T"""
-    return ((a.to(operand(dtype)) @ b.to(operand(dtype)).T) * gain).to(dtype)
+    product = a.to(operand(dtype)) @ b.to(operand(dtype)).T
+    return (product if isinstance(gain, float) and gain == 1 else product * gain).to(dtype)
 
 
 def projected(
-    a: Left, b: Right, gain: Float[Tensor, ""], way: Projection, signs: Signs, generator: torch.Generator
+    a: Left, b: Right, gain: Gain, way: Projection, signs: Signs, generator: torch.Generator
 ) -> Float[Tensor, "m o"]:
     """gain * a b^T in the type of a, both projected after random signs and a rotation, which cancel in the product."""
     left = way(turned(a, signs), generator)
-    right = way(turned(b.to(gain.dtype) * gain, signs), generator)
+    right = way(turned(b, signs, gain), generator)
     return plain(left.values, right.values, left.gain * right.gain, a.dtype)
 
 
@@ -68,26 +69,26 @@ class LowBitProduct(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             a, b = (recipe.forward(turned(side)) for side in (x, weight))
             a, b = (side._replace(values=side.values.to(operand(dtype))) for side in (a, b))
-            ctx.save_for_backward(*a, *b)
-            ctx.made_by, ctx.dtypes, ctx.width = (recipe.backward, draws), (x.dtype, weight.dtype), x.shape[1]
+            ctx.save_for_backward(a.values, a.kept, b.values, b.kept)
+            ctx.gains, ctx.made_by = (a.gain, b.gain), (recipe.backward, draws)
+            ctx.dtypes, ctx.width = (x.dtype, weight.dtype), x.shape[1]
             return plain(a.values, b.values, a.gain * b.gain, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *slopes: Any) -> Any:
         [slope], (way, draws) = slopes, ctx.made_by
-        saved = ctx.saved_tensors  # once: where forward is computed again, a second look is refused
-        a, b = Projected(*saved[:3]), Projected(*saved[3:])
+        x, x_kept, weight, weight_kept = ctx.saved_tensors
         answers: list[Tensor | None] = [None, None]
         with torch.autocast(slope.device.type, enabled=False):
             *signs, generator = draws(slope.device)
-            for i, (left, right, kept) in enumerate([(slope, b, a.kept), (slope.T, a, b.kept)]):
+            for i, (left, right, kept) in enumerate([(slope, weight.T, x_kept), (slope.T, x.T, weight_kept)]):
                 if not ctx.needs_input_grad[i]:
                     continue
-                across = right.values.T
+                gain = ctx.gains[1 - i]
                 if way is None:
-                    turned_slope = plain(left, across, right.gain, slope.dtype)
+                    turned_slope = plain(left, right, gain, slope.dtype)
                 else:
-                    turned_slope = projected(left, across, right.gain, way, signs[i], generator)
+                    turned_slope = projected(left, right, gain, way, signs[i], generator)
                 answers[i] = back(turned_slope, kept, ctx.width, ctx.dtypes[i])
         return *answers, None, None, None

@@ -1,6 +1,6 @@
 """Projections: what becomes of the operands of a product in low-bit training (Quartet, arXiv:2505.14669)."""
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -11,15 +11,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fp4dit.blockscales import E4M3, E8M0, NVFP4, Ceiling, Exponent, floor, nearest
-from fp4dit.formats import NumberFormat, floating
-from fp4dit.hadamard import matrix, rotate
+from fp4dit.choice import Choice
+from fp4dit.formats import floating
+from fp4dit.hadamard import matrix
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.rounding import at_random
-from fp4dit.scales import Deviations
+from fp4dit.scales import RootMeanSquares
+from fp4dit.scaling import Blocks, Column
 
 BLOCK = 32  # values that are rotated together; every group of a projection divides it
 E2M1 = floating(2, 1)
 Matrix = Float[Tensor, "m k"]
+Gain = float | Float[Tensor, ""]
+Reach = Callable[[Blocks], Column]
 
 
 class Projected(NamedTuple):
@@ -28,7 +32,7 @@ class Projected(NamedTuple):
     can be."""
 
     values: Matrix
-    gain: Float[Tensor, ""]
+    gain: Gain
     kept: Bool[Tensor, "m k"] | None = None
 
 
@@ -49,21 +53,25 @@ class Rounded:
     """Rounds by a quantizer, to nearest or `stochastic`ally.
 
     Scales are `widen` times what the quantizer chooses: a factor of the product, for E8M0 cannot hold it, as is
-    `align`, which makes up for what rounding takes from the values' length. With `reach` the quantizer sees the operand
+    `align`, which makes up for what rounding takes from the values' length. With `amax` the quantizer sees the operand
     as if its largest magnitude were that. One that is `masked` tells what it clipped.
     """
 
     quantizer: Quantizer
     widen: float = 1.0
     align: float = 1.0
-    reach: float | None = None
+    amax: float | None = None
     masked: bool = False
     stochastic: bool = False
 
     def __call__(self, x: Matrix, generator: torch.Generator | None = None) -> Projected:
-        fmt, unit = self.quantizer.format, self.unit(x)
-        assert isinstance(fmt, NumberFormat)
-        blocks = self.quantizer.granularity.split(x if self.reach is None else x / unit)
+        fmt, gain = self.quantizer.format, self.align * self.widen
+        assert not isinstance(fmt, Choice), "settle the format first"
+        if self.amax is not None:
+            amax = x.abs().amax()
+            unit = torch.where(amax == 0, 1.0, amax / self.amax)
+            x, gain = x / unit, gain * unit
+        blocks = self.quantizer.granularity.split(x)
         scaling = self.quantizer.scale(blocks, fmt)
         grid = scaling.to_grid(blocks if self.widen == 1 else blocks / self.widen)
         if self.stochastic:
@@ -72,22 +80,17 @@ class Rounded:
         else:
             rounded = fmt.nearest(grid)
         kept = (grid.abs() < fmt.max).view_as(x) if self.masked else None
-        return Projected(scaling.from_grid(rounded).view_as(x), self.align * self.widen * unit, kept)
-
-    def unit(self, x: Matrix) -> Float[Tensor, ""]:
-        if self.reach is None:
-            return x.new_ones(())
-        amax = x.abs().amax()
-        return torch.where(amax == 0, 1.0, amax / self.reach)
+        return Projected(scaling.from_grid(rounded).view_as(x), gain, kept)
 
 
-def quest(exponent: Exponent = nearest, align: float = 1.0) -> Rounded:
-    """MXFP4 that reaches 2.92 standard deviations of a block, and clips the rest (QuEST, arXiv:2502.05003).
+def quest(exponent: Exponent = nearest, reach: Reach = RootMeanSquares(), align: float = 1.0) -> Rounded:
+    """MXFP4 that reaches 2.92 root mean squares of a block, and clips the rest (QuEST, arXiv:2502.05003).
 
     With `nearest` the scale is the nearest power of two, and the error for Gaussian values the 0.013 that Quartet's
-    table 2 states. Its code takes the power `below`: twice that error, and 7 % of the values clipped.
+    table 2 states. Its code takes the power `below`, at twice that error and with 7 % of the values clipped, and
+    `Deviations`, which lose blocks that are far from zero: rotated, those whose first channel is an outlier.
     """
-    rule = E8M0(exponent, reach=Deviations())
+    rule = E8M0(exponent, reach=reach)
     return Rounded(Quantizer(E2M1, Granularity("group", 32), rule), align=align, masked=True)
 
 
@@ -106,26 +109,29 @@ def mxfp8() -> Rounded:
 
 
 def nvfp4() -> Rounded:
-    """NVFP4: E2M1 in blocks of 16 with an E4M3 scale, under one fp32 scale of the operand. Masks nothing: what
-    it clips is what a block's scale lost when it was rounded.
+    """NVFP4: E2M1 in blocks of 16 with an E4M3 scale, under one fp32 scale of the operand.
+
+    Masks nothing: it clips no more than a block's scale lost when it was rounded. The fp32 scale depends on all tokens,
+    so processes with a share of a batch each differ a little from one with all of it.
     """
-    whole = NVFP4.top * E2M1.max
-    return Rounded(Quantizer(E2M1, Granularity("group", 16), NVFP4(amax=whole)), reach=whole)
+    amax = NVFP4.top * E2M1.max
+    return Rounded(Quantizer(E2M1, Granularity("group", 16), NVFP4(amax=amax)), amax=amax)
 
 
 @cache
-def hadamard(device: torch.device) -> tuple[Int8[Tensor, "1 1"], Int8[Tensor, "k k"]]:
-    """The matrix of order `BLOCK` as `rotate` takes it, kept on the device: its copying would wait for a GPU."""
-    return torch.ones(1, 1, dtype=torch.int8, device=device), matrix(BLOCK).to(device)
+def hadamard(device: torch.device, dtype: torch.dtype) -> Float[Tensor, "block block"]:
+    """Orthogonal and symmetric. Kept on the device, for its copying would wait for a GPU."""
+    return (matrix(BLOCK).double() / BLOCK**0.5).to(device, dtype)
 
 
-def turned(x: Matrix, signs: Int8[Tensor, "block"] | None = None) -> Float[Tensor, "m padded"]:
-    """In at least fp32, the rows filled up with zeros, given signs and rotated block by block.
+def turned(x: Matrix, signs: Int8[Tensor, "block"] | None = None, gain: Gain = 1.0) -> Float[Tensor, "m padded"]:
+    """gain * x in at least fp32, the rows filled up with zeros, given signs and rotated block by block.
 
-    Without signs it is its own inverse, but for the zeros: Sylvester's matrix is symmetric.
+    Signs, rotation and gain are one product with a small matrix. Without signs it is, but for zeros, its own inverse.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    x = F.pad(x, (0, -x.shape[1] % BLOCK))
-    if signs is not None:
-        x = x * signs.repeat(math.ceil(x.shape[1] / BLOCK))
-    return rotate(x, *hadamard(x.device))
+    x = x.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format)
+    if rest := -x.shape[1] % BLOCK:
+        x = F.pad(x, (0, rest))
+    turn = hadamard(x.device, x.dtype) * gain
+    turn = turn if signs is None else turn * signs[:, None]
+    return (x.reshape(-1, BLOCK) @ turn).view(len(x), -1)

@@ -1,0 +1,21 @@
+"""What measures training in few bits, on a CPU and tiny layers: that it runs, and says what it measured."""
+
+from pathlib import Path
+
+import torch
+
+from benchmarks.training import PLAIN, RECIPES, Sizes, main
+
+
+def test_the_table(tmp_path: Path):
+    out = tmp_path / "training.md"
+    main(Sizes([(512, 1024)], tokens=1024, repeats=1), torch.device("cpu"), out, run=lambda part, *given: part(*given))
+    lines = [line.split("|")[1:-1] for line in out.read_text().splitlines() if line.startswith("| 512 x 1024, ")]
+    rows = {name.strip().removeprefix("512 x 1024, "): [float(cell) for cell in cells] for name, *cells in lines}
+    assert list(rows) == [PLAIN, *RECIPES]
+    x, weight = 2.0, 1.0  # MiB in bf16
+    assert rows[PLAIN][4] == x
+    assert rows["MXFP8"][4] == x + weight
+    assert rows["Quartet"][4] == 1.5 * (x + weight)  # masks take half as much
+    assert rows[PLAIN][1] == rows[PLAIN][3] == 1
+    assert rows["Quartet"][1] > 1
