@@ -20,6 +20,7 @@ class Column:
 
     `interval` is true of means over images, which have a `_low` and a `_high` beside them, and `of_set` of scores that
     a set of images has as a whole, which have them too. `better` is "higher" or "lower" where rows may be compared.
+    `compares` is true of what is measured against the full-precision image.
 
     Raises:
         UserError: if `better` is another word.
@@ -32,6 +33,7 @@ class Column:
     interval: bool = False
     of_set: bool = False
     better: str | None = None
+    compares: bool = False
 
     def __post_init__(self) -> None:
         if self.better not in ("higher", "lower", None):

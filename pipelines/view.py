@@ -7,21 +7,25 @@ import csv
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
+from textwrap import shorten
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from fp4dit.pictures import difference
-from fp4dit.rows import row
+from fp4dit.rows import Column, Row
 from fp4dit.store import Store
 from pipelines.plan import Step
+from pipelines.plans import Plan
 from pipelines.resolvers import CONF
+from pipelines.rows import Entry
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +33,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class WandbView:
     """One run per job. `images` is how many are shown beside their references. A run that is given no `name` is called
-    after what was chosen for it."""
+    after what was chosen for it. A server that stops answering is waited for at most `patience` seconds."""
 
     project: str
     mode: str
@@ -38,13 +42,18 @@ class WandbView:
     job_type: str | None
     name: str
     images: int = 8
+    patience: float = 300.0
 
     def show(self, cfg: DictConfig, steps: Mapping[str, Step], store: Store, chosen: Sequence[str] = ()) -> None:
         """Whatever goes wrong here is only told: the results are safe in the store."""
         try:
             self.draw(cfg, steps, store, self.name or named(chosen) or self.job_type)
         except Exception as error:
-            log.warning("W&B shows nothing of this job: %r. Its results are in the store.", error)
+            log.warning(
+                "W&B does not show all of this job: %r. Its results are in the store, and the same command shows them "
+                "again",
+                error,
+            )
 
     def draw(self, cfg: DictConfig, steps: Mapping[str, Step], store: Store, name: str | None) -> None:
         # The pictures of an offline run are kept here until it is synced; by default that is the home directory.
@@ -64,26 +73,45 @@ class WandbView:
             name=name,
             config={**config, "keys": {name: step.key for name, step in steps.items()}},
             reinit="create_new",
-            settings=wandb.Settings(silent=True, console="off", init_timeout=30, x_disable_stats=True),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=30,
+                finish_timeout=self.patience,  # by default the job would wait until the server is back
+                finish_timeout_raises=True,
+                x_disable_stats=True,
+            ),
         )
-        with run:
+        failed = 1
+        try:
             draw_curves(run, folders)
             draw_layers(run, folders)
             draw_images(run, steps, folders, self.images)
-            draw_score(run, folders)
+            draw_score(run, steps, store)
             refer(run, steps, folders)
+            failed = 0
+        finally:
+            run.finish(failed)  # `with run` would print a traceback
 
 
 def named(chosen: Sequence[str]) -> str:
-    """A short name of what was chosen: the values of groups, and the last word of what an option is called."""
-    pairs = [override.lstrip("+~").partition("=") for override in chosen]
-    parts = [value if "." not in key else f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs]
-    return " ".join(parts)
+    """A short name of what was chosen: the option of a group alone, other values behind the last word of what they set,
+    or all of it where two sets end alike."""
+    pairs = [override.lstrip("+").partition("=") for override in chosen]
+    ends = Counter(key.rpartition(".")[2] for key, _, _ in pairs)
+    parts = []
+    for key, equals, value in pairs:
+        end = key.rpartition(".")[2]
+        if (CONF / key).is_dir():
+            parts.append(value)
+        else:
+            parts.append(f"{end if ends[end] == 1 else key}{equals}{value.rpartition('/')[2]}")
+    return shorten(" ".join(parts), 100, placeholder=" ...")
 
 
 def draw_curves(run: Any, folders: Mapping[str, Path]) -> None:
-    """Error and indecision of every block against the step of its own reconstruction."""
-    lines = read_csv(folders.get("reconstruct"), "curve.csv")
+    """Error and indecision of every block against the step of its own reconstruction, and of what is tuned later."""
+    lines = [line for folder in folders.values() for line in read_csv(folder, "curve.csv")]
     run.define_metric("step", hidden=True)
     for unit in dict.fromkeys(line["unit"] for line in lines):
         run.define_metric(f"{unit}/*", step_metric="step")
@@ -91,7 +119,7 @@ def draw_curves(run: Any, folders: Mapping[str, Path]) -> None:
     for at, group in groupby(sorted(lines, key=step), key=step):
         values = {}
         for line in group:
-            values |= {f"{line['unit']}/{name}": float(v) for name in ("error", "indecision") if (v := line[name])}
+            values |= {f"{line['unit']}/{name}": float(v) for name in ("error", "indecision") if (v := line.get(name))}
         run.log({"step": at, **values})
 
 
@@ -108,14 +136,14 @@ def draw_layers(run: Any, folders: Mapping[str, Path]) -> None:
     if lines:
         rows = [[line["layer"], float(line["timestep"]), float(line["sqnr_db"])] for line in lines]
         run.log({"sqnr": wandb.Table(["layer", "timestep", "sqnr_db"], rows)})
-        for layer, group in groupby(sorted(rows), key=lambda r: r[0]):
+        finite = [row for row in rows if isfinite(row[2])]  # infinite where nothing is lost
+        for layer, group in groupby(sorted(finite), key=lambda r: r[0]):
             run.summary[f"{layer}/sqnr_db"] = fmean(r[2] for r in group)
         run.define_metric("timestep", hidden=True)
         run.define_metric("sqnr_db/*", step_metric="timestep", summary="mean")
-        for timestep, group in groupby(sorted(rows, key=lambda r: -r[1]), key=lambda r: r[1]):
-            values = [value for _, _, value in group if isfinite(value)]  # infinite where nothing is lost
-            if values:
-                run.log({"timestep": timestep, "sqnr_db/mean": fmean(values), "sqnr_db/worst": min(values)})
+        for timestep, group in groupby(sorted(finite, key=lambda r: -r[1]), key=lambda r: r[1]):
+            values = [value for _, _, value in group]
+            run.log({"timestep": timestep, "sqnr_db/mean": fmean(values), "sqnr_db/worst": min(values)})
 
 
 def draw_images(run: Any, steps: Mapping[str, Step], folders: Mapping[str, Path], count: int) -> None:
@@ -138,41 +166,50 @@ def draw_images(run: Any, steps: Mapping[str, Step], folders: Mapping[str, Path]
 
 
 def worst(metrics: Mapping[str, Sequence[float | None]], count: int) -> list[int]:
-    """The images by the first of their metrics, from the worst on; as they were drawn, if there is none."""
+    """The images from the worst on: by the first metric that compares them with their references, or else the first.
+
+    As they were drawn, if there is none.
+    """
     if not metrics:
         return list(range(count))
-    name, values = next(iter(metrics.items()))
-    columns = OmegaConf.load(CONF / "tables.yaml")
-    better = {**columns.others, **columns.columns}.get(name, {}).get("better")
-    key = lambda i: (values[i] is None, -(values[i] or 0) if better == "lower" else values[i] or 0)
-    return sorted(range(count), key=key)
+    known = columns()
+    name = next((name for name in metrics if name in known and known[name].compares), next(iter(metrics)))
+    sign = -1 if name in known and known[name].better == "lower" else 1
+    values = metrics[name]
+    return sorted(range(count), key=lambda i: (values[i] is None, sign * (values[i] or 0)))
+
+
+def columns() -> dict[str, Column]:
+    """Of all tables."""
+    node: Any = OmegaConf.load(CONF / "tables.yaml")
+    return {name: Column(name, **given) for name, given in {**node.columns, **node.others}.items()}
 
 
 def refer(run: Any, steps: Mapping[str, Step], folders: Mapping[str, Path]) -> None:
     """An artifact that says where everything lies: the manifest of each stage, hard weights, and what was exported.
 
-    Nothing is copied, nor read again: a folder is named after all that its content depends on, and its manifest has
-    checksums.
+    Nothing is copied, but each of these files is read for its MD5, without which W&B could not tell that it has changed
+    and would hand out none.
     """
     import wandb
 
     there = {name: folder for name, folder in folders.items() if (folder / "manifest.json").is_file()}
     if not there:
         return
-    last = list(there)[-1]
-    artifact = wandb.Artifact(f"{last}-{steps[last].key}", "results", metadata={n: steps[n].key for n in there})
+    named_after = "score" if "score" in there else next(reversed(there))
+    keys = {name: steps[name].key for name in there}
+    artifact = wandb.Artifact(f"{named_after}-{keys[named_after]}", "results", metadata=keys)
     for name, folder in there.items():
-        artifact.add_reference((folder / "manifest.json").absolute().as_uri(), f"{name}/manifest.json")
-        for part in ("units", "pipeline"):
-            if (folder / part).is_dir():
-                artifact.add_reference((folder / part).absolute().as_uri(), f"{name}/{part}", checksum=False)
+        made = read_json(folder, "manifest.json")["files"]
+        for file in ["manifest.json", *(file for file in made if file.startswith(("units/", "pipeline/")))]:
+            artifact.add_reference((folder / file).absolute().as_uri(), f"{name}/{file}")
     run.log_artifact(artifact)
 
 
-def draw_score(run: Any, folders: Mapping[str, Path]) -> None:
-    metrics = read_json(folders.get("score"), "metrics.json")
-    if metrics:
-        values = row("", metrics).values
+def draw_score(run: Any, steps: Mapping[str, Step], store: Store) -> None:
+    """The row of the table."""
+    if "score" in steps:
+        values = Entry("", (), Plan(steps)).row(store, Row("", {})).values
         run.summary.update({f"score/{name}": value for name, value in values.items() if value is not None})
 
 

@@ -13,6 +13,7 @@ from fp4dit.errors import UserError
 from fp4dit.published import published
 from pipelines.plan import plan
 from pipelines.resolvers import CONF, options
+from pipelines.view import columns
 from tests.conftest import Compose
 
 NOT_OF_A_RUN = {"hydra", "linear", "table", "to"}
@@ -36,6 +37,13 @@ def targets(node: Any) -> Iterator[str]:
 def test_every_file_names_real_code(file: Path):
     for target in targets(OmegaConf.to_container(OmegaConf.load(file), resolve=False)):
         assert get_object(target)
+
+
+@pytest.mark.parametrize("name", [name for name, column in columns().items() if column.interval and ":" not in name])
+def test_a_column_compares_if_its_metric_does(name: str):
+    found = [node[name] for path in (CONF / "metrics").glob("*.yaml") if name in (node := OmegaConf.load(path))]
+    target = next(given._target_ for given in found if "_target_" in given)
+    assert columns()[name].compares == get_object(target).compares
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -4,10 +4,15 @@ import base64
 import csv
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +20,14 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import pipelines.dashboard
+import pipelines.table
 from fp4dit.rows import row
 from fp4dit.store import Store
+from pipelines.dashboard import logged, workspace
 from pipelines.plan import execute, plan
 from pipelines.runtime import Runtime
 from pipelines.view import WandbView, named, worst
-from tests.conftest import TOY, Compose, Run
+from tests.conftest import ROOT, TOY, Compose, Run
 
 
 def records(root: Path) -> list[dict[str, Any]]:
@@ -114,25 +121,41 @@ def test_what_is_shown_is_what_the_store_holds(shown: list[dict[str, Any]], job)
     assert config == json.loads(json.dumps(composed))
 
 
+def test_the_summary_is_the_row_of_the_table(shown: list[dict[str, Any]], run: Run, tmp_path: Path):
+    (tmp_path / "conf" / "table").mkdir(parents=True)
+    (tmp_path / "conf" / "table" / "toy.yaml").write_text(
+        "# @package _global_\npicture_prompts: 1\nrows: [{label: One, overrides: [stages=toy]}]\n"
+    )
+    place = f"hydra.searchpath=[file://{ROOT}/tests/conf,file://{tmp_path}/conf]"
+    assert run("table=toy", place, main=pipelines.table.main) == 0
+    with open(tmp_path / "tables" / "toy.csv", newline="") as file:
+        (line,) = csv.DictReader(file)
+    summary = {key: value for update in parts(shown, "summary", "update") for key, value in update.items()}
+    cells = {name: float(cell) for name, cell in line.items() if cell and name != "label"}
+    assert len(cells) >= 11
+    assert cells == {name: summary[f"score/{name}"] for name in cells}
+
+
 def test_an_artifact_says_where_all_of_it_lies_and_holds_none_of_it(shown: list[dict[str, Any]], job):
     _, steps, store = job
     (artifact,) = (r["artifact"] for r in shown if r["type"] == "artifact" and r["artifact"]["type"] == "results")
     assert artifact["name"] == f"score-{steps['score'].key}"
     assert json.loads(artifact["metadata"]) == {name: step.key for name, step in steps.items()}
     contents = {entry["path"]: entry for entry in artifact["manifest"]["contents"]}
-    assert contents.keys() == {f"{name}/manifest.json" for name in steps}
-    for name, step in steps.items():
-        manifest = store.path(name, step.key) / "manifest.json"
-        entry = contents[f"{name}/manifest.json"]
-        assert entry["ref"] == manifest.absolute().as_uri()
-        assert base64.b64decode(entry["digest"]) == hashlib.md5(manifest.read_bytes()).digest()
+    weights = {f"reconstruct/units/transformer_blocks.{i}.safetensors" for i in (0, 1)}
+    assert contents.keys() == {f"{name}/manifest.json" for name in steps} | weights
+    for name, entry in contents.items():
+        stage, _, file = name.partition("/")
+        path = store.path(stage, steps[stage].key) / file
+        assert entry["ref"] == path.absolute().as_uri()
+        assert base64.b64decode(entry["digest"]) == hashlib.md5(path.read_bytes()).digest()
 
 
 def test_a_job_that_is_all_in_the_store_is_shown_the_same_again(shown: list[dict[str, Any]], job, tmp_path: Path):
     config, steps, store = job
     execute(steps, ["score"], store, Runtime())
+    (tmp_path / "again").mkdir()
     view(tmp_path, dir=str(tmp_path / "again")).show(config, steps, store)
-    (tmp_path / "again").mkdir(exist_ok=True)
     aside = re.compile(r"_runtime|_timestamp|_wandb.*|.*artifact_path")  # times, and the run's own name
     plain = lambda line: {k: v for k, v in line.items() if not aside.fullmatch(k)}
     for kind, part in (("history", "item"), ("summary", "update")):
@@ -140,20 +163,45 @@ def test_a_job_that_is_all_in_the_store_is_shown_the_same_again(shown: list[dict
         assert [line for line in first if line] == [line for line in second if line]
 
 
+def asked(spec: dict[str, Any]) -> tuple[set[str], set[str]]:
+    """The keys and the patterns of keys that the panels of a workspace, and its columns, show of a run."""
+    section = spec["spec"]["section"]
+    panels = [panel["config"] for part in section["panelBankConfig"]["sections"] for panel in part["panels"]]
+    pinned = [name for name in section["runSets"][0]["runFeed"]["columnPinned"] if name != "run:displayName"]
+    own = {name.removeprefix("summary:") for name in pinned} | {key for config in panels for key in keys(config)}
+    return own, {pattern for config in panels if (pattern := config.get("metricRegex"))}
+
+
 def test_the_dashboard_asks_for_what_was_logged(shown: list[dict[str, Any]], run: Run, capfd):
     assert run("dry_run=true", "metrics=psnr", main=pipelines.dashboard.main, outputs=False) == 0
-    panels = [
-        panel
-        for section in json.loads(capfd.readouterr().out)["spec"]["section"]["panelBankConfig"]["sections"]
-        for panel in section["panels"]
-    ]
-    logged = {key for part in ("history", "summary") for line in parts(shown, part, PART[part]) for key in line}
-    asked = {key for panel in panels for key in keys(panel["config"])}
-    assert asked >= {"block_error", "sqnr_db/mean", "score/psnr", "score/bits_weight", "images"}
-    assert asked <= logged | {"images"}
-    assert any("images" in key for key in logged)
-    for pattern in (panel["config"].get("metricRegex") for panel in panels):
-        assert pattern is None or any(re.fullmatch(pattern, key) for key in logged)
+    own, patterns = asked(json.loads(capfd.readouterr().out))
+    there = {key for part in ("history", "summary") for line in parts(shown, part, PART[part]) for key in line}
+    there |= {key.removesuffix(".nrows") for key in there}  # of a table
+    assert own >= {"block_error", "sqnr_db/mean", "score/psnr", "score/bits_weight", "images"}
+    assert own <= there
+    assert len(patterns) == 2
+    for pattern in patterns:
+        assert any(re.fullmatch(pattern, key) for key in there)
+
+
+def test_a_dashboard_of_known_runs_has_no_empty_chart(shown: list[dict[str, Any]]):
+    summary = {key: value for update in parts(shown, "summary", "update") for key, value in update.items()}
+    of_set = {f"score/fid/coco-5000/tf-bilinear{end}": 7.0 for end in ("", "_low", "_high")}
+    runs = [SimpleNamespace(name="a", summary_metrics=summary), SimpleNamespace(name="b", summary_metrics=of_set)]
+    cfg = {"metrics": dict.fromkeys(["psnr", "ssim", "clip", "fid"]), "group": "demo", "group_by": ["JobType"]}
+    made = workspace(OmegaConf.create({**cfg, "project": "p", "name": "n"}), "me", logged(runs))._to_model()
+    spec = made.model_dump(by_alias=True)
+    own, _ = asked(spec)
+    scores = {"psnr", "fid/coco-5000/tf-bilinear", "bits_weight", "bits_activation", "checkpoint_bytes"}
+    assert {key for key in own if key.startswith("score/")} == {f"score/{name}" for name in scores}
+    (table,) = spec["spec"]["section"]["runSets"]
+    assert table["grouping"] == [{"section": "run", "name": "jobType"}]
+    assert [(f["key"]["name"], f["value"]) for f in table["filters"]["filters"]] == [("group", "demo")]
+
+
+def test_what_runs_are_grouped_by_is_an_attribute_of_theirs(run: Run, capfd):
+    assert run("dry_run=true", "group_by=[method]", main=pipelines.dashboard.main, outputs=False) == 1
+    assert "choose among Group, JobType, Name" in capfd.readouterr().err
 
 
 PART = {"history": "item", "summary": "update"}
@@ -184,6 +232,9 @@ def test_without_a_login_the_dashboard_says_what_to_do(
     [
         (["experiment=demo_4_fp4dit_w4a8"], "demo_4_fp4dit_w4a8"),
         (["method=gptq", "rounding.steps=100", "+generation.seed=3"], "gptq steps=100 seed=3"),
+        (["prompts/calibration=coco_train2014", "seed=2", "joint=null"], "coco_train2014 seed=2 joint=null"),
+        (["rounding.steps=100", "generation.steps=20"], "rounding.steps=100 generation.steps=20"),
+        (["model.path=/a/folder/of/PixArt", "~metrics.lpips"], "path=PixArt lpips"),
         ([], ""),
     ],
 )
@@ -194,6 +245,8 @@ def test_a_run_is_called_after_what_was_chosen(chosen: list[str], name: str):
 def test_worst_images_come_first():
     assert worst({"psnr": [30.0, None, 20.0, 40.0]}, 4) == [2, 0, 3, 1]
     assert worst({"lpips": [0.3, 0.1, 0.9]}, 3) == [2, 0, 1]
+    assert worst({"clip": [1.0, 2.0, 3.0], "lpips": [0.3, 0.1, 0.9]}, 3) == [2, 0, 1]  # CLIP looks at no reference
+    assert worst({"oracle": [1.0, 0.0, 1.0]}, 3) == [1, 0, 2]
     assert worst({}, 3) == [0, 1, 2]
 
 
@@ -213,6 +266,65 @@ def test_an_account_that_does_not_work_harms_nothing(job, tmp_path: Path, caplog
     view(tmp_path, mode="online").show(*job)
     (record,) = caplog.records
     assert "results are in the store" in record.getMessage()
+
+
+class Silent(BaseHTTPRequestHandler):
+    """A W&B server that takes one run, and nothing of what is in it."""
+
+    server: "Server"
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"]))) if self.path == "/graphql" else {}
+        answer: dict[str, Any] = {"viewer": {"id": "v", "entity": "me", "username": "me", "flags": "{}"}}
+        answer |= {"serverInfo": {"features": []}}
+        query = body.get("query", "")
+        refused = self.server.taken and not query.strip().startswith("query")
+        if not refused and "upsertBucket" in query:
+            self.server.taken = True
+            project = {"id": "p", "name": "fp4dit", "entity": {"id": "e", "name": "me"}}
+            bucket = {"id": "b", "name": body["variables"]["name"], "displayName": "x", "config": "{}"}
+            answer = {"upsertBucket": {"bucket": {**bucket, "project": project}, "inserted": True}}
+        text = b"" if refused else json.dumps({"data": answer}).encode()
+        self.send_response(404 if "otel" in self.path else 503 if refused else 200)
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_GET = do_POST
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+class Server(ThreadingHTTPServer):
+    taken = False
+
+
+@pytest.fixture
+def silent() -> Iterator[Server]:
+    server = Server(("127.0.0.1", 0), Silent)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_that_falls_silent_is_not_waited_for(silent: Server, tmp_path: Path):
+    """In a process of its own, for W&B reads where its server is but once."""
+    url = f"http://127.0.0.1:{silent.server_port}"
+    given = ["logger=wandb", "logger.mode=online", "logger.patience=1", f"outputs={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.run", *TOY, *given],
+        env={**os.environ, "WANDB_BASE_URL": url, "WANDB_API_KEY": "a" * 40, "WANDB_CONFIG_DIR": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert silent.taken
+    assert done.returncode == 0
+    assert "W&B does not show all of this job: TimeoutError" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.glob("store/score/*/metrics.json"))
 
 
 def test_the_option_makes_the_view(composed: Compose, tmp_path: Path):

@@ -31,6 +31,9 @@ class Reconstruct:
         units = ("transformer_blocks.0", "transformer_blocks.1")
         lines = [f"{unit},{step},{1 / (step + 1)},0.5" for unit in units for step in range(3)]
         (out / "curve.csv").write_text("\n".join(["unit,step,error,indecision", *lines]))
+        (out / "units").mkdir(exist_ok=True)
+        for unit in units:
+            (out / "units" / f"{unit}.safetensors").write_bytes(unit.encode())
         (out / "blocks.json").write_text(json.dumps([{"unit": unit, "error": 0.01} for unit in units]))
 
 
