@@ -103,14 +103,15 @@ class Deviations:
     """How far a block is taken to reach: `count` population standard deviations, whatever lies beyond.
 
     2.92247856 has the least squared error for Gaussian values in E2M1 (arXiv:2505.14669, section 4). A constant
-    block, which deviates from nothing, reaches to its value.
+    block, which deviates from nothing but by rounding, reaches to its value.
     """
 
     count: float = 2.92247856
 
     def __call__(self, blocks: Blocks) -> Column:
-        reach = self.count * blocks.std(1, correction=0, keepdim=True)
-        return torch.where(reach > 0, reach, blocks.abs().amax(1, keepdim=True) + reach)  # + reach: NaN stays NaN
+        deviation, largest = blocks.std(1, correction=0, keepdim=True), blocks.abs().amax(1, keepdim=True)
+        constant = largest * (8 * torch.finfo(blocks.dtype).eps)
+        return torch.where(deviation > constant, self.count * deviation, largest + deviation)  # NaN stays NaN
 
 
 @dataclass(frozen=True)

@@ -98,14 +98,14 @@ def named(chosen: Sequence[str]) -> str:
     """A short name of what was chosen: the option of a group alone, other values behind the last word of what they set,
     or all of it where two sets end alike."""
     pairs = [override.lstrip("+").partition("=") for override in chosen]
-    ends = Counter(key.rpartition(".")[2] for key, _, _ in pairs)
+    last = lambda key: ("~" if key.startswith("~") else "") + key.lstrip("~").rpartition(".")[2]
+    ends = Counter(last(key) for key, _, _ in pairs)
     parts = []
     for key, equals, value in pairs:
-        end = key.rpartition(".")[2]
         if (CONF / key).is_dir():
             parts.append(value)
         else:
-            parts.append(f"{end if ends[end] == 1 else key}{equals}{value.rpartition('/')[2]}")
+            parts.append(f"{last(key) if ends[last(key)] == 1 else key}{equals}{value.rpartition('/')[2]}")
     return shorten(" ".join(parts), 100, placeholder=" ...")
 
 

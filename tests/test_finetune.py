@@ -163,11 +163,11 @@ def test_the_mean_of_all_steps_is_what_it_ends_with(loaded: PixArtPipeline):
     assert any(not last[name].equal(mean[name]) for name in last)
 
 
-def test_a_loss_that_is_no_number_stops_it_and_names_the_step(loaded: PixArtPipeline):
+def test_a_gradient_that_is_no_number_stops_it_and_names_the_step(loaded: PixArtPipeline):
     def diverging(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=float("inf"))
 
-    with pytest.raises(UserError, match=r"the loss of step 1 is no number: give a smaller tuning\.optimizer\.lr"):
+    with pytest.raises(UserError, match=r"step 1 has no finite gradient: give a smaller tuning\.optimizer\.lr"):
         tuned(loaded, replace(PLAN, optimizer=diverging), tiny.trainer())
 
 

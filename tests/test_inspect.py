@@ -61,8 +61,9 @@ def test_everything_is_shown_and_nothing_made(run: Run, tmp_path: Path, capfd, m
     assert ["ff.net.0.proj", "1024x256", "e3m0", "4.12", "*.ff.net.0.proj", "uint8", "8.00", "*"] in words
     assert ["attn2.k", "uint8", "8.00", "*"] in words
     assert ["transformer_blocks.0-5"] in words
-    stages = {line[0]: line[1:] for line in words[-7:]}
-    assert list(stages) == ["capture", "reconstruct", "activate", "generate", "reference", "score", "export"]
+    stages = {line[0]: line[1:] for line in words[-8:]}
+    made = ["capture", "reconstruct", "activate", "generate", "reference", "score"]
+    assert list(stages) == [*made, "export", "histograms"]
     assert stages["score"] == ["not", "estimated"]
     assert stages["reconstruct"][-2:] == ["28.0", "MB"]  # of files
     assert not list((tmp_path / "store").glob("*/*"))
@@ -115,7 +116,7 @@ def test_bits_are_those_that_the_run_reports(composed: Compose, run: Run, tmp_pa
     assert policy.effective_bits(entries) == pytest.approx(audits[1]["bits_activation"], rel=1e-12)
     assert {e.name: e.bits for e in entries} == {e["name"]: e["bits"] for e in audits[1]["layers"]}
     assert run(*given, main=pipelines.inspect.main) == 0
-    assert capfd.readouterr().out.count("there, or not needed") == 7
+    assert capfd.readouterr().out.count("there, or not needed") == 8
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ def test_without_a_login_the_dashboard_says_what_to_do(
         (["method=gptq", "rounding.steps=100", "+generation.seed=3"], "gptq steps=100 seed=3"),
         (["prompts/calibration=coco_train2014", "seed=2", "joint=null"], "coco_train2014 seed=2 joint=null"),
         (["rounding.steps=100", "generation.steps=20"], "rounding.steps=100 generation.steps=20"),
-        (["model.path=/a/folder/of/PixArt", "~metrics.lpips"], "path=PixArt lpips"),
+        (["model.path=/a/folder/of/PixArt", "~metrics.lpips"], "path=PixArt ~lpips"),
         ([], ""),
     ],
 )

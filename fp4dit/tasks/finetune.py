@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fp4dit.calls import Call, removed
 from fp4dit.clock import tell
@@ -123,16 +124,18 @@ class Tuner(BlockReconstructor):
         return self.averaged() if self.plan.average is not None else None
 
     def training_step(self, batch: Example, _: int) -> Tensor:
-        """Raises UserError if the loss is no number."""
         if self.plan.average is not None and self.global_step > 0:  # before, so that a checkpoint is of whole steps
             self.mean = self.averaged()
-        loss = super().training_step(batch, _)
-        if not loss.isfinite():
+        return super().training_step(batch, _)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Raises UserError if the gradient is no number, while nothing that is kept has seen it."""
+        slopes = [p.grad for p in self.roundings.parameters() if p.grad is not None]
+        if not nn.utils.get_total_norm(slopes).isfinite():
             raise UserError(
-                f"the loss of step {self.global_step} is no number: give a smaller tuning.optimizer.lr. This command "
-                "goes on from the last step that was kept"
+                f"step {self.global_step} has no finite gradient: give a smaller tuning.optimizer.lr. This goes "
+                "on from the last step that was kept"
             )
-        return loss
 
     @torch.no_grad()
     def averaged(self) -> dict[str, Tensor]:

@@ -52,10 +52,12 @@ function card(index) {
     make("div", { className: "about" }, make("h3", { textContent: text }), make("p", { className: "meta", textContent: about }), strip));
 }
 
-function absent(i, what) {
+// What a row has not, and how to make it: where its run has such a stage, or cannot be planned yet.
+function absent(i, what, stage) {
   const row = rows[i];
-  const text = row?.fill ? `${full(row)} has no ${what} in the store. To make it:` : `There is no ${what} of ${row ? full(row) : "any row"}.`;
-  return make("div", { className: "notice" }, make("p", { textContent: text }), row?.fill ? command(row.fill) : null);
+  const made = row?.fill && (!row.stages.length || row.stages.some(({ name }) => name === stage));
+  const text = made ? `${full(row)} has no ${what} in the store. To make it:` : `There is no ${what} of ${row ? full(row) : "any row"}.`;
+  return make("div", { className: "notice" }, make("p", { textContent: text }), made ? command(row.fill) : null);
 }
 
 function drawImages() {
@@ -67,7 +69,7 @@ function drawImages() {
   const sign = metric?.better === "lower" ? -1 : 1;
   if (metric) order.sort((a, b) => (values[b] === null) - (values[a] === null) || sign * (values[a] - values[b]) || a - b);
   const shown = order.slice(0, state.shown);
-  $("cards").replaceChildren(...(order.length || query ? shown.map(card) : [absent(state.row, "images beside full precision")]));
+  $("cards").replaceChildren(...(order.length || query ? shown.map(card) : [absent(state.row, "images beside full precision", "generate")]));
   $("prompts-shown").textContent = `${shown.length} of ${order.length} prompts`;
   $("more").hidden = shown.length === order.length;
 }

@@ -28,9 +28,9 @@ function plot(id, traces, layout = {}) {
   $(id).closest("figure").hidden = false;
 }
 
-function lacking(id, i, what) {
+function lacking(id, i, what, stage) {
   if (window.Plotly) window.Plotly.purge($(id));
-  $(id).replaceChildren(absent(i, what));
+  $(id).replaceChildren(absent(i, what, stage));
 }
 
 function drawFront() {
@@ -51,7 +51,7 @@ function drawFront() {
 
 function drawHeat() {
   const found = data(`layers-${state.row}`)?.sqnr;
-  if (!found) return lacking("sqnr", state.row, "quantized activations");
+  if (!found) return lacking("sqnr", state.row, "quantized activations", "activate");
   const height = Math.max(300, Math.min(1400, 110 + 13 * found.layers.length));
   plot("sqnr", [{
     type: "heatmap", x: found.timesteps.map(String), y: brief(found.layers), customdata: found.layers.map((layer) => found.timesteps.map(() => layer)), z: found.values, zmin: report.sqnr[0], zmax: report.sqnr[1],
@@ -66,13 +66,13 @@ function drawErrors() {
     x: brief(row.blocks.map((block) => block.unit)), y: row.blocks.map((block) => block.error), name: full(row), mode: "lines+markers",
     line: { color: colour(i), width: i === state.row ? 3 : 1.25 }, marker: { size: 4 },
   }] : []));
-  if (!traces.length) return lacking("errors", state.row, "rounded weights");
+  if (!traces.length) return lacking("errors", state.row, "rounded weights", "reconstruct");
   plot("errors", traces, { xaxis: { title: { text: "block" }, type: "category" }, yaxis: { type: "log", title: { text: "relative error" }, exponentformat: "power" } });
 }
 
 function drawCurves() {
   const curves = (data(`layers-${state.row}`)?.curves ?? []).filter((curve) => curve.step.length > 1);
-  if (!curves.length) return lacking("curves", state.row, "curve of learning (rounding to nearest learns nothing)");
+  if (!curves.length) return lacking("curves", state.row, "curve of learning (rounding to nearest learns nothing)", "reconstruct");
   const names = brief(curves.map((curve) => curve.unit));
   const traces = curves.map((curve, k) => ({ x: curve.step, y: curve.error, name: names[k], mode: "lines", line: { color: colour(k) } }));
   plot("curves", traces, { xaxis: { title: { text: "step" } }, yaxis: { type: "log", title: { text: "relative error" }, exponentformat: "power" } });
@@ -99,7 +99,7 @@ function drawValues() {
   const found = data(`layers-${state.row}`)?.histograms;
   const names = found ? [...new Set([...Object.keys(found.weight), ...Object.keys(found.activation)])] : [];
   for (const id of ["weight", "activation"]) { $(`${id}-text`).textContent = ""; if (!found) $(id).replaceChildren(); }
-  if (!found) return lacking("weight", state.row, "histograms");
+  if (!found) return lacking("weight", state.row, "histograms", "histograms");
   state.layer = names.includes(state.layer) ? state.layer : names[Math.floor(names.length / 2)];
   fill($("layer"), names.map((name) => [name, name]));
   $("layer").value = state.layer;
