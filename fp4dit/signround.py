@@ -16,7 +16,7 @@ from fp4dit.choice import Mixed
 from fp4dit.formats import Format, NumberFormat
 from fp4dit.rounding import Rounder
 from fp4dit.scales import stored
-from fp4dit.scaling import Affine, Blocks, Column, Scale, Scaling, TwoSided, from_parts, parts
+from fp4dit.scaling import Affine, Blocks, Column, Scale, Scaling, TwoSided
 
 Shift = Callable[[Blocks, Blocks, Format], Blocks]
 Store = Callable[[Column, Column], Column]
@@ -81,8 +81,7 @@ class SignRound(Rounder):
         self.format, self.shift, self.store, self.bounds = fmt, shift, store, bounds
         self.v = nn.Parameter(torch.zeros_like(weight))
         self.register_buffer("weight", weight, persistent=False)
-        for name, part in parts(scaling).items():
-            self.register_buffer(f"measured_{name}", part, persistent=False)
+        self.remember(scaling)
         if store is not None:
             self.low, self.high = (nn.Parameter(weight.new_ones(len(weight), 1)) for _ in range(2))
 
@@ -116,11 +115,9 @@ class SignRound(Rounder):
             self.high.clamp_(*self.bounds)
 
     def drawn_in(self) -> Scaling:
-        buffers = dict(self.named_buffers())
-        measured = {n.removeprefix("measured_"): part for n, part in buffers.items() if n.startswith("measured_")}
         if self.store is None:
-            return from_parts(measured)
-        return drawn_in(from_parts(measured), self.low, self.high, on(self.format, self.weight), self.store)
+            return self.measured
+        return drawn_in(self.measured, self.low, self.high, on(self.format, self.weight), self.store)
 
 
 def on(fmt: Format, x: Tensor) -> Format:

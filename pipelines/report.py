@@ -1,6 +1,5 @@
 """Write a table as one HTML page, from the store alone."""
 
-import csv
 import json
 import sys
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from pipelines.resolvers import CONF
 from pipelines.rows import Asked, Entry, asked
 from pipelines.table import chosen, given, tabulated
 from pipelines.units import size
+from pipelines.view import read_csv, read_json
 
 # What a page is made of, and which files of it are read; of those that are not named here, all.
 READ = {"reconstruct": ("curve.csv", "blocks.json"), "activate": ("sqnr.csv",), "histograms": ("histograms.json",)}
@@ -115,27 +115,16 @@ def material(row: Asked, store: Store) -> Material:
         entry.plan.problem,
         of("images"),
         of("reference"),
-        lines(folder["activate"], "sqnr.csv"),
-        lines(folder["reconstruct"], "curve.csv"),
-        read(folder["reconstruct"], "blocks.json") or (),
-        read(folder["histograms"], "histograms.json"),
+        read_csv(folder["activate"], "sqnr.csv"),
+        read_csv(folder["reconstruct"], "curve.csv"),
+        read_json(folder["reconstruct"], "blocks.json") or (),
+        read_json(folder["histograms"], "histograms.json"),
     )
-
-
-def lines(folder: Path | None, name: str) -> Sequence[dict[str, str]]:
-    if folder is None:
-        return ()
-    with open(folder / name, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def read(folder: Path | None, name: str) -> Any:
-    return json.loads((folder / name).read_text()) if folder else None
 
 
 def worst_by(table: Table) -> dict[str, Any]:
     """By what of too many images the worst are chosen."""
-    found = next((c for c in table.columns if c.interval and c.better), None)
+    found = next((c for c in sorted(table.columns, key=lambda c: not c.compares) if c.interval and c.better), None)
     return {"worst_by": found.name, "higher_is_better": found.better == "higher"} if found else {}
 
 

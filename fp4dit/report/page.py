@@ -103,11 +103,9 @@ def titles(table: Table) -> list[dict[str, Any]]:
 def metrics(table: Table, materials: Sequence[Material]) -> list[dict[str, Any]]:
     """Of each image; those come first that compare it with full precision, for they say where to look."""
     known = [c for c in table.columns if any(c.name in m.scored.per_image for m in materials)]
-    references = [m.scored for m in materials if m.images and m.images == m.reference]
-    compares = lambda c: all(row.values.get(c.name) is None for row in references)
     return [
         {"name": c.name, "title": c.title, "digits": c.digits, "factor": c.factor, "better": c.better}
-        for c in sorted(known, key=lambda c: not compares(c))
+        for c in sorted(known, key=lambda c: not c.compares)
     ]
 
 

@@ -20,7 +20,7 @@ from fp4dit.layer import QuantLayer
 from fp4dit.models.base import Pipeline
 from fp4dit.policy import Rule
 from fp4dit.rounding import Rounder
-from fp4dit.scaling import Blocks, Scaling, from_parts, parts
+from fp4dit.scaling import Blocks, Scaling
 from fp4dit.signround import on, through
 from fp4dit.stream import State, Unit, answers
 from fp4dit.tasks.reconstruct import BlockReconstructor, Learnt
@@ -37,15 +37,13 @@ class Latent(Rounder):
         super().__init__()
         self.format = fmt
         self.v = nn.Parameter(scaling.to_grid(weight))
-        for name, part in parts(scaling).items():
-            self.register_buffer(f"measured_{name}", part, persistent=False)
+        self.remember(scaling)
 
     def soft(self, beta: float | None = None, dtype: torch.dtype = torch.float32) -> tuple[Blocks, float]:
         fmt = on(self.format, self.v)
         with torch.no_grad():  # a clamp in the graph would stop the gradient at its edge for good
             self.v.clamp_(*(torch.as_tensor(end).to(self.v) for end in (fmt.min, fmt.max)))
-        measured = {name.removeprefix("measured_"): part for name, part in self.named_buffers()}
-        return from_parts(measured).from_grid(through(self.v, fmt.nearest(self.v.detach()))), 0.0
+        return self.measured.from_grid(through(self.v, fmt.nearest(self.v.detach()))), 0.0
 
     @torch.no_grad()
     def hard(self) -> Blocks:
