@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from fp4dit.models.shapes.data import Noise
 from fp4dit.resume import Keep, TensorIO
 from pipelines.training import Losses, Stop
 
@@ -38,7 +39,12 @@ def train(cfg: DictConfig) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Keep(last, 60.0 * cfg.minutes), stop, Losses(folder / "loss.csv", cfg.part, node.steps)],
+        callbacks=[
+            Keep(last, 60.0 * cfg.minutes),
+            stop,
+            Losses(folder / "loss.csv", node.steps, cfg.part),
+            Noise(cfg.seed),
+        ],
         plugins=[TensorIO()],
         **node.trainer,
     )

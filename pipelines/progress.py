@@ -57,7 +57,8 @@ class Progress(ProgressBar):
             self.bar = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        total = trainer.max_steps
+        # A task that steps its optimizers itself has the steps of each counted.
+        total = trainer.max_steps // (1 if pl_module.automatic_optimization else len(trainer.optimizers))
         if total <= 0:
             total = trainer.num_training_batches * (trainer.max_epochs or 1)
         self.begin(total, trainer.fit_loop.total_batch_idx + 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from fp4dit import histograms, policy, reconstruction, scores
@@ -30,6 +31,7 @@ from fp4dit.tasks.generate import GenerateTask
 from fp4dit.tasks.histograms import Watch
 from fp4dit.tasks.reconstruct import Fit
 from fp4dit.tasks.score import ScoreTask, gathered, shards
+from fp4dit.training.layer import TrainRule, train_in_few_bits_
 from pipelines.runtime import Runtime
 
 hide_loading_bars()  # a stage has a progress of its own to show
@@ -224,7 +226,8 @@ class Histograms:
 
 @dataclass(frozen=True)
 class Generate:
-    """One image per prompt. Without rules for the weights it is the full-precision reference."""
+    """One image per prompt. Without rules for the weights it is the full-precision reference, or what a transformer
+    draws that was trained anew, in few bits as `linear` says."""
 
     model: Source
     weight: Sequence[Rule]
@@ -232,6 +235,7 @@ class Generate:
     generation: Generation
     prompts: Prompts
     count: int
+    linear: Sequence[TrainRule] = ()
 
     def cost(self, at: Estimator) -> Cost:
         g = self.generation
@@ -243,7 +247,10 @@ class Generate:
 
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         g, pipeline, prompts = self.generation, self.model.load(), self.prompts(self.count)
-        if "weights" not in needs:
+        if "trained" in needs:
+            pipeline.dit.load_state_dict(load_file(needs["trained"] / "transformer.safetensors"))
+            train_in_few_bits_(pipeline.dit, self.linear)
+        elif "weights" not in needs:
             size = policy.checkpoint_bytes(pipeline.dit, [])
             work = bit_operations(self.model.skeleton(), [], [])
             found = {"bits_weight": 16, "bits_activation": 16, "checkpoint_bytes": size, "bit_operations": work}
@@ -285,12 +292,22 @@ class Score:
 
 
 def costs(needs: Mapping[str, Path]) -> Mapping[str, int | float]:
-    """Bits, bytes, block error, and the seconds that capture and reconstruction took."""
-    audits = [needs[role] / "audit.json" for role in ("weights", "activations", "images") if role in needs]
+    """Bits, bytes, errors, losses, and the seconds that capture and reconstruction took."""
+    roles = ("weights", "activations", "images", "trained")
+    audits = [needs[role] / "audit.json" for role in roles if role in needs]
     found = {name: value for path in audits if path.exists() for name, value in read_json(path).items()}
     learnt = (needs[role] for role in ("calls", "rounded", "weights") if role in needs)
     seconds = [read_json(folder / "manifest.json")["seconds"] for folder in learnt]
-    names = ("block_error", "bits_weight", "bits_activation", "bit_operations", "checkpoint_bytes", "steps")
+    names = (
+        "block_error",
+        "bits_weight",
+        "bits_activation",
+        "bit_operations",
+        "checkpoint_bytes",
+        "steps",
+        "loss",
+        "step_seconds",
+    )
     return {name: found[name] for name in names if name in found} | (
         {"calibration_seconds": sum(seconds)} if seconds else {}
     )

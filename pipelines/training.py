@@ -5,7 +5,7 @@ import signal
 import time
 from collections import defaultdict
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -33,10 +33,34 @@ class Stop(Callback):
         trainer.should_stop = trainer.should_stop or self.stopped
 
 
-class Losses(Callback):
-    """Means over `every` batches, appended to a CSV (batch, seconds, ...), and shown with the time left."""
+class Pace(Callback):
+    """How long steps take, whatever else a training does."""
 
-    def __init__(self, path: Path, label: str, total: int, every: int = 20) -> None:
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.start = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds = state_dict["seconds"]
+
+
+class Losses(Callback):
+    """Means over `every` batches, appended to a CSV (batch, seconds, ...), and with a `label` shown with the time left."""
+
+    def __init__(self, path: Path, total: int, label: str | None = None, every: int = 20) -> None:
         self.path, self.label, self.total, self.every = path, label, total, every
         self.values: defaultdict[str, list[float]] = defaultdict(list)
         self.start = self.shown = 0.0
@@ -58,7 +82,7 @@ class Losses(Callback):
         self.values.clear()
         now = time.monotonic()
         self.write({"batch": done, "seconds": round(now - self.start, 1), **row})
-        if now - self.shown >= EVERY or done >= self.total:
+        if self.label and (now - self.shown >= EVERY or done >= self.total):
             self.shown = now
             left = (now - self.start) / (done - self.first) * (self.total - done)
             losses = "  ".join(f"{name} {value:.4f}" for name, value in row.items())

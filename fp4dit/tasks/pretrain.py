@@ -15,8 +15,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
+from fp4dit.errors import UserError
 from fp4dit.models.shapes.data import ATTRIBUTES, SLOTS, Batch
 from fp4dit.training.layer import resume_
+
+
+OPTIMIZERS = 2  # of a DenoisingTask; Lightning counts the steps of each
 
 
 def trapezoid(optimizer: Optimizer, steps: int, warmup: int = 100, decay: float = 0.2) -> LambdaLR:
@@ -149,34 +153,47 @@ class DenoisingTask(L.LightningModule):
         return repeat(latents * scale), repeat(states), repeat(tokens["attention_mask"])
 
     def on_train_start(self) -> None:
-        resume_(self.transformer, self.global_step // len(self.optimizers()))  # pyright: ignore[reportArgumentType]
+        resume_(self.transformer, self.global_step // OPTIMIZERS)
 
-    def training_step(self, batch: Batch, _: int) -> None:
+    def loss(self, net: nn.Module, batch: Batch) -> Float[Tensor, ""]:
+        """Mean squared error of v."""
         latents, states, mask = self.encode(batch)
         # Stratified over the whole schedule: each batch sees all noise levels.
         n = len(latents)
         timestep = ((torch.randperm(n) + torch.rand(n)) / n * len(self.signal)).long().to(self.device)
         signal, noise = self.signal[timestep].view(-1, 1, 1, 1), torch.randn_like(latents)
+        answer = net(
+            signal.sqrt() * latents + (1 - signal).sqrt() * noise,
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask,
+            timestep=timestep,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            return_dict=False,
+        )[0]
+        return F.mse_loss(answer.chunk(2, 1)[0].float(), signal.sqrt() * noise - (1 - signal).sqrt() * latents)
+
+    def training_step(self, batch: Batch, _: int) -> None:
         with sdpa_kernel(SDPBackend.MATH):  # on a CPU twice as fast as flash at 64 tokens
-            answer = self.transformer(
-                signal.sqrt() * latents + (1 - signal).sqrt() * noise,
-                encoder_hidden_states=states,
-                encoder_attention_mask=mask,
-                timestep=timestep,
-                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-                return_dict=False,
-            )[0]
-            loss = F.mse_loss(answer.chunk(2, 1)[0].float(), signal.sqrt() * noise - (1 - signal).sqrt() * latents)
+            loss = self.loss(self.transformer, batch)
             for optimizer in self.optimizers():  # pyright: ignore[reportGeneralTypeIssues]
                 optimizer.zero_grad()
             self.manual_backward(loss)
-        nn.utils.clip_grad_norm_(self.transformer.parameters(), 1.0)
+        if not nn.utils.clip_grad_norm_(self.transformer.parameters(), 1.0).isfinite():
+            raise UserError(
+                f"batch {self.global_step // OPTIMIZERS} has no finite gradient: give smaller rates, lr and muon_lr. The last checkpoint is "
+                "of a batch before it"
+            )
         both = zip(self.optimizers(), self.lr_schedulers(), strict=True)  # pyright: ignore[reportArgumentType]
         for optimizer, schedule in both:
             optimizer.step()
             schedule.step()
         self.average.update_parameters(self.transformer)
         self.log("loss", loss, prog_bar=True)
+
+    def test_step(self, batch: Batch, _: int) -> None:
+        """The loss of the averaged weights."""
+        with sdpa_kernel(SDPBackend.MATH):
+            self.log("loss", self.loss(self.average.module, batch), batch_size=len(batch.captions))
 
     def configure_optimizers(self):
         hidden, rest = [], []

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -69,31 +69,37 @@ def slots(scene: Scene) -> Int[Tensor, "s"]:
 
 @dataclass
 class Scenes(IterableDataset[Batch]):
-    """Endless batches, never of a held-out combination. With `contrast`, every other scene is its neighbour with
-    one word changed."""
+    """Endless batches from the `first` on, each of which depends on seed, process and number alone. With `contrast`,
+    every other scene is its neighbour with one word changed. The combinations that are `held_out` are in none, or in
+    all."""
 
     batch: int
     seed: int = 0
     contrast: bool = False
+    rank: int = 0
+    first: int = 0
+    held_out: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
-        stream = self.pairs() if self.contrast else scenes(self.seed, held_out=False)
-        while True:
+        for number in count(self.first):
+            seed = stream_seed(self.seed, self.rank, number)
+            stream = self.pairs(seed) if self.contrast else scenes(seed, self.held_out)
             batch = list(islice(stream, self.batch))
             labels = (torch.stack([label(scene) for scene in batch]) for label in (words, slots))
             yield Batch(render(batch), [scene.caption for scene in batch], *labels)
 
-    def pairs(self) -> Iterator[Scene]:
-        rng = Random(self.seed)
-        for scene in scenes(self.seed, held_out=False):
+    def pairs(self, seed: int) -> Iterator[Scene]:
+        rng = Random(seed)
+        for scene in scenes(seed, self.held_out):
             other = variant(scene, rng)
-            if not other.held_out and other.caption != scene.caption:
+            if other.held_out == self.held_out and other.caption != scene.caption:
                 yield scene
                 yield other
 
 
 class SceneData(L.LightningDataModule):
-    """Scenes for a Trainer: each process, and each resumption, has a stream and noise of its own.
+    """Scenes for a Trainer: each process has a stream of its own, and one that is killed goes on with what would have
+    come next.
 
     `batch` is the number of scenes per process.
     """
@@ -104,12 +110,22 @@ class SceneData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        # Lightning asks for this after it has restored the step.
-        seed = stream_seed(self.seed, self.trainer.global_rank, self.trainer.global_step)
-        torch.manual_seed(seed)
-        return DataLoader(Scenes(self.batch, seed, self.contrast), batch_size=None)
+        # Lightning asks for this after it has restored how far it was.
+        done = self.trainer.fit_loop.total_batch_idx + 1
+        stream = Scenes(self.batch, self.seed, self.contrast, self.trainer.global_rank, done)
+        return DataLoader(stream, batch_size=None)
+
+
+class Noise(L.Callback):
+    """What is drawn at a step depends on seed, process and step alone."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        torch.manual_seed(stream_seed(self.seed, trainer.global_rank, trainer.fit_loop.total_batch_idx + 1))
 
 
 def stream_seed(seed: int, rank: int, step: int) -> int:
-    """One seed for each (seed, process, first step), far from all others."""
+    """One seed for each (seed, process, step), far from all others."""
     return Random(f"{seed} {rank} {step}").getrandbits(62)

@@ -79,7 +79,6 @@ def save_trained_clip(task: ClipTask, folder: Path) -> None:
 
 
 def transformer(
-    parts: str,
     steps: int,
     lr: float,
     muon_lr: float,
@@ -90,13 +89,14 @@ def transformer(
     further: bool,
     compile: bool = False,
     linear: Sequence[TrainRule] = (),
+    parts: str | None = None,
 ) -> DenoisingTask:
     """`further` goes on from the weights that ship, if they exist; the optimizers' moments restart with a warm-up.
 
     `compile` makes a step a quarter faster on a CPU and needs a C++ compiler. `linear` says which linear layers are
-    trained in few bits.
+    trained in few bits. Without `parts` all others are those that ship.
     """
-    root = Path(parts)
+    root = SHIPPED if parts is None else Path(parts)
     net = build.transformer(layers)
     if further and (SHIPPED / "transformer").exists():
         net = PixArtTransformer2DModel.from_pretrained(SHIPPED / "transformer", dtype=torch.float32)
