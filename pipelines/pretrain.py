@@ -30,6 +30,7 @@ def train(cfg: DictConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     L.seed_everything(cfg.seed, verbose=False)
     task, stop = instantiate(node.task, _convert_="all"), Stop()
+    losses = Losses(folder / "loss.csv", node.steps, cfg.part)
     trainer = L.Trainer(
         accelerator=cfg.accelerator,
         precision=cfg.precision,
@@ -39,12 +40,7 @@ def train(cfg: DictConfig) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[
-            Keep(last, 60.0 * cfg.minutes),
-            stop,
-            Losses(folder / "loss.csv", node.steps, cfg.part),
-            Noise(cfg.seed),
-        ],
+        callbacks=[Keep(last, 60.0 * cfg.minutes), stop, losses, Noise(cfg.seed)],
         plugins=[TensorIO()],
         **node.trainer,
     )

@@ -58,7 +58,8 @@ class Pace(Callback):
 
 
 class Losses(Callback):
-    """Means over `every` batches, appended to a CSV (batch, seconds, ...), and with a `label` shown with the time left."""
+    """Means over `every` batches, appended to a CSV (batch, seconds, ...). With a `label` they are shown, and the time
+    left."""
 
     def __init__(self, path: Path, total: int, label: str | None = None, every: int = 20) -> None:
         self.path, self.label, self.total, self.every = path, label, total, every

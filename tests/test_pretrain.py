@@ -134,7 +134,7 @@ def test_export_ships_the_average_in_16_bits(parts, shipped):
 def test_training_goes_on_from_what_ships(parts, shipped, monkeypatch):
     monkeypatch.setattr(recipe, "SHIPPED", shipped)
     settings = {"lr": 1e-3, "muon_lr": 1e-3, "levels": 1, "drop": 0.1, "decay": 0.9, "layers": 1, "compile": False}
-    task = recipe.transformer(str(parts / "nowhere"), 10, further=True, **settings)
+    task = recipe.transformer(10, further=True, parts=str(parts / "nowhere"), **settings)
     shipped_weights = load_file(shipped / "transformer/diffusion_pytorch_model.safetensors")
     for net in (task.transformer, task.average.module):
         assert torch.equal(net.proj_out.weight.half(), shipped_weights["proj_out.weight"])

@@ -19,7 +19,6 @@ from fp4dit.errors import UserError
 from fp4dit.models.shapes.data import ATTRIBUTES, SLOTS, Batch
 from fp4dit.training.layer import resume_
 
-
 OPTIMIZERS = 2  # of a DenoisingTask; Lightning counts the steps of each
 
 
@@ -134,9 +133,11 @@ class DenoisingTask(L.LightningModule):
         levels: int = 2,
         drop: float = 0.1,
         decay: float = 0.999,
+        warmup: int = 100,
     ) -> None:
         super().__init__()
-        self.transformer, self.steps, self.lr, self.muon_lr = transformer, steps, lr, muon_lr
+        self.transformer, self.steps, self.warmup = transformer, steps, warmup
+        self.lr, self.muon_lr = lr, muon_lr
         self.average = AveragedModel(transformer, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
         self.vae, self.text_encoder = vae.requires_grad_(False), text_encoder.requires_grad_(False)
         self.tokenizer, self.levels, self.drop = tokenizer, levels, drop
@@ -180,8 +181,8 @@ class DenoisingTask(L.LightningModule):
             self.manual_backward(loss)
         if not nn.utils.clip_grad_norm_(self.transformer.parameters(), 1.0).isfinite():
             raise UserError(
-                f"batch {self.global_step // OPTIMIZERS} has no finite gradient: give smaller rates, lr and muon_lr. The last checkpoint is "
-                "of a batch before it"
+                f"batch {self.global_step // OPTIMIZERS} has no finite gradient: give smaller rates, lr and muon_lr. "
+                "What was kept last is of a batch before it"
             )
         both = zip(self.optimizers(), self.lr_schedulers(), strict=True)  # pyright: ignore[reportArgumentType]
         for optimizer, schedule in both:
@@ -190,7 +191,7 @@ class DenoisingTask(L.LightningModule):
         self.average.update_parameters(self.transformer)
         self.log("loss", loss, prog_bar=True)
 
-    def test_step(self, batch: Batch, _: int) -> None:
+    def test_step(self, batch: Batch) -> None:
         """The loss of the averaged weights."""
         with sdpa_kernel(SDPBackend.MATH):
             self.log("loss", self.loss(self.average.module, batch), batch_size=len(batch.captions))
@@ -203,7 +204,7 @@ class DenoisingTask(L.LightningModule):
             Muon(hidden, self.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             AdamW(rest, self.lr, betas=(0.9, 0.99), weight_decay=0),
         ]
-        return optimizers, [trapezoid(o, self.steps) for o in optimizers]
+        return optimizers, [trapezoid(o, self.steps, self.warmup) for o in optimizers]
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, captions: Iterable[str]):

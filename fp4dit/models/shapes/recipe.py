@@ -87,6 +87,7 @@ def transformer(
     decay: float,
     layers: int,
     further: bool,
+    warmup: int = 100,
     compile: bool = False,
     linear: Sequence[TrainRule] = (),
     parts: str | None = None,
@@ -115,4 +116,5 @@ def transformer(
         levels,
         drop,
         decay,
+        warmup,
     )
