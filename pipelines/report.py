@@ -26,10 +26,16 @@ from pipelines.resolvers import CONF
 from pipelines.rows import Asked, Entry, asked
 from pipelines.table import chosen, given, tabulated
 from pipelines.units import size
-from pipelines.view import read_csv, read_json
+from pipelines.view import read_csv, read_json, read_losses
 
 # What a page is made of, and which files of it are read; of those that are not named here, all.
-READ = {"reconstruct": ("curve.csv", "blocks.json"), "activate": ("sqnr.csv",), "histograms": ("histograms.json",)}
+READ = {
+    "reconstruct": ("curve.csv", "blocks.json"),
+    "activate": ("sqnr.csv",),
+    "histograms": ("histograms.json",),
+    "trained": ("loss.csv",),
+    "plain": ("loss.csv",),
+}
 UNREAD = ("capture", "export")
 
 
@@ -106,6 +112,7 @@ def material(row: Asked, store: Store) -> Material:
     fill = completed(entry, store)
     of = lambda role: entry.find(entry.steps["score"].needs[role], store) if entry.steps else None
     folder = {name: there(entry.steps[name], store) if name in entry.steps else None for name in READ}
+    losses = read_losses(folder["trained"] if "trained" in entry.steps else folder["plain"])
     return Material(
         entry.row(store, row.bare),
         line("run", *entry.arguments),
@@ -116,7 +123,7 @@ def material(row: Asked, store: Store) -> Material:
         of("images"),
         of("reference"),
         read_csv(folder["activate"], "sqnr.csv"),
-        read_csv(folder["reconstruct"], "curve.csv"),
+        read_csv(folder["reconstruct"], "curve.csv") or [{**line, "error": line["loss"]} for line in losses],
         read_json(folder["reconstruct"], "blocks.json") or (),
         read_json(folder["histograms"], "histograms.json"),
     )

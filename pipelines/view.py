@@ -110,8 +110,11 @@ def named(chosen: Sequence[str]) -> str:
 
 
 def draw_curves(run: Any, folders: Mapping[str, Path]) -> None:
-    """Error and indecision of every block against the step of its own reconstruction, and of what is tuned later."""
+    """Error and indecision of every block against the step of its own reconstruction, and of what is tuned later; the
+    loss of what is trained anew."""
     lines = [line for folder in folders.values() for line in read_csv(folder, "curve.csv")]
+    lines += read_losses(folders.get("trained") or folders.get("plain"))
+    names = ("error", "indecision", "loss")
     run.define_metric("step", hidden=True)
     for unit in dict.fromkeys(line["unit"] for line in lines):
         run.define_metric(f"{unit}/*", step_metric="step")
@@ -119,7 +122,7 @@ def draw_curves(run: Any, folders: Mapping[str, Path]) -> None:
     for at, group in groupby(sorted(lines, key=step), key=step):
         values = {}
         for line in group:
-            values |= {f"{line['unit']}/{name}": float(v) for name in ("error", "indecision") if (v := line.get(name))}
+            values |= {f"{line['unit']}/{name}": float(v) for name in names if (v := line.get(name))}
         run.log({"step": at, **values})
 
 
@@ -215,6 +218,10 @@ def draw_score(run: Any, steps: Mapping[str, Step], store: Store) -> None:
 
 def read_json(folder: Path | None, name: str) -> Any:
     return json.loads((folder / name).read_text()) if folder and (folder / name).is_file() else None
+
+
+def read_losses(folder: Path | None) -> list[dict[str, str]]:
+    return [{"unit": "training", "step": line["batch"], "loss": line["loss"]} for line in read_csv(folder, "loss.csv")]
 
 
 def read_csv(folder: Path | None, name: str) -> list[dict[str, str]]:

@@ -26,7 +26,7 @@ from fp4dit.store import Store
 from pipelines.dashboard import logged, workspace
 from pipelines.plan import execute, plan
 from pipelines.runtime import Runtime
-from pipelines.view import WandbView, named, worst
+from pipelines.view import WandbView, draw_curves, named, worst
 from tests.conftest import ROOT, TOY, Compose, Run
 
 
@@ -58,6 +58,14 @@ def view(tmp_path: Path, **changes: Any) -> WandbView:
 def shown(job, tmp_path: Path) -> list[dict[str, Any]]:
     view(tmp_path).show(*job)
     return records(tmp_path)
+
+
+def test_the_losses_of_a_training_are_a_curve(tmp_path: Path):
+    (tmp_path / "loss.csv").write_text("batch,seconds,loss\n20,9.5,1.25\n40,19.0,0.75\n")
+    logged = []
+    run = SimpleNamespace(define_metric=lambda *_, **__: None, log=logged.append)
+    draw_curves(run, {"plain": tmp_path / "nowhere", "trained": tmp_path})
+    assert logged == [{"step": 20, "training/loss": 1.25}, {"step": 40, "training/loss": 0.75}]
 
 
 def test_a_run_shows_the_whole_job(shown: list[dict[str, Any]], job, tmp_path: Path):

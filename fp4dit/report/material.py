@@ -22,7 +22,8 @@ class Material:
     """`scored` is the row of one seed, whose images are shown. Folders are None, and the rest is empty, where the store
     has nothing; `fill` is then the command that makes it, and `problem` why that cannot be planned yet.
 
-    `sqnr` has layer, timestep, sqnr_db; `curve` has unit, step, error, as the stages wrote them.
+    `sqnr` has layer, timestep, sqnr_db; `curve` has unit, step, error, as the stages wrote them; of what
+    is trained anew the error is the loss.
     """
 
     scored: Row

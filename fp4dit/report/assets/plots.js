@@ -75,7 +75,7 @@ function drawCurves() {
   if (!curves.length) return lacking("curves", state.row, "curve of learning (rounding to nearest learns nothing)", "reconstruct");
   const names = brief(curves.map((curve) => curve.unit));
   const traces = curves.map((curve, k) => ({ x: curve.step, y: curve.error, name: names[k], mode: "lines", line: { color: colour(k) } }));
-  plot("curves", traces, { xaxis: { title: { text: "step" } }, yaxis: { type: "log", title: { text: "relative error" }, exponentformat: "power" } });
+  plot("curves", traces, { xaxis: { title: { text: "step" } }, yaxis: { type: "log", title: { text: "relative error, or loss" }, exponentformat: "power" } });
 }
 
 function drawHistogram(id, found, what) {
