@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from fp4dit import histograms, policy, reconstruction, scores
@@ -31,7 +30,7 @@ from fp4dit.tasks.generate import GenerateTask
 from fp4dit.tasks.histograms import Watch
 from fp4dit.tasks.reconstruct import Fit
 from fp4dit.tasks.score import ScoreTask, gathered, shards
-from fp4dit.training.layer import TrainRule, train_in_few_bits_
+from fp4dit.training.layer import TrainRule, load_trained_
 from pipelines.runtime import Runtime
 
 hide_loading_bars()  # a stage has a progress of its own to show
@@ -248,8 +247,7 @@ class Generate:
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         g, pipeline, prompts = self.generation, self.model.load(), self.prompts(self.count)
         if "trained" in needs:
-            pipeline.dit.load_state_dict(load_file(needs["trained"] / "transformer.safetensors"))
-            train_in_few_bits_(pipeline.dit, self.linear)
+            load_trained_(pipeline.dit, needs["trained"] / "transformer.safetensors", self.linear)
         elif "weights" not in needs:
             size = policy.checkpoint_bytes(pipeline.dit, [])
             work = bit_operations(self.model.skeleton(), [], [])

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from safetensors.torch import save_file
 
 from fp4dit.models.shapes.data import Noise, SceneData, Scenes
 from fp4dit.resume import Keep, TensorIO
 from fp4dit.tasks.pretrain import OPTIMIZERS, DenoisingTask
-from fp4dit.training.layer import TrainRule
+from fp4dit.training.layer import TrainRule, save_weights
 from pipelines.runtime import Runtime
 from pipelines.stages import one_by_one, write_json
 from pipelines.training import Losses, Pace
@@ -51,8 +50,7 @@ class Train:
         L.seed_everything(t.seed, verbose=False)  # the same noise for whatever is measured
         batches = list(islice(t.measured, t.measured_batches))
         [found] = self.trainer(runtime).test(task, one_by_one(batches), verbose=False)
-        weights = {name: p.contiguous() for name, p in task.average.module.state_dict().items()}
-        save_file(weights, out / "transformer.safetensors")
+        save_weights(task.average.module, out / "transformer.safetensors")
         write_json(out / "audit.json", {"steps": t.steps, "loss": found["loss"], "step_seconds": pace.median})
         shutil.rmtree(kept)
 

@@ -16,7 +16,7 @@ from pipelines.resolvers import CONF, options
 from pipelines.view import columns
 from tests.conftest import Compose
 
-NOT_OF_A_RUN = {"hydra", "linear", "table", "to"}
+NOT_OF_A_RUN = {"hydra", "recipe", "table", "to"}
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in NOT_OF_A_RUN)
 OPTIONS = [f"{group}={name}" for group in GROUPS if group != "experiment" for name in options(group)]
 FILES = sorted(CONF.rglob("*.yaml"))

@@ -108,7 +108,7 @@ def test_the_loss_is_that_of_scenes_that_are_held_out_with_the_same_noise(tmp_pa
 
 def test_rows_share_what_they_are_compared_with_and_are_drawn_in_few_bits(tmp_path, monkeypatch):
     drawn: list[int] = []
-    monkeypatch.setattr("pipelines.stages.train_in_few_bits_", lambda dit, rules: drawn.append(len(rules)))
+    monkeypatch.setattr("fp4dit.training.layer.train_in_few_bits_", lambda dit, rules: drawn.append(len(rules)))
     row = run(tmp_path, "stages=trained", "linear=quartet", small=SMALL)
     plain = run(tmp_path, "stages=trained_plain", small=SMALL)
     assert (plain["plain"], plain["reference"]) == (row["plain"], row["reference"])

@@ -17,15 +17,20 @@ from fp4dit.errors import UserError
 from fp4dit.resources import locate
 
 INDEX = "model_index.json"
+PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A diffusers pipeline in a folder or on the hub. `rest` has all but the transformer if `path` has nothing else."""
+    """A diffusers pipeline in a folder or on the hub. `rest` has all but the transformer if `path` has nothing else.
+
+    Weights are safetensors, unless `pickle` allows files that may run code of whoever wrote them.
+    """
 
     path: str
     dtype: str = "float32"
     rest: str | None = field(default=None, kw_only=True)
+    pickle: bool = field(default=False, kw_only=True)
 
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]]  # that the adapter is for
 
@@ -39,12 +44,13 @@ class Checkpoint:
 
     def open(self, **parts: Any) -> DiffusionPipeline:
         """With these `parts` in place of what is there. Raises UserError if another pipeline is there, or none."""
-        folder, dtype = self.folder(), getattr(torch, self.dtype)
+        folder = self.folder()
+        how: Any = {"dtype": getattr(torch, self.dtype), "use_safetensors": None if self.pickle else True}
         if self.rest is None or (Path(folder) / INDEX).is_file():
-            pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **parts)
+            pipe = DiffusionPipeline.from_pretrained(folder, **how, **parts)
         else:
-            dit = AutoModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
-            pipe = DiffusionPipeline.from_pretrained(locate(self.rest), transformer=dit, dtype=dtype, **parts)
+            dit = AutoModel.from_pretrained(folder, subfolder="transformer", **how)
+            pipe = DiffusionPipeline.from_pretrained(locate(self.rest), transformer=dit, **how, **parts)
         if not isinstance(pipe, self.pipelines):
             raise self.refusal(type(pipe).__name__)
         return pipe
@@ -74,14 +80,21 @@ class Checkpoint:
                 f"the transformer/config.json of {self.path} cannot be read: be online, for that file alone is needed "
                 "of the hub, or give a diffusers pipeline's folder with model.path"
             ) from error
+        kind = getattr(diffusers, str(config.get("_class_name")), None)
+        if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
+            raise UserError(f"{self.path} holds a {config.get('_class_name')}, which is no model of diffusers")
         with init_empty_weights():
-            dit = getattr(diffusers, config["_class_name"]).from_config(config)
+            dit = cast(Any, kind).from_config(config)
         nn.Module.to(dit, "meta", getattr(torch, self.dtype))  # diffusers' own warns, whatever the model
         return self.around(dit)
 
     def folder(self) -> str:
-        """Raises UserError if this is a path and no such pipeline is there; a hub id is not looked up."""
+        """Raises UserError if this is a path and no such pipeline is there, or one of pickles. A hub id is not looked
+        up."""
         folder = locate(self.path)
+        if not self.pickle:
+            for path in (folder, self.rest and locate(self.rest)):
+                refuse_pickles(path)
         if not Path(folder).is_dir():
             if folder != self.path or folder.startswith((".", "/", "~")):
                 raise UserError(f"there is no folder {self.path}: give a diffusers pipeline's folder or its hub id")
@@ -103,6 +116,19 @@ class Checkpoint:
     def refusal(self, found: str | None) -> UserError:
         wanted = " or ".join(kind.__name__ for kind in self.pipelines)
         return UserError(f"{self.path} holds a {found}; this adapter is for a {wanted}. Others: model=generic")
+
+
+def refuse_pickles(folder: str | None) -> None:
+    """Raises UserError if a part of the pipeline in this folder, if it is one, has its weights in no other form."""
+    parts = sorted(part for part in Path(folder).iterdir() if part.is_dir()) if folder and Path(folder).is_dir() else []
+    for part in parts:
+        names = {path.suffix: path.name for path in part.iterdir()}
+        pickled = names.keys() & PICKLES
+        if pickled and ".safetensors" not in names:
+            raise UserError(
+                f"{part / names[min(pickled)]} is a pickle, which can run code when it is loaded: save the pipeline as "
+                "safetensors, or, if you trust who wrote it, give +model.pickle=true"
+            )
 
 
 class Adapter:

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fp4dit.policy import assign
@@ -82,6 +84,17 @@ def train_in_few_bits_(model: nn.Module, rules: Sequence[TrainRule], seed: int =
             made[name] = train_in_few_bits(found[name], rule.recipe, crc32(name.encode(), seed))
             model.set_submodule(name, made[name])
     return made
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """As `load_trained_` reads them."""
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
+
+
+def load_trained_(model: nn.Module, path: Path, rules: Sequence[TrainRule]) -> None:
+    """What a training by these rules left: its weights, and layers that compute with them as they did there."""
+    model.load_state_dict(load_file(path))
+    train_in_few_bits_(model, rules)
 
 
 def resume_(model: nn.Module, passes: int) -> None:

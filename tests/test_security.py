@@ -1,0 +1,153 @@
+"""Each line of docs/security.md, but what test_archive.py, test_spec.py, test_separation.py and test_report.py hold."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from safetensors.torch import load_file
+
+import pipelines.store
+from fp4dit.archive import export, load
+from fp4dit.errors import UserError
+from fp4dit.models.pixart import PixArt
+from fp4dit.packed import spec
+from fp4dit.policy import Rule
+from fp4dit.prompts import from_file
+from fp4dit.store import Store, fingerprint
+from fp4dit.stored import contents
+from pipelines.runtime import Runtime
+from pipelines.stages import Generate, Generation
+from pipelines.store import worded
+from tests.conftest import TOY, Run
+from tests.test_end_to_end import CPU
+
+SECRET = "0123456789abcdef0123456789abcdef01234567"  # of the form of a key of W&B
+MODELS = ("transformer", "vae", "text_encoder")
+ran: list[str] = []
+
+
+def run_me(*_: Any, **__: Any) -> None:
+    ran.append("code")
+
+
+class Explosive:
+    """Runs `run_me` where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return run_me, ()
+
+
+def copied(folder: Path, place: Path) -> Path:
+    return Path(shutil.copytree(folder, place))
+
+
+def edited(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("part", MODELS)
+def test_a_pickle_is_refused_before_anything_is_loaded(pixart_folder: Path, tmp_path: Path, part: str):
+    folder = copied(pixart_folder, tmp_path / "model")
+    [weights] = (folder / part).glob("*.safetensors")
+    weights.unlink()
+    name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+    torch.save({"weight": Explosive()}, folder / part / name)
+    for look in (PixArt(str(folder)).skeleton, PixArt(str(folder)).load):
+        with pytest.raises(UserError, match=rf"{part}/{name} is a pickle, .* give \+model.pickle=true"):
+            look()
+    with pytest.raises(Exception, match=r"(?i)weights_only|pickle"):  # even then nothing but tensors is let in
+        PixArt(str(folder), pickle=True).load()
+    assert ran == []
+
+
+def test_pickled_tensors_are_read_where_the_flag_allows_it(pixart_folder: Path, tmp_path: Path):
+    folder = copied(pixart_folder, tmp_path / "model")
+    [weights] = (folder / "transformer").glob("*.safetensors")
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    given = PixArt(str(folder)).load().dit.state_dict()  # the safetensors are beside it
+    weights.unlink()
+    found = PixArt(str(folder), pickle=True).load().dit.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in given.items())
+
+
+def test_code_that_comes_with_a_model_is_not_run(pixart_folder: Path, tmp_path: Path, monkeypatch):
+    """Neither as a pipeline or part of its own, nor by a name in a config that would import it."""
+    folder = copied(pixart_folder, tmp_path / "model")
+    for place in ("pipeline.py", "evil_part.py", "scheduler/evil_part.py", "transformer/modeling.py"):
+        (folder / place).write_text("from tests.test_security import run_me\nrun_me()\nclass Evil: pass\n")
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    edited(folder / "transformer/config.json", auto_map={"AutoModel": "modeling.Evil"})
+    PixArt(str(folder)).load()
+    edited(folder / "model_index.json", scheduler=["evil_part", "Evil"])
+    with pytest.raises(ValueError, match="evil_part"):
+        PixArt(str(folder)).load()
+    assert ran == []
+
+
+@pytest.mark.parametrize("kind", ["loaders", "utils.logging", "__builtins__", "DiffusionPipeline", "DDIMScheduler"])
+def test_a_transformer_is_a_model_of_diffusers(pixart_folder: Path, tmp_path: Path, kind: str):
+    folder = copied(pixart_folder, tmp_path / "model")
+    edited(folder / "transformer/config.json", _class_name=kind)
+    with pytest.raises(UserError, match=f"holds a {kind}, which is no model of diffusers"):
+        PixArt(str(folder)).skeleton()
+
+
+@pytest.mark.parametrize("key", ["_target_", "__reduce__", "py/object", "!!python/object"])
+def test_a_checkpoint_makes_nothing_but_what_is_listed(key: str):
+    called = {key: "tests.test_security.run_me"}
+    for place in ({"kind": "Rule", **called}, called, {"kind": "tests.test_security.run_me"}):
+        with pytest.raises(UserError, match="quantization_config"):
+            spec.made(place, Rule)
+    assert ran == []
+
+
+def test_a_store_from_elsewhere_is_data(tmp_path: Path, run: Run, monkeypatch):
+    """What its manifests name is never made: not where they are listed, checked, or compared with what would run."""
+    monkeypatch.setattr("pipelines.garbage.runs", lambda _: {"toy": [TOY]})
+    config = {"_target_": "tests.test_security.run_me", "version": 1}
+    key = fingerprint({**config, "needs": {}})
+    theirs = Store(tmp_path / "theirs")
+    theirs.get("capture", key, lambda out: (out / "a.txt").write_text("a") and None, {"needs": {}, "config": config})
+    export(list(contents(theirs.root)), theirs, tmp_path / "all.tar")
+    assert load(tmp_path / "all.tar", Store(tmp_path / "store"), ["capture"]) == {f"capture/{key}": True}
+    for word in ("ls", "verify", "gc"):
+        assert run(*worded([word, TOY[1]]), main=pipelines.store.main) == 0
+    assert run(*TOY, "dry_run=true") == 0
+    assert ran == []
+    instantiate(config)
+    assert ran.pop() == "code"  # the trap works
+
+
+def test_a_secret_in_the_environment_reaches_no_file(tmp_path: Path, run: Run, monkeypatch, capfd):
+    for name in ("WANDB_API_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, SECRET)
+    assert run(*TOY, "logger=wandb") == 0
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in written)
+    assert [path for path in written if SECRET.encode() in path.read_bytes()] == []
+    assert SECRET not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("given", [SECRET, f"https://user:{SECRET}@host/model", "'${oc.env:HF_TOKEN}'"])
+def test_a_secret_in_the_configuration_is_refused(run: Run, monkeypatch, capfd, given: str):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    assert run(*TOY, f"model.path={given}") == 1
+    assert "HF_TOKEN is in the configuration, which is stored and shown" in capfd.readouterr().err
+
+
+def test_no_prompt_names_a_file(pixart_folder: Path, tmp_path: Path):
+    """Images are numbered, whatever their prompts are."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("../../escaped\n/tmp/escaped\n")
+    read, out = partial(from_file, path=str(prompts)), tmp_path / "store" / "generate" / "key"
+    out.mkdir(parents=True)
+    generate = Generate(PixArt(str(pixart_folder)), [], [], Generation(1, 1.0, 2, 0), read, 2)
+    generate.run({}, out, Runtime(CPU, "none"))
+    assert {path.name for path in (out / "images").iterdir()} == {"00000.png", "00001.png"}
+    assert [path for path in tmp_path.rglob("*escaped*")] == []
