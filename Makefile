@@ -50,6 +50,7 @@ check: $(STAMP)
 bench-gpu: $(STAMP)
 	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.gpu
 	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.packed
+	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.training
 
 # hpsv2 pins an old pytest and protobuf that break the rest, and needs neither for what it is used for here.
 $(STAMP): pyproject.toml constraints.txt

@@ -3,13 +3,17 @@
 PixArt's shapes and 1024 tokens, random data, weights in bf16; on a GPU if there is one, else on one core. All layers
 take turns in one run, and of the repeats medians count. `kept` is what the forward pass keeps for the backward pass,
 `peak` what a forward and a backward pass take beyond what was there before: gradients, and all that lies in between. It
-writes outputs/benchmarks/training.md. No hardware for FP4 is used: what is measured is what emulating it costs.
+writes outputs/benchmarks/training.md. Where there is no hardware for FP4, and the first line tells, what is measured is
+what emulating it costs; on a GPU with the fused projections and without.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +24,12 @@ from benchmarks.gpu import alone
 from benchmarks.markdown import head, row
 from benchmarks.timing import in_turn, medians, resident
 from fp4dit.packed.speeds import device_name
+from fp4dit.training import kernels, scaled
 from fp4dit.training.layer import train_in_few_bits
 from fp4dit.training.product import Recipe
 from fp4dit.training.projections import absmax, mxfp8, nvfp4
 
+UNFUSED = "Quartet, projections not fused"  # on a GPU; elsewhere none are
 OUT = Path("outputs/benchmarks/training.md")
 PLAIN = "plain, bf16"
 RECIPES = {
@@ -45,10 +51,19 @@ class Sizes:
     calls: int = 1
 
 
+def names(device: torch.device) -> list[str]:
+    return [PLAIN, *RECIPES, *([UNFUSED] if device.type == "cuda" else [])]
+
+
 def layer(name: str, o: int, k: int, device: torch.device) -> nn.Linear:
     torch.manual_seed(0)
     plain = nn.Linear(k, o, device=device, dtype=torch.bfloat16)
-    return plain if name == PLAIN else train_in_few_bits(plain, RECIPES[name])
+    return plain if name == PLAIN else train_in_few_bits(plain, RECIPES.get(name, Recipe()))
+
+
+def fused(name: str) -> Any:
+    """What a layer of this name is to be called in."""
+    return patch.object(kernels, "settings", lambda way: None) if name == UNFUSED else nullcontext()
 
 
 def both(module: nn.Linear, x: Tensor, slope: Tensor) -> None:
@@ -65,9 +80,14 @@ def operands(o: int, k: int, tokens: int, device: torch.device) -> tuple[Tensor,
 def times(sizes: Sizes, o: int, k: int, device: torch.device) -> Mapping[str, tuple[float, float]]:
     """Milliseconds forwards, and backwards: of both together what is left."""
     x, slope = operands(o, k, sizes.tokens, device)
-    layers = {name: layer(name, o, k, device) for name in (PLAIN, *RECIPES)}
-    ways = {(name, "forward"): lambda module=module: module(x) for name, module in layers.items()}
-    ways |= {(name, "both"): lambda module=module: both(module, x, slope) for name, module in layers.items()}
+    layers = {name: layer(name, o, k, device) for name in names(device)}
+
+    def called(name: str, run: Callable[[nn.Linear], Any]) -> None:
+        with fused(name):
+            run(layers[name])
+
+    ways = {(name, "forward"): partial(called, name, lambda module: module(x)) for name in layers}
+    ways |= {(name, "both"): partial(called, name, lambda module: both(module, x, slope)) for name in layers}
     found = medians(in_turn(ways, sizes.repeats, device, sizes.calls))  # pyright: ignore[reportArgumentType]
     return {name: (found[name, "forward"], found[name, "both"] - found[name, "forward"]) for name in layers}  # pyright: ignore[reportArgumentType]
 
@@ -87,7 +107,7 @@ def memory(name: str, o: int, k: int, tokens: int, device: torch.device) -> tupl
         return tensor
 
     before = now(device)
-    with saved_tensors_hooks(note, lambda tensor: tensor):
+    with saved_tensors_hooks(note, lambda tensor: tensor), fused(name):
         both(module, x, slope)
     for p in module.parameters():  # which are there anyway
         kept.pop(p.untyped_storage().data_ptr(), None)
@@ -96,7 +116,9 @@ def memory(name: str, o: int, k: int, tokens: int, device: torch.device) -> tupl
 
 def table(sizes: Sizes, device: torch.device, run: Callable[..., Any] = alone) -> Iterator[str]:
     """Lines of Markdown."""
-    yield f"{device_name(device)}, torch {torch.__version__}, {sizes.tokens} tokens"
+    why = scaled.refusal(device)
+    how = f"emulated: {why}" if why else "block-scaled"
+    yield f"{device_name(device)}, torch {torch.__version__}, {sizes.tokens} tokens; MXFP4 products {how}"
     yield ""
     columns = ("forward, ms", "of plain", "backward, ms", "of plain", "kept, MiB", "peak, MiB")
     yield from head("o x k, layer", *columns)

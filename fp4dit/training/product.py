@@ -8,8 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fp4dit.training import kernels, scaled
 from fp4dit.training.draws import Draws, Signs
-from fp4dit.training.projections import Gain, Projection, absmax, quest, turned
+from fp4dit.training.projections import E2M1, Gain, Projected, Projection, Rounded, absmax, quest, turned
 
 Left = Float[Tensor, "m k"]
 Right = Float[Tensor, "o k"]
@@ -43,13 +44,28 @@ def plain(a: Left, b: Right, gain: Gain, dtype: torch.dtype) -> Float[Tensor, "m
     return (product if isinstance(gain, float) and gain == 1 else product * gain).to(dtype)
 
 
-def projected(
-    a: Left, b: Right, gain: Gain, way: Projection, signs: Signs, generator: torch.Generator
-) -> Float[Tensor, "m o"]:
-    """gain * a b^T in the type of a, both projected after random signs and a rotation, which cancel in the product."""
-    left = way(turned(a, signs), generator)
-    right = way(turned(b, signs, gain), generator)
-    return plain(left.values, right.values, left.gain * right.gain, a.dtype)
+def project(
+    way: Projection,
+    x: Left,
+    signs: Signs | None = None,
+    gain: Gain = 1.0,
+    generator: torch.Generator | None = None,
+) -> Projected:
+    """gain * x after signs and a rotation: on a GPU in one pass, where there is a kernel for it."""
+    packed = isinstance(way, Rounded) and way.quantizer.format == E2M1 and scaled.offered(x.device)
+    known = kernels.settings(way) if x.is_cuda and x.dtype != torch.float64 else None
+    if known is None:
+        return way(turned(x, signs, gain), generator)
+    return kernels.project(x, known, signs, gain, generator, packed)
+
+
+def product(left: Projected, right: Projected, dtype: torch.dtype) -> Float[Tensor, "m o"]:
+    """left right^T, block-scaled where there is hardware for it. That answers in bf16."""
+    gain = left.gain * right.gain
+    if left.packed and right.packed and scaled.fits(right.packed) and operand(dtype) == torch.bfloat16:
+        made = scaled.multiply(left.packed, right.packed)
+        return (made if isinstance(gain, float) and gain == 1 else made * gain).to(dtype)
+    return plain(left.values, right.values, gain, dtype)
 
 
 def back(slope: Left, kept: Bool[Tensor, "m k"] | None, width: int, dtype: torch.dtype) -> Float[Tensor, "m width"]:
@@ -67,12 +83,12 @@ class LowBitProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Recipe, draws: Draws, dtype: torch.dtype) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            a, b = (recipe.forward(turned(side)) for side in (x, weight))
+            a, b = (project(recipe.forward, side) for side in (x, weight))
             a, b = (side._replace(values=side.values.to(operand(dtype))) for side in (a, b))
             ctx.save_for_backward(a.values, a.kept, b.values, b.kept)
             ctx.gains, ctx.made_by = (a.gain, b.gain), (recipe.backward, draws)
             ctx.dtypes, ctx.width = (x.dtype, weight.dtype), x.shape[1]
-            return plain(a.values, b.values, a.gain * b.gain, dtype)
+            return product(a, b, dtype)
 
     @staticmethod
     @once_differentiable
@@ -89,6 +105,7 @@ class LowBitProduct(torch.autograd.Function):
                 if way is None:
                     turned_slope = plain(left, right, gain, slope.dtype)
                 else:
-                    turned_slope = projected(left, right, gain, way, signs[i], generator)
+                    sides = project(way, left, signs[i], 1.0, generator), project(way, right, signs[i], gain, generator)
+                    turned_slope = product(*sides, slope.dtype)
                 answers[i] = back(turned_slope, kept, ctx.width, ctx.dtypes[i])
         return *answers, None, None, None

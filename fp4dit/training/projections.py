@@ -6,7 +6,7 @@ from functools import cache
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int8
+from jaxtyping import Bool, Float, Int8, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,14 +26,22 @@ Gain = float | Float[Tensor, ""]
 Reach = Callable[[Blocks], Column]
 
 
+class Packed(NamedTuple):
+    """E2M1, two codes a byte with the even column in the low half, and the exponents of E8M0 for 32 of them."""
+
+    codes: UInt8[Tensor, "m half"]
+    scales: UInt8[Tensor, "m blocks"]
+
+
 class Projected(NamedTuple):
     """`gain * values` stands for the operand. bf16 holds the values of block formats exactly, so that a product in
-    bf16 is the one that hardware for these formats makes. `kept` is False where a value was clipped; None if none
-    can be."""
+    bf16 is the one that hardware for these formats makes; where there is some, they are `packed` for it, too. `kept` is
+    False where a value was clipped; None if none can be."""
 
     values: Matrix
     gain: Gain
     kept: Bool[Tensor, "m k"] | None = None
+    packed: Packed | None = None
 
 
 @runtime_checkable
@@ -124,14 +132,17 @@ def hadamard(device: torch.device, dtype: torch.dtype) -> Float[Tensor, "block b
     return (matrix(BLOCK).double() / BLOCK**0.5).to(device, dtype)
 
 
-def turned(x: Matrix, signs: Int8[Tensor, "block"] | None = None, gain: Gain = 1.0) -> Float[Tensor, "m padded"]:
-    """gain * x in at least fp32, the rows filled up with zeros, given signs and rotated block by block.
+def turn(
+    device: torch.device, dtype: torch.dtype, signs: Int8[Tensor, "block"] | None, gain: Gain
+) -> Float[Tensor, "block block"]:
+    """Signs, rotation and gain in one small matrix. Without signs it is, but for the gain, its own inverse."""
+    matrix = hadamard(device, dtype) * gain
+    return matrix if signs is None else matrix * signs[:, None]
 
-    Signs, rotation and gain are one product with a small matrix. Without signs it is, but for zeros, its own inverse.
-    """
+
+def turned(x: Matrix, signs: Int8[Tensor, "block"] | None = None, gain: Gain = 1.0) -> Float[Tensor, "m padded"]:
+    """gain * x in at least fp32, the rows filled up with zeros, given signs and rotated block by block."""
     x = x.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format)
     if rest := -x.shape[1] % BLOCK:
         x = F.pad(x, (0, rest))
-    turn = hadamard(x.device, x.dtype) * gain
-    turn = turn if signs is None else turn * signs[:, None]
-    return (x.reshape(-1, BLOCK) @ turn).view(len(x), -1)
+    return (x.reshape(-1, BLOCK) @ turn(x.device, x.dtype, signs, gain)).view(len(x), -1)
