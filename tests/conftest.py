@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hypothesis import settings
 from omegaconf import DictConfig
 
 import pipelines.run
 from pipelines.command import command
 from pipelines.resolvers import CONF, register
 
+settings.register_profile("untimed", deadline=None)  # how long an example takes is no matter of right or wrong
+settings.load_profile("untimed")
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 TOY = ["stages=toy", f"hydra.searchpath=[file://{Path(__file__).parent}/conf]"]
 

@@ -50,7 +50,6 @@ def test_files_go_with_their_columns(tmp_path: Path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=12), st.integers(0, 100))
 def test_no_more_memory_is_in_use_than_there_is_room(wishes: list[tuple[int, bool]], limit: int):
     room, alive = Room(4.0 * limit), []

@@ -66,7 +66,7 @@ def test_uncorrelated_inputs_make_it_nearest(quantizer: Quantizer):
     assert torch.equal(gptq(w, energy.diag(), scaling, quantizer.format, order=largest_first), nearest)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(name=st.sampled_from(list(GRIDS)), seed=st.integers(0, 999), size=st.sampled_from([1e-4, 1.0, 30.0]))
 def test_the_result_lies_on_the_grid_and_errs_less(name: str, seed: int, size: float):
     quantizer, (w, x) = GRIDS[name], problem(seed)

@@ -56,7 +56,7 @@ def test_rotation_is_the_product_with_the_matrix(k: int, size: int):
     assert torch.equal(Hadamard(size, signs=False)(1, k).activation(x), rotate(x, *factors(size)))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(size=st.sampled_from([2, 12, 20, 32, 256, 288]), blocks=st.integers(1, 3), seed=st.integers(0, 2**40))
 def test_lengths_and_angles_stay(size: int, blocks: int, seed: int):
     rotation = Hadamard(size, seed)(1, size * blocks)

@@ -86,7 +86,7 @@ def test_before_training_it_is_nearest_and_the_scales_are_those_measured(kind: s
             assert not part.requires_grad
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(kind=st.sampled_from(list(KINDS)), seed=st.integers(0, 999), edge=st.booleans())
 def test_in_local_steps_no_weight_moves_by_more_than_one_level(kind: str, seed: int, edge: bool):
     w, (fmt, rule, _) = weights(seed), KINDS[kind]

@@ -77,7 +77,7 @@ def output(chain: list[Transform], weight: Tensor, x: Tensor, quantizer: Quantiz
     return x @ weight.mT + beside
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(chain=st.lists(st.sampled_from(SPECS), max_size=4), seed=st.integers(0, 99))
 def test_chains_cancel(chain: list[TransformSpec], seed: int):
     weight, x = weight_and_inputs(seed=seed)
@@ -162,7 +162,7 @@ def test_moving_max_is_a_filter_that_starts_settled():
     torch.testing.assert_close(MovingMax(0.8)(x, weight).double(), torch.from_numpy(expected[-1]), rtol=1e-5, atol=0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=3, max_size=40))
 def test_rank_correlation_is_scipys_ties_included(pairs: list[tuple[int, int]]):
     a, b = torch.tensor(pairs, dtype=torch.float32).T

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fp4dit.formats import EXPONENT_BITS, NumberFormat
+from fp4dit.formats import NumberFormat
 from fp4dit.grid import Grid
 from fp4dit.scales import AbsMax
 
@@ -22,11 +22,8 @@ def token_format(activation: nn.Module) -> NumberFormat | None:
 
 
 def quantized(x: Float[Tensor, "*b k"], fmt: NumberFormat) -> Float[Tensor, "*b k"]:
-    """What the activation's quantizer makes of `x`, to the bit but for the sign of zeros.
-
-    A value is rounded to its step by adding and subtracting a number so large that its own last bit is that step. On a
-    CPU that is done to some rows at a time, before they leave the cache.
-    """
+    """What the activation's quantizer makes of `x`, to the bit but for the sign of zeros: on a CPU some rows at a time,
+    before they leave the cache."""
     rows = x.reshape(-1, x.shape[-1])
     made = torch.empty_like(rows)
     parts = max(1, PART // rows.shape[1]) if x.is_cpu else len(rows)
@@ -38,8 +35,4 @@ def quantized(x: Float[Tensor, "*b k"], fmt: NumberFormat) -> Float[Tensor, "*b 
 def rounded(rows: Float[Tensor, "r k"], fmt: NumberFormat) -> Float[Tensor, "r k"]:
     """Nothing exceeds the largest value by more than a rounding error, so that nothing need be clipped."""
     scale = AbsMax()(rows, fmt).scale
-    grid = rows / scale
-    integers, mask = EXPONENT_BITS[torch.float32]
-    binade = (grid.view(integers) & mask).view(torch.float32).clamp_(min=2.0**fmt.min_exponent)
-    large = 1.5 * 2.0 ** (23 - fmt.mantissa)
-    return grid.add_(binade, alpha=large).sub_(binade, alpha=large).mul_(scale)
+    return fmt.nearest_(rows / scale).mul_(scale)

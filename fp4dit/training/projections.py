@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fp4dit.blockscales import E4M3, E8M0, NVFP4, Ceiling, Exponent, floor, nearest
-from fp4dit.choice import Choice
-from fp4dit.formats import floating
+from fp4dit.formats import NumberFormat, floating
 from fp4dit.hadamard import matrix
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.rounding import at_random
@@ -74,7 +73,7 @@ class Rounded:
 
     def __call__(self, x: Matrix, generator: torch.Generator | None = None) -> Projected:
         fmt, gain = self.quantizer.format, self.align * self.widen
-        assert not isinstance(fmt, Choice), "settle the format first"
+        assert isinstance(fmt, NumberFormat), "training has formats of numbers alone"
         if self.amax is not None:
             amax = x.abs().amax()
             unit = torch.where(amax == 0, 1.0, amax / self.amax)
@@ -82,12 +81,12 @@ class Rounded:
         blocks = self.quantizer.granularity.split(x)
         scaling = self.quantizer.scale(blocks, fmt)
         grid = scaling.to_grid(blocks if self.widen == 1 else blocks / self.widen)
+        kept = (grid.abs() < fmt.max).view_as(x) if self.masked else None
         if self.stochastic:
             draw = torch.rand(grid.shape, generator=generator, device=x.device, dtype=x.dtype)
             rounded = at_random(grid, fmt, draw)
         else:
-            rounded = fmt.nearest(grid)
-        kept = (grid.abs() < fmt.max).view_as(x) if self.masked else None
+            rounded = fmt.nearest_(grid.clamp_(fmt.min, fmt.max))
         return Projected(scaling.from_grid(rounded).view_as(x), gain, kept)
 
 

@@ -84,7 +84,6 @@ PYTHONESE = ("not supported between", "has no attribute", "Traceback", "object i
 @pytest.mark.parametrize("part", range(10 if LONG else 1))  # which several processes can share
 @settings(
     max_examples=1000 if LONG else 20,
-    deadline=None,
     derandomize=not LONG,
     database=None,
     suppress_health_check=list(HealthCheck),
