@@ -4,13 +4,14 @@ PixArt's shapes and 1024 tokens, random data, weights in bf16; on a GPU if there
 take turns in one run, and of the repeats medians count. `kept` is what the forward pass keeps for the backward pass,
 `peak` what a forward and a backward pass take beyond what was there before: gradients, and all that lies in between. It
 writes outputs/benchmarks/training.md. Where there is no hardware for FP4, and the first line tells, what is measured is
-what emulating it costs; on a GPU with the fused projections and without.
+what emulating it costs; on a GPU with the fused projections and without. At the end, the passes of a whole model.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,14 +19,18 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.adaround import CPU, peak
 from benchmarks.gpu import alone
 from benchmarks.markdown import head, row
 from benchmarks.timing import in_turn, medians, resident
+from fp4dit.models.shapes.data import Batch, Scenes
+from fp4dit.models.shapes.recipe import transformer
 from fp4dit.packed.speeds import device_name
+from fp4dit.tasks.pretrain import DenoisingTask
 from fp4dit.training import kernels, scaled
-from fp4dit.training.layer import train_in_few_bits
+from fp4dit.training.layer import TrainRule, train_in_few_bits
 from fp4dit.training.product import Recipe
 from fp4dit.training.projections import absmax, mxfp8, nvfp4
 
@@ -49,6 +54,8 @@ class Sizes:
     tokens: int = 1024
     repeats: int = 5
     calls: int = 1
+    scenes: int = 8
+    layers: int = 6
 
 
 def names(device: torch.device) -> list[str]:
@@ -134,10 +141,39 @@ def table(sizes: Sizes, device: torch.device, run: Callable[..., Any] = alone) -
             yield row(f"{o} x {k}, {name}", *cells, f"{kept:.1f}", f"{most:.1f}")
 
 
+def step(task: DenoisingTask, batch: Batch, device: torch.device) -> None:
+    """The forward and the backward pass of a step; optimizers are the same for all."""
+    task.zero_grad()
+    with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        task.loss(task.transformer, batch).backward()
+
+
+def model(sizes: Sizes, device: torch.device) -> Iterator[str]:
+    """Lines of Markdown: passes of the shapes model, whose blocks train in few bits."""
+    batch = next(iter(Scenes(sizes.scenes)))
+    batch = batch._replace(pictures=batch.pictures.to(device))
+    settings: Any = {"lr": 0.0, "muon_lr": 0.0, "levels": 2, "drop": 0.0, "decay": 0.9, "further": False}
+
+    def task(name: str) -> DenoisingTask:
+        rules = [] if name == PLAIN else [TrainRule("transformer_blocks.*", RECIPES.get(name, Recipe()))]
+        return transformer(1, layers=sizes.layers, linear=rules, **settings).to(device)
+
+    tasks = {name: task(name) for name in names(device)}
+
+    def called(name: str) -> None:
+        with fused(name):
+            step(tasks[name], batch, device)
+
+    found = medians(in_turn({name: partial(called, name) for name in tasks}, sizes.repeats, device))
+    yield from head(f"the shapes model, {sizes.scenes} scenes at 2 noise levels", "ms", "of plain")
+    for name, ms in found.items():
+        yield row(name, f"{ms:.0f}", f"{ms / found[PLAIN]:.1f}")
+
+
 def main(sizes: Sizes, device: torch.device, out: Path = OUT, run: Callable[..., Any] = alone) -> None:
     torch.set_num_threads(1)
     lines = []
-    for text in table(sizes, device, run):
+    for text in chain(table(sizes, device, run), [""], model(sizes, device)):
         print(text, flush=True)
         lines.append(text)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,14 @@ from benchmarks.training import PLAIN, RECIPES, Sizes, main
 
 def test_the_table(tmp_path: Path):
     out = tmp_path / "training.md"
-    main(Sizes([(512, 1024)], tokens=1024, repeats=1), torch.device("cpu"), out, run=lambda part, *given: part(*given))
-    lines = [line.split("|")[1:-1] for line in out.read_text().splitlines() if line.startswith("| 512 x 1024, ")]
+    main(
+        Sizes([(512, 1024)], tokens=1024, repeats=1, scenes=1),
+        torch.device("cpu"),
+        out,
+        run=lambda part, *given: part(*given),
+    )
+    text = out.read_text()
+    lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| 512 x 1024, ")]
     rows = {name.strip().removeprefix("512 x 1024, "): [float(cell) for cell in cells] for name, *cells in lines}
     assert list(rows) == [PLAIN, *RECIPES]
     x, weight = 2.0, 1.0  # MiB in bf16
@@ -19,3 +25,5 @@ def test_the_table(tmp_path: Path):
     assert rows["Quartet"][4] == 1.5 * (x + weight)  # masks take half as much
     assert rows[PLAIN][1] == rows[PLAIN][3] == 1
     assert rows["Quartet"][1] > 1
+    whole = [line.split("|")[1].strip() for line in text.partition("the shapes model, 1 scenes")[2].splitlines()[2:]]
+    assert whole == [PLAIN, *RECIPES]

@@ -34,7 +34,7 @@ def settings(way: Projection) -> Settings | None:
     if not isinstance(way, Rounded) or way.amax is not None or way.quantizer.granularity != Granularity("group", BLOCK):
         return None
     fmt, rule = way.quantizer.format, way.quantizer.scale
-    if not isinstance(fmt, NumberFormat) or fmt.bits > 8 or fmt.min != -fmt.max:  # bf16 holds the others
+    if not isinstance(fmt, NumberFormat) or fmt.bits > 8 or fmt.min != -fmt.max:  # bf16 holds up to 8 bits
         return None
     if not isinstance(rule, E8M0) or rule.factor != 1 or tuple(rule.shifts) != (0,):
         return None
