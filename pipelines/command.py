@@ -23,6 +23,7 @@ from pipelines.resolvers import CONF, nearest, options, register
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 NO_NAME = ("Config group override must be", "argument of type 'int' is not iterable")  # Hydra's, of group=1, group=[1]
 LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
+INSTALL = "pip install -c constraints.txt -e"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -67,7 +68,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" in error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         if group == "hydra/launcher" and name in LAUNCHERS:
-            return f"{group}={name} is not installed. To get it: pip install -c constraints.txt -e '.[launchers]'"
+            return f"{group}={name} is not installed. To get it: {INSTALL} '.[launchers]'"
         return f"{group}={name}: {group!r} has no option {name!r}; {nearest(name, options(group))}"
     if isinstance(error, HydraException) and (found := re.match(r"Could not override '(.+?)'", str(error))):
         name, known = found[1].split("=")[0], names()
