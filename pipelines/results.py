@@ -52,8 +52,10 @@ def numbers(values: Sequence[float], goal: Goal) -> str:
 
 
 def best(study: Study) -> list[FrozenTrial]:
-    """The one with the best score, or those that no other beats in all of several."""
-    return study.best_trials if len(study.directions) > 1 else [study.best_trial]
+    """The one with the best score, or those that no other beats in all of several, each combination once."""
+    found = study.best_trials if len(study.directions) > 1 else [study.best_trial]
+    first = {tuple(trial.params.items()): trial for trial in reversed(found)}
+    return sorted(first.values(), key=lambda trial: trial.number)
 
 
 def show(study: Study, goal: Goal) -> None:

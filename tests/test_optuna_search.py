@@ -63,6 +63,7 @@ def test_of_two_objectives_those_that_no_other_beats_are_kept(run: Run, tmp_path
     given = [*HILL, "rounding.steps=10,30,50", "objective=[psnr,bits_weight]", "hydra.sweeper.n_jobs=2"]
     assert run(*given, "hydra.sweeper.direction=[maximize,minimize]", "hydra.sweeper.n_trials=9") == 0
     found = results(tmp_path)
+    assert len(found["solutions"]) == 2 < len(found["trials"])
     front = {one["params"]["rounding.steps"]: one["values"] for one in found["solutions"]}
     guidance = abs(4.5 - 3)
     assert front == {"10": pytest.approx([36 - guidance, 4.1]), "30": pytest.approx([40 - guidance, 4.3])}
