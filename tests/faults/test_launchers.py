@@ -33,7 +33,7 @@ def test_jobs_of_submitit_make_what_others_make(tmp_path: Path, undisturbed: dic
     assert results(tmp_path / "local" / "store") == undisturbed
 
 
-def until(found, seconds: float = 30.0):
+def until(found, seconds: float = 100.0):
     """What is found, as soon as it is."""
     end = time.monotonic() + seconds
     while not (value := found()):
