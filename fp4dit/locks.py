@@ -2,7 +2,7 @@
 
 The kernel frees the lock of a process that dies, also on NFS, where a server frees those of a machine that is gone. On
 a file system without such locks, filelock makes do with a file's existence: who died on this machine is replaced there
-too, who died on another is not, but named to those who wait.
+too, who died on another is not, but named to those who wait, with the file that they may have to remove.
 """
 
 import json
@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +76,17 @@ def wait(lock: BaseFileLock, path: Path, what: str) -> None:
         except Timeout:
             who = holder(path) or ("another job" if patience else None)  # which may be about to say who it is
             if who and who != told:
-                log.info("waiting for %s, which makes %s", who, what)
+                log.info("waiting for %s, which makes %s%s", who, what, advice(lock, who))
                 told = who
             patience = LOOK
+
+
+def advice(lock: BaseFileLock, who: Holder | str) -> str:
+    """What to do where nothing here can tell that a holder is dead."""
+    if not isinstance(lock, SoftFileLock) or not isinstance(who, Holder) or who.host == socket.gethostname():
+        return ""
+    remove = f"rm {quote(os.path.abspath(lock.lock_file))}"
+    return f". This file system has no locks that end with a process: if that one is dead, {remove}"
 
 
 @contextmanager

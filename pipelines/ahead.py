@@ -147,4 +147,5 @@ def untouched(arguments: list[str]) -> Iterator[list[str]]:
         return
     with tempfile.TemporaryDirectory() as folder:
         here = [f"hydra.{mode}.dir='{folder}'" for mode in ("run", "sweep")]
-        yield [given for given in arguments if not given.startswith(("hydra/launcher=", "hydra.launcher."))] + here
+        launcher = ("hydra/launcher=", "hydra.launcher.")
+        yield [given for given in arguments if not given.lstrip("+~").startswith(launcher)] + here

@@ -22,6 +22,8 @@ from pipelines.resolvers import CONF, nearest, options, register
 
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 NO_NAME = ("Config group override must be", "argument of type 'int' is not iterable")  # Hydra's, of group=1, group=[1]
+LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
+INSTALL = "pip install -c constraints.txt -e"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -65,6 +67,8 @@ def explain(error: Exception) -> str | None:
         return f"the disk is full{where}. What was finished is kept: free some space and give the same command again."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and "/" in error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
+        if group == "hydra/launcher" and name in LAUNCHERS:
+            return f"{group}={name} is not installed. To get it: {INSTALL} '.[launchers]'"
         return f"{group}={name}: {group!r} has no option {name!r}; {nearest(name, options(group))}"
     if isinstance(error, HydraException) and (found := re.match(r"Could not override '(.+?)'", str(error))):
         name, known = found[1].split("=")[0], names()
@@ -77,6 +81,8 @@ def explain(error: Exception) -> str | None:
         return (
             f"what stands before .{found[1]} in an override is a list: name the position too, as activation.0.quantizer"
         )
+    if isinstance(error, RuntimeError) and 'Could not detect "srun"' in str(error):  # submitit's
+        return "there is no SLURM here, whose commands are sbatch and srun: give the command on a node of the cluster"
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read: {error.message}"
     if isinstance(error, HydraException | OmegaConfBaseException):

@@ -43,6 +43,7 @@ class Runtime:
     def trainer(self, label: str, **kw: Any) -> "Trainer":
         """A Trainer that computes and shows progress under `label`, and keeps nothing. `kw` goes to the Trainer."""
         import lightning  # here, because a job whose results are all in the store should not wait for torch
+        from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
         from pipelines.memory import ReturnMemory
         from pipelines.progress import Progress
@@ -59,6 +60,8 @@ class Runtime:
             callbacks.append(Progress(f"{self.job}  {label}" if self.job else label, shown == "bar", self.clock))
         if kw.get("devices") == 1:  # then nothing is to be spawned, for what a process learns is gone with it
             kw.setdefault("strategy", "auto")
+        if SLURMEnvironment.detect():  # which would take each spawned process for the one that srun started
+            kw.setdefault("plugins", [LightningEnvironment()])
         if "max_steps" in kw:
             kw.setdefault("max_epochs", -1)
         return lightning.Trainer(**{**quiet, **self.devices, **kw}, callbacks=callbacks)

@@ -31,6 +31,7 @@ from fp4dit.tasks.histograms import Watch
 from fp4dit.tasks.reconstruct import Fit
 from fp4dit.tasks.score import ScoreTask, gathered, shards
 from fp4dit.training.layer import TrainRule, load_trained_
+from pipelines.objective import COSTS
 from pipelines.runtime import Runtime
 
 hide_loading_bars()  # a stage has a progress of its own to show
@@ -296,17 +297,7 @@ def costs(needs: Mapping[str, Path]) -> Mapping[str, int | float]:
     found = {name: value for path in audits if path.exists() for name, value in read_json(path).items()}
     learnt = (needs[role] for role in ("calls", "rounded", "weights") if role in needs)
     seconds = [read_json(folder / "manifest.json")["seconds"] for folder in learnt]
-    names = (
-        "block_error",
-        "bits_weight",
-        "bits_activation",
-        "bit_operations",
-        "checkpoint_bytes",
-        "steps",
-        "loss",
-        "step_seconds",
-    )
-    return {name: found[name] for name in names if name in found} | (
+    return {name: found[name] for name in COSTS if name in found} | (
         {"calibration_seconds": sum(seconds)} if seconds else {}
     )
 

@@ -46,13 +46,13 @@ def test_what_is_told_is_what_runs_and_nothing_is_touched(run: Run, tmp_path: Pa
 
 
 def test_a_sweep_makes_what_its_jobs_share_once(run: Run, tmp_path: Path, capfd):
-    """And runs here, whatever launcher the same command uses."""
+    """And runs here, whatever launcher the same command uses, such as that of a cluster which is elsewhere."""
     assert run(*TOY) == 0
     with pytest.raises(RuntimeError, match="halfway"):
         run(*TOY, "generation.seed=13")
     before, cwd = tree(tmp_path), set(Path.cwd().iterdir())
     capfd.readouterr()
-    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    launcher = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "+hydra.launcher.additional_parameters.qos=low"]
     assert run("-m", "generation.seed=1,13", "calibration.seed=7", *TOY, "dry_run=true", *launcher) == 0
     assert tree(tmp_path) == before
     assert set(Path.cwd().iterdir()) == cwd

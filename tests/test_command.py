@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.errors import MissingConfigException
 
 import pipelines.run
 import pipelines.table
@@ -209,3 +210,14 @@ def test_jobs_side_by_side_share_stages_and_one_that_fails_stops_no_other(tmp_pa
     assert "Traceback" not in done.stderr + done.stdout
     count = lambda stage: len(list((tmp_path / "store" / stage).glob("*/manifest.json")))
     assert [count(stage) for stage in ("capture", "reconstruct", "generate", "score")] == [1, 1, 2, 2]
+
+
+def test_a_launcher_that_cannot_work_says_what_it_needs(run: Run, tmp_path: Path, capfd, monkeypatch):
+    for name in ("submitit_slurm", "joblib"):  # as Hydra has it where the package is not there
+        lacking = MissingConfigException("there is none", f"hydra/launcher/{name}")
+        assert explain(lacking) == (
+            f"hydra/launcher={name} is not installed. To get it: pip install -c constraints.txt -e '.[launchers]'"
+        )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run("-m", "generation.seed=1,2", *TOY, "hydra/launcher=slurm") == 1
+    assert "error: there is no SLURM here" in capfd.readouterr().err

@@ -61,10 +61,14 @@ def test_every_stage_leaves_the_same_bits_twice(undisturbed, tmp_path):
     assert set(scores[0]["metrics"]) == {"psnr", "ssim", "oracle", "clip"}
 
 
-def test_two_processes_leave_the_same_bits_as_one(undisturbed, tmp_path):
-    two = run(tmp_path, devices={"accelerator": "cpu", "devices": 2, "strategy": "ddp_spawn"})
+def test_three_processes_leave_the_same_bits_as_one(undisturbed, tmp_path, monkeypatch):
+    """Each captures one of three prompts, whose seed goes with it, also in a job of SLURM, which starts one process."""
+    slurm = {"JOB_ID": "1", "JOB_NAME": "run", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    three = run(tmp_path, devices={"accelerator": "cpu", "devices": 3, "strategy": "ddp_spawn"})
     for stage in ("capture", "reconstruct", "generate", "score"):
-        found, expected = contents(two[stage]), contents(undisturbed[stage])
+        found, expected = contents(three[stage]), contents(undisturbed[stage])
         assert found.keys() == expected.keys(), stage
         assert [name for name in found if found[name] != expected[name] and name != "metrics.json"] == [], stage
 

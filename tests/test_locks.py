@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -30,6 +31,10 @@ import errno, fcntl
 def without(*_):
     raise OSError(errno.ENOSYS, "Function not implemented")
 fcntl.flock = without
+"""
+ELSEWHERE = """
+import socket
+socket.gethostname = lambda: "elsewhere"
 """
 
 
@@ -82,6 +87,27 @@ def test_a_killed_holder_is_replaced_while_one_waits(
         assert mine
         assert mine.pid == os.getpid()
     assert holder(path) is None
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_who_waits_for_another_machine_without_locks_is_told_what_to_remove(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Where the dead one of this machine would be replaced. Doing as one is told helps."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    path = tmp_path / "a b.lock"
+    with hold(path, 60, SOFT + ELSEWHERE + HOLD) as process:
+        process.kill()
+    waiting = threading.Thread(target=lambda: locked(path, "capture/abc").__enter__(), daemon=True)
+    waiting.start()
+    waiting.join(1.0)
+    [told] = [record.message for record in caplog.records]
+    assert f"waiting for process {process.pid} on elsewhere (demo_4), since " in told
+    assert "if that one is dead, rm " in told
+    subprocess.run(told[told.index("rm ") :], shell=True, check=True)
+    waiting.join(30)
+    assert not waiting.is_alive()
 
 
 def refuse(*_: object) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "fp4dit").rglob("*.py"))
-ORCHESTRATION = sorted((ROOT / "pipelines").rglob("*.py"))
+ORCHESTRATION = sorted([*(ROOT / "pipelines").rglob("*.py"), *(ROOT / "hydra_plugins").rglob("*.py")])
 named = lambda path: str(path.relative_to(ROOT))
 
 

@@ -77,3 +77,20 @@ class Score:
             "per_image": {"psnr": [36.0] * count},
         }
         (out / "metrics.json").write_text(json.dumps(metrics))
+
+
+@dataclass(frozen=True)
+class Hill:
+    """A score whose summit is known: `psnr = 40 - (steps - 30)^2 / 100 - |guidance - 3|`. More steps take more bits.
+    Below 0 there is no guidance."""
+
+    steps: int
+    guidance: float
+
+    def run(self, needs: Needs, out: Path, runtime: Runtime) -> None:
+        if self.guidance < 0:
+            raise RuntimeError("no way up")
+        psnr = 40 - (self.steps - 30) ** 2 / 100 - abs(self.guidance - 3)
+        means = {"psnr": {"mean": psnr, "low": psnr - 1, "high": psnr + 1}}
+        found = {"n": 1, "metrics": means, "scalars": {"bits_weight": 4 + self.steps / 100}, "per_image": {}}
+        (out / "metrics.json").write_text(json.dumps(found))
