@@ -1,5 +1,6 @@
 """The stage that fine-tunes a quantized model; it leaves what the `reconstruct` stage does."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,7 +66,8 @@ class Finetune:
         start = error()
         for name, layer in layers.items():
             reopen_(layer, before[whole(name)])
-        trainers = Trainers(partial(runtime.trainer, "finetune"), out / "tuning.kept")
+        kept = out / "tuning.kept"
+        trainers = Trainers(partial(runtime.trainer, "finetune"), kept)
         with straight(activations):
             examples = Examples(unit, columns, target, trained, room)
             curve = self.tuning(student, list(layers.values()), examples, trainers)
@@ -79,3 +81,4 @@ class Finetune:
             name: value for name, value in read_json(needs["weights"] / "audit.json").items() if name != "block_error"
         }
         write_json(out / "audit.json", made | {"steps": self.tuning.steps})
+        shutil.rmtree(kept, ignore_errors=True)
