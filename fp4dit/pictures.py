@@ -18,13 +18,13 @@ def grid(folders: Mapping[str, Path], prompts: int, tile: int = 160, gap: int = 
     captions = [entry["prompt"] for entry in json.loads((next(iter(folders.values())) / "images.json").read_text())]
     captions = captions[:prompts]
     font = ImageFont.load_default(15)
-    left, top, pitch = tile, 46, tile + gap
+    titles = [textwrap.fill(label, tile // 8) for label in folders]
+    left, top, pitch = tile, 8 + 19 * max(title.count("\n") + 1 for title in titles), tile + gap
     canvas = Image.new("RGB", (left + gap + pitch * len(folders), top + gap + pitch * len(captions)), PAPER)
     draw = ImageDraw.Draw(canvas)
-    for column, (label, folder) in enumerate(folders.items()):
+    for column, (title, folder) in enumerate(zip(titles, folders.values(), strict=True)):
         x = left + gap + pitch * column
-        lines = textwrap.fill(label, tile // 8)
-        draw.multiline_text((x + tile / 2, top), lines, INK, font, anchor="md", align="center")
+        draw.multiline_text((x + tile / 2, top), title, INK, font, anchor="md", align="center")
         for line in range(len(captions)):
             path = folder / "images" / f"{line:05}.png"
             if path.is_file():
