@@ -20,13 +20,17 @@ CASES = Path(__file__).with_name("interpreted_kernels.py")
 E2M1, E1M2, E3M0, INT4 = floating(2, 1), floating(1, 2), floating(3, 0), integer(4)
 
 
-def test_what_they_compute():
+def interpreted(cases: Path) -> None:
     """In a process of its own: that kernels are interpreted is settled when they are defined."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout
+
+
+def test_what_they_compute():
+    interpreted(CASES)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,6 @@
 """Kernels of low-bit training: what they compute, in Triton's interpreter, what they compile to, and who multiplies."""
 
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,19 +14,14 @@ from fp4dit.scales import AbsMax, Deviations
 from fp4dit.training import kernels, programs, scaled
 from fp4dit.training.product import product
 from fp4dit.training.projections import E2M1, Packed, Projected, Rounded, absmax, mxfp8, nvfp4, quest
-from tests.test_kernels import NOTHING, compiled, spilled
+from tests.test_kernels import NOTHING, compiled, interpreted, spilled
 
 CASES = Path(__file__).with_name("interpreted_training.py")
 RULES = [floor, ceil, even, nearest, below, Ceiling(), Ceiling(7.25 / 6)]
 
 
 def test_what_they_compute():
-    """In a process of its own: that kernels are interpreted is settled when they are defined."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert "skipped" not in done.stdout
+    interpreted(CASES)
 
 
 @pytest.mark.parametrize("fmt", [E2M1, floating(4, 3, reserved=1), floating(2, 3)], ids=lambda f: f.name)
