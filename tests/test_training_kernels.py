@@ -25,7 +25,7 @@ def test_what_they_compute():
 
 
 @pytest.mark.parametrize("fmt", [E2M1, floating(4, 3, reserved=1), floating(2, 3)], ids=lambda f: f.name)
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: getattr(rule, "__name__", repr(rule)))
 def test_a_rule_is_a_step_in_each_binade(rule, fmt):
     """Found by asking; and so it is for any reach, and next to the step."""
     offset, threshold = kernels.steps(rule, fmt)
@@ -49,7 +49,7 @@ def test_a_rule_is_a_step_in_each_binade(rule, fmt):
         Rounded(Quantizer(E2M1, Granularity("group", 32), E8M0(shifts=(0, 1)))),
         Rounded(Quantizer(nf4, Granularity("group", 32), E8M0())),
     ],
-    ids=lambda way: str(way.quantizer)[:60],
+    ids=["NVFP4", "deviations", "blocks of 16", "abs-max", "a search", "a codebook"],
 )
 def test_what_no_kernel_does_is_left_to_the_plain_path(way: Rounded):
     assert kernels.settings(way) is None
