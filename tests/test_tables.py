@@ -338,16 +338,21 @@ def folders(tmp_path: Path) -> dict[str, Path]:
 
 def test_the_picture_has_prompts_down_and_methods_across(folders: dict[str, Path]):
     picture = grid(folders, prompts=2, tile=32, gap=4)
-    assert picture.size == (32 + 4 + 2 * 36, 46 + 4 + 2 * 36)
+    top = picture.height - 2 * 36
+    assert picture.width == 32 + 4 + 2 * 36
+    assert picture.crop((0, 0, picture.width, 4)).getcolors() == [
+        (4 * picture.width, (255, 255, 255))
+    ]  # no title is cut
     for line in range(2):
-        y = 46 + 4 + 36 * line + 16
+        y = top + 36 * line + 16
         assert picture.getpixel((32 + 4 + 16, y)) == (255, 0, 0)
         assert picture.getpixel((32 + 4 + 36 + 16, y)) == (0, 0, 255)
 
 
 def test_the_picture_leaves_a_missing_image_blank(folders: dict[str, Path]):
     (folders["Red method"] / "images" / "00000.png").unlink()
-    assert grid(folders, prompts=1, tile=32, gap=4).getpixel((32 + 4 + 16, 46 + 4 + 16)) == (255, 255, 255)
+    picture = grid(folders, prompts=1, tile=32, gap=4)
+    assert picture.getpixel((32 + 4 + 16, picture.height - 20)) == (255, 255, 255)
 
 
 def test_pictures_are_stacked_on_paper():
