@@ -62,10 +62,14 @@ def names(device: torch.device) -> list[str]:
     return [PLAIN, *RECIPES, *([UNFUSED] if device.type == "cuda" else [])]
 
 
+def recipe(name: str) -> Recipe:
+    return RECIPES["Quartet" if name == UNFUSED else name]
+
+
 def layer(name: str, o: int, k: int, device: torch.device) -> nn.Linear:
     torch.manual_seed(0)
     plain = nn.Linear(k, o, device=device, dtype=torch.bfloat16)
-    return plain if name == PLAIN else train_in_few_bits(plain, RECIPES.get(name, Recipe()))
+    return plain if name == PLAIN else train_in_few_bits(plain, recipe(name))
 
 
 def fused(name: str) -> Any:
@@ -155,7 +159,7 @@ def model(sizes: Sizes, device: torch.device) -> Iterator[str]:
     settings: Any = {"lr": 0.0, "muon_lr": 0.0, "levels": 2, "drop": 0.0, "decay": 0.9, "further": False}
 
     def task(name: str) -> DenoisingTask:
-        rules = [] if name == PLAIN else [TrainRule("transformer_blocks.*", RECIPES.get(name, Recipe()))]
+        rules = [] if name == PLAIN else [TrainRule("transformer_blocks.*", recipe(name))]
         return transformer(1, layers=sizes.layers, linear=rules, **settings).to(device)
 
     tasks = {name: task(name) for name in names(device)}

@@ -61,7 +61,7 @@ class Runtime:
         if kw.get("devices") == 1:  # then nothing is to be spawned, for what a process learns is gone with it
             kw.setdefault("strategy", "auto")
         if SLURMEnvironment.detect():  # which would take each spawned process for the one that srun started
-            kw.setdefault("plugins", [LightningEnvironment()])
+            kw["plugins"] = [*kw.get("plugins", ()), LightningEnvironment()]
         if "max_steps" in kw:
             kw.setdefault("max_epochs", -1)
         return lightning.Trainer(**{**quiet, **self.devices, **kw}, callbacks=callbacks)

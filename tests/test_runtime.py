@@ -1,10 +1,12 @@
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import pipelines.progress
+from fp4dit.resume import TensorIO
 from pipelines.progress import span
 from pipelines.runtime import Runtime
 
@@ -80,3 +82,11 @@ def test_none_says_nothing_and_keeps_nothing(data: DataLoader, capfd, tmp_path, 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (75, "1:15"), (3723, "1:02:03")])
 def test_a_span_reads_like_a_clock(seconds: float, text: str):
     assert span(seconds) == text
+
+
+def test_in_a_job_of_slurm_processes_are_ours_whatever_else_is_plugged_in(monkeypatch: pytest.MonkeyPatch):
+    for name, value in {"JOB_ID": "1", "JOB_NAME": "run", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    trainer = Runtime({"accelerator": "cpu", "devices": 1}, "none").trainer("", plugins=[TensorIO()])
+    assert isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
+    assert isinstance(trainer.strategy.checkpoint_io, TensorIO)

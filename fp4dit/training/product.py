@@ -38,10 +38,13 @@ def operand(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
+def gained(product: Float[Tensor, "m o"], gain: Gain, dtype: torch.dtype) -> Float[Tensor, "m o"]:
+    return (product if isinstance(gain, float) and gain == 1 else product * gain).to(dtype)
+
+
 def plain(a: Left, b: Right, gain: Gain, dtype: torch.dtype) -> Float[Tensor, "m o"]:
     """gain * a b^T"""
-    product = a.to(operand(dtype)) @ b.to(operand(dtype)).T
-    return (product if isinstance(gain, float) and gain == 1 else product * gain).to(dtype)
+    return gained(a.to(operand(dtype)) @ b.to(operand(dtype)).T, gain, dtype)
 
 
 def project(
@@ -63,8 +66,7 @@ def product(left: Projected, right: Projected, dtype: torch.dtype) -> Float[Tens
     """left right^T, block-scaled where there is hardware for it. That answers in bf16."""
     gain = left.gain * right.gain
     if left.packed and right.packed and scaled.fits(right.packed) and operand(dtype) == torch.bfloat16:
-        made = scaled.multiply(left.packed, right.packed)
-        return (made if isinstance(gain, float) and gain == 1 else made * gain).to(dtype)
+        return gained(scaled.multiply(left.packed, right.packed), gain, dtype)
     return plain(left.values, right.values, gain, dtype)
 
 

@@ -37,6 +37,48 @@ def exponents(reach, OFFSET: tl.constexpr, THRESHOLD: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def reaches(tile, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Of each row: COUNT root mean squares, or if 0 the largest value."""
+    reach = tl.max(magnitude(tile), 1).to(tl.float32, bitcast=True)
+    if COUNT > 0:
+        root = COUNT * tl.sqrt_rn(tl.sum(tile * tile, 1) / BLOCK)
+        reach = tl.where(root == 0, reach, root)  # squares may be too small for fp32
+    return reach
+
+
+@triton.jit
+@no_type_check
+def binades(size, FLOOR: tl.constexpr):
+    """The power of two below each magnitude, and FLOOR at least, where the subnormals end."""
+    return tl.maximum((magnitude(size) & 0x7F800000).to(tl.float32, bitcast=True), FLOOR)
+
+
+@triton.jit
+@no_type_check
+def nearest(size, MANTISSA: tl.constexpr, FLOOR: tl.constexpr):
+    whole = binades(size, FLOOR) * (1.5 * 2.0 ** (23 - MANTISSA))  # numbers of its size lie one step apart
+    return (size + whole) - whole
+
+
+@triton.jit
+@no_type_check
+def at_random(size, draw, MANTISSA: tl.constexpr, FLOOR: tl.constexpr, LARGEST: tl.constexpr):
+    """Up as likely as they are near, by a `draw` in [0, 1)."""
+    step = binades(size, FLOOR) * (2.0**-MANTISSA)
+    inner = tl.floor(size / step) * step
+    return tl.minimum(tl.where(draw * step < size - inner, inner + step, inner), LARGEST)
+
+
+@triton.jit
+@no_type_check
+def index(level):
+    """Of a magnitude among those of E2M1: 0, 1/2, 1, 3/2, 2, 3, 4, 6."""
+    halves = (2 * level).to(tl.int32)
+    return tl.where(halves > 4, tl.where(halves > 6, tl.where(halves > 8, 7, 6), 5), halves)
+
+
+@triton.jit
+@no_type_check
 def projected(
     x, turn, seed, values, kept, codes, scales, m, k, stride_m, stride_k,
     WIDTH: tl.constexpr, OFFSET: tl.constexpr, THRESHOLD: tl.constexpr, COUNT: tl.constexpr,
@@ -54,10 +96,7 @@ def projected(
     rotation = tl.load(turn + place[:, None] * BLOCK + place[None, :])
     tile = tl.dot(tile, rotation, input_precision="ieee")
 
-    reach = tl.max(magnitude(tile), 1).to(tl.float32, bitcast=True)
-    if COUNT > 0:
-        root = COUNT * tl.sqrt_rn(tl.sum(tile * tile, 1) / BLOCK)
-        reach = tl.where(root == 0, reach, root)  # squares may be too small for fp32
+    reach = reaches(tile, COUNT, BLOCK)
     exponent = exponents(reach, OFFSET, THRESHOLD)
     scale = tl.where(reach == 0, 1.0, power(exponent))
     scale = tl.where(reach < float("inf"), scale, float("nan"))[:, None]
@@ -66,27 +105,19 @@ def projected(
         tile = tl.math.div_rn(tile, WIDEN)
     grid = tl.math.div_rn(tile, scale)
     size = tl.minimum(tl.abs(grid), LARGEST)
-    binade = (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    binade = tl.maximum(binade, FLOOR)
+    out = row[:, None] * WIDTH + column[None, :]
     if seed is None:
-        whole = binade * (1.5 * 2.0 ** (23 - MANTISSA))  # numbers of its size lie one step apart
-        level = (size + whole) - whole
+        level = nearest(size, MANTISSA, FLOOR)
     else:
-        step = binade * (2.0**-MANTISSA)
-        level = tl.floor(size / step) * step
-        draw = tl.rand(tl.load(seed), (row[:, None] * WIDTH + column[None, :]).to(tl.int32))
-        level = tl.minimum(tl.where(draw * step < size - level, level + step, level), LARGEST)
+        level = at_random(size, tl.rand(tl.load(seed), out.to(tl.int32)), MANTISSA, FLOOR, LARGEST)
     sign = grid.to(tl.int32, bitcast=True) & -0x80000000
     rounded = (level.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
-    out = row[:, None] * WIDTH + column[None, :]
     tl.store(values + out, (rounded * scale).to(values.dtype.element_ty), mask=inside)
     if kept is not None:
         tl.store(kept + out, (tl.abs(grid) < LARGEST).to(kept.dtype.element_ty), mask=inside)
     if codes is not None:
-        halves = (2 * level).to(tl.int32)  # of 0, 1/2, 1, 3/2, 2, 3, 4, 6
-        index = tl.where(halves > 4, tl.where(halves > 6, tl.where(halves > 8, 7, 6), 5), halves)
-        low, high = tl.split((index | ((sign >> 28) & 8)).reshape(ROWS, BLOCK // 2, 2))
+        low, high = tl.split((index(level) | ((sign >> 28) & 8)).reshape(ROWS, BLOCK // 2, 2))
         byte = block * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
         tl.store(codes + row[:, None] * (WIDTH // 2) + byte[None, :], (low | (high << 4)).to(tl.uint8), mask=inside)
         stored = tl.where(reach == 0, 127, tl.where(reach < float("inf"), exponent + 127, 255))
