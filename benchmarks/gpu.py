@@ -34,7 +34,7 @@ from fp4dit.resume import Trainers
 from fp4dit.rounding import ulp
 from fp4dit.tasks.capture import CaptureTask, chunked
 from fp4dit.tasks.reconstruct import Curve, Fit, Learnt, Relative
-from pipelines.stages import one_by_one
+from pipelines.parted import one_by_one
 
 OUT = Path("outputs/benchmarks/gpu.md")
 TOKENS = 120  # of PixArt-alpha

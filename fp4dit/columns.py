@@ -52,6 +52,24 @@ class OnDisk:
 
 
 @dataclass(frozen=True)
+class Some:
+    """The rows of a column that `index` names, read when they are asked for."""
+
+    column: Column
+    index: Int[Tensor, "n"]
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([len(self), *self.column.shape[1:]])
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, index: Index) -> Shaped[Tensor, "n ..."]:
+        return self.column[self.index[index]]
+
+
+@dataclass(frozen=True)
 class Captured:
     """A column of recorded calls, left in the files that `fp4dit.calls.save` wrote."""
 

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,22 +52,29 @@ def note(lock: Path) -> Path:
 
 
 @contextmanager
-def locked(path: Path, what: str, job: str = "") -> Iterator[None]:
-    """Waits until this process alone holds the lock of this name, and says for whom, who makes `what`."""
+def locked(
+    path: Path, what: str, job: str = "", meanwhile: Callable[[], None] | None = None, patient: bool = True
+) -> Iterator[bool]:
+    """Waits until this process alone holds the lock of this name, says for whom, who makes `what`, and does what there
+    is to do `meanwhile`. Who is not patient is told at once whether it is theirs."""
     lock = FileLock(path)
-    wait(lock, path, what)
+    try:
+        wait(lock, path, what, meanwhile) if patient else lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
     try:
         with suppress(OSError):  # a full disk: others wait as well without
             mine = Holder(socket.gethostname(), os.getpid(), job, time.time())
             note(path).write_text(json.dumps(asdict(mine)))
-        yield
+        yield True
     finally:
         with suppress(OSError):
             note(path).unlink()
         lock.release()
 
 
-def wait(lock: BaseFileLock, path: Path, what: str) -> None:
+def wait(lock: BaseFileLock, path: Path, what: str, meanwhile: Callable[[], None] | None = None) -> None:
     told, patience = None, 0.0
     while True:
         try:
@@ -79,6 +86,8 @@ def wait(lock: BaseFileLock, path: Path, what: str) -> None:
                 log.info("waiting for %s, which makes %s%s", who, what, advice(lock, who))
                 told = who
             patience = LOOK
+            if meanwhile:
+                meanwhile()
 
 
 def advice(lock: BaseFileLock, who: Holder | str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from fp4dit.store import read_manifest
 
 KEY = re.compile(r"[0-9a-f]{16}")
+PASSING = re.compile(r"(\d{5}\.)?lock(\.json)?|draft\.json")
 ABANDONED = 3600.0  # seconds after which nobody is still writing a small file
 
 
@@ -65,5 +66,5 @@ def leftovers(root: Path) -> Iterator[tuple[Path, str]]:
     yield from ((path, "") for path in root.glob(".*.part") if time.time() - path.stat().st_mtime > ABANDONED)
     for path in root.glob("[!.]*/*"):
         key, _, rest = path.name.partition(".")
-        if path.is_file() and KEY.fullmatch(key) and rest in ("lock", "lock.json", "draft.json"):
+        if path.is_file() and KEY.fullmatch(key) and PASSING.fullmatch(rest):
             yield path, key

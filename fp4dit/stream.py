@@ -4,7 +4,7 @@ To reconstruct unit k one needs its input in the quantized model and its answer 
 models are advanced side by side, unit by unit, over all calibration calls: two passes in all, whatever the depth.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -67,16 +67,22 @@ def count(columns: Columns) -> int:
 
 @torch.no_grad()
 def advance(
-    module: nn.Module, unit: Unit, columns: Columns, size: int, device: torch.device | str, room: Room | None = None
+    module: nn.Module,
+    unit: Unit,
+    columns: Columns,
+    size: int,
+    device: torch.device | str,
+    room: Room | None = None,
+    watch: Callable[[range], Iterable[int]] = iter,
 ) -> dict[str, Column]:
-    """The answers of `module` for every row, `size` rows at a time, on the CPU or in files.
+    """The answers of `module` for every row, `size` rows at a time, on the CPU or in files. `watch` may show progress.
 
     Raises:
         UserError: if one is no number.
     """
     room, total = room or Room(), count(columns)
     made: dict[str, Tensor | OnDisk] = {}
-    for start in range(0, total, size):
+    for start in watch(range(0, total, size)):
         index = slice(start, start + size)
         call = unit.call(on(device, unit.rows(columns, index)))
         for name, answer in zip(unit.answer, answers(call(module)), strict=True):

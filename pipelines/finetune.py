@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from fp4dit import policy
-from fp4dit.columns import Room
+from fp4dit.columns import Room, Some
 from fp4dit.estimate import Cost, Estimator
 from fp4dit.examples import Examples
 from fp4dit.histograms import originals
@@ -51,7 +53,8 @@ class Finetune:
         original.to(runtime.device)
         teacher = Whole(original)
         unit = teacher.unit(list(columns))
-        target = advance(teacher, unit, columns, size, runtime.device, room)
+        watch = partial(runtime.watched, "finetune: what the original answers")
+        target = advance(teacher, unit, columns, size, runtime.device, room, watch)
 
         pipeline = self.model.load()
         pipeline.to(runtime.device)
@@ -60,9 +63,9 @@ class Finetune:
         before = originals(policy.layers(original.dit))
         layers = {name: layer for name, layer in pipeline.dit.named_modules() if isinstance(layer, QuantLayer)}
         student = Whole(pipeline)
-        error = lambda: relative_error(
-            advance(student.to(runtime.device), unit, columns, size, runtime.device, room), target, held_out
-        )
+        asked, wanted = ({name: Some(c, held_out) for name, c in some.items()} for some in (columns, target))
+        answer = lambda: advance(student.to(runtime.device), unit, asked, size, runtime.device, room)
+        error = lambda: relative_error(answer(), wanted, torch.arange(len(held_out)))
         start = error()
         for name, layer in layers.items():
             reopen_(layer, before[whole(name)])

@@ -75,7 +75,8 @@ class Progress(ProgressBar):
         self.begin(sum(trainer.num_predict_batches))
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.advance(self.done + 1)
+        given = getattr(trainer.predict_dataloaders, "dataset", None)
+        self.advance(getattr(given, "passed", self.done) + 1)  # of parts that others make too, those before this one
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.end()

@@ -1,15 +1,19 @@
 """What a stage is given to run with, and what cannot change its result: devices, and where progress is shown."""
 
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from lightning import Trainer
 
+    from pipelines.progress import Progress
+
+T = TypeVar("T")
 
 # Lightning's remarks on what is done here on purpose, and on its own use of torch.
 QUIET = (
@@ -17,7 +21,13 @@ QUIET = (
     ".*isinstance\\(treespec.*",
     ".*in eval mode at the start.*",
     ".*predict returned None.*",
+    ".*has `__len__` defined.*",
 )
+
+
+def is_first() -> bool:
+    """Whether this process is the only one of its job, or the first of those that SLURM started on its nodes."""
+    return os.environ.get("SLURM_PROCID", "0") == "0"
 
 
 @dataclass
@@ -46,18 +56,16 @@ class Runtime:
         from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
         from pipelines.memory import ReturnMemory
-        from pipelines.progress import Progress
 
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no "GPU available: False" per fit
         for noise in QUIET:
             warnings.filterwarnings("ignore", noise)
-        shown = ("bar" if sys.stderr.isatty() else "lines") if self.progress == "auto" else self.progress
         quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
         callbacks = [*kw.pop("callbacks", []), ReturnMemory()]
-        if shown == "none":
+        if self.shown == "none":
             quiet["enable_progress_bar"] = False
         else:
-            callbacks.append(Progress(f"{self.job}  {label}" if self.job else label, shown == "bar", self.clock))
+            callbacks.append(self.counter(label))
         if kw.get("devices") == 1:  # then nothing is to be spawned, for what a process learns is gone with it
             kw.setdefault("strategy", "auto")
         if SLURMEnvironment.detect():  # which would take each spawned process for the one that srun started
@@ -65,6 +73,26 @@ class Runtime:
         if "max_steps" in kw:
             kw.setdefault("max_epochs", -1)
         return lightning.Trainer(**{**quiet, **self.devices, **kw}, callbacks=callbacks)
+
+    @property
+    def shown(self) -> str:
+        return ("bar" if sys.stderr.isatty() else "lines") if self.progress == "auto" else self.progress
+
+    def counter(self, label: str) -> "Progress":
+        from pipelines.progress import Progress
+
+        return Progress(f"{self.job}  {label}" if self.job else label, self.shown == "bar", self.clock)
+
+    def watched(self, label: str, steps: Sequence[T]) -> Iterator[T]:
+        """The same steps, with their progress shown under `label`."""
+        counter = self.counter(label)
+        if self.shown == "none":
+            counter.disable()
+        counter.begin(len(steps))
+        for done, step in enumerate(steps, 1):
+            yield step
+            counter.advance(done)
+        counter.end()
 
     @property
     def device(self) -> Any:

@@ -4,12 +4,11 @@ import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule
-from torch.utils.data import DataLoader
 
 from fp4dit import histograms, policy, reconstruction, scores
 from fp4dit.columns import Room
@@ -24,14 +23,16 @@ from fp4dit.prompts import Prompts, texts
 from fp4dit.ranges import whole
 from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, load_weights_, split
 from fp4dit.resources import hide_loading_bars
+from fp4dit.tasks import capture, generate, score
 from fp4dit.tasks.activate import Measure, Observe, load_scales_, save_scales
-from fp4dit.tasks.capture import Alteration, CaptureTask, as_heard, chunked
+from fp4dit.tasks.capture import Alteration, CaptureTask, Chunk, as_heard, chunked
 from fp4dit.tasks.generate import GenerateTask
 from fp4dit.tasks.histograms import Watch
 from fp4dit.tasks.reconstruct import Fit
-from fp4dit.tasks.score import ScoreTask, gathered, shards
+from fp4dit.tasks.score import ScoreTask, Shard, gathered, shards
 from fp4dit.training.layer import TrainRule, load_trained_
 from pipelines.objective import COSTS
+from pipelines.parted import Parted, one_by_one
 from pipelines.runtime import Runtime
 
 hide_loading_bars()  # a stage has a progress of its own to show
@@ -83,8 +84,11 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Capture:
+class Capture(Parted):
     """The calls that the transformer gets while the sampler runs."""
+
+    label = "capture"
+    folder = "calls"
 
     model: Source
     calibration: Calibration
@@ -98,11 +102,15 @@ class Capture:
     def check(self) -> None:
         self.model.check(self.calibration.drawn)
 
-    def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+    def items(self, needs: Mapping[str, Path]) -> list[Chunk]:
+        return chunked(self.calibration.drawn, self.calibration.chunk, self.calibration.seed)
+
+    def files(self, item: Chunk, folder: Path) -> list[Path]:
+        return capture.files(folder, item)
+
+    def task(self, needs: Mapping[str, Path], folder: Path) -> LightningModule:
         c = self.calibration
-        (out / "calls").mkdir(exist_ok=True)
-        task = CaptureTask(self.model.load(), out / "calls", c.steps, c.guidance, c.alter, c.kept)
-        predict(runtime, "capture", task, chunked(c.drawn, c.chunk, c.seed))
+        return CaptureTask(self.model.load(), folder, c.steps, c.guidance, c.alter, c.kept)
 
 
 @dataclass(frozen=True)
@@ -225,9 +233,12 @@ class Histograms:
 
 
 @dataclass(frozen=True)
-class Generate:
+class Generate(Parted):
     """One image per prompt. Without rules for the weights it is the full-precision reference, or what a transformer
     draws that was trained anew, in few bits as `linear` says."""
+
+    label = "generate"
+    folder = "images"
 
     model: Source
     weight: Sequence[Rule]
@@ -245,49 +256,67 @@ class Generate:
     def check(self) -> None:
         self.model.check(texts(self.prompts(self.count)))
 
-    def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        g, pipeline, prompts = self.generation, self.model.load(), self.prompts(self.count)
+    def items(self, needs: Mapping[str, Path]) -> list[Chunk]:
+        return chunked(texts(self.prompts(self.count)), self.generation.chunk, self.generation.seed)
+
+    def files(self, item: Chunk, folder: Path) -> list[Path]:
+        return generate.files(folder, item)
+
+    def task(self, needs: Mapping[str, Path], folder: Path) -> LightningModule:
+        pipeline = self.model.load()
         if "trained" in needs:
             load_trained_(pipeline.dit, needs["trained"] / "transformer.safetensors", self.linear)
-        elif "weights" not in needs:
-            size = policy.checkpoint_bytes(pipeline.dit, [])
-            work = bit_operations(self.model.skeleton(), [], [])
-            found = {"bits_weight": 16, "bits_activation": 16, "checkpoint_bytes": size, "bit_operations": work}
-            write_json(out / "audit.json", found)
-        else:
+        elif "weights" in needs:
             activations, _ = load_weights_(pipeline, self.weight, self.activation, needs["weights"] / "units")
             load_scales_(activations, needs["activations"] / "scales.safetensors")
-        (out / "images").mkdir(exist_ok=True)
-        chunks = chunked(texts(prompts), g.chunk, g.seed)
-        predict(runtime, "generate", GenerateTask(pipeline, out / "images", g.steps, g.guidance), chunks)
-        seeds = [seed for chunk in chunks for seed in chunk.seeds]
+        return GenerateTask(pipeline, folder, self.generation.steps, self.generation.guidance)
+
+    def finish(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        if not {"trained", "weights"} & needs.keys():
+            skeleton = self.model.skeleton()
+            size, work = policy.checkpoint_bytes(skeleton.dit, []), bit_operations(skeleton, [], [])
+            found = {"bits_weight": 16, "bits_activation": 16, "checkpoint_bytes": size, "bit_operations": work}
+            write_json(out / "audit.json", found)
+        seeds = [seed for chunk in self.items(needs) for seed in chunk.seeds]
         drawn = [
             {"prompt": prompt.text, "seed": seed} | ({"group": prompt.group} if prompt.group else {})
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            for prompt, seed in zip(self.prompts(self.count), seeds, strict=True)
         ]
         write_json(out / "images.json", drawn)
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Parted):
     """Every metric of every image, or of all, and what the weights and activations cost."""
+
+    label = "score"
+    folder = "shards"
 
     metrics: Mapping[str, Callable[[], PerImage | PerSet]]
 
-    def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
-        drawn = read_json(needs["images"] / "images.json")
+    def items(self, needs: Mapping[str, Path]) -> list[Shard]:
+        prompts = [entry["prompt"] for entry in read_json(needs["images"] / "images.json")]
+        return shards(needs["images"] / "images", needs["reference"] / "images", prompts)
+
+    def files(self, item: Shard, folder: Path) -> list[Path]:
+        return score.files(folder, item)
+
+    @cached_property
+    def made(self) -> dict[str, PerImage | PerSet]:
+        return {name: make() for name, make in self.metrics.items()}
+
+    def asked(self, needs: Mapping[str, Path]) -> dict[str, PerImage | PerSet]:
+        """Images are not compared with themselves."""
         itself = needs["images"] == needs["reference"]
-        made = {name: make() for name, make in self.metrics.items()}
-        asked = {name: metric for name, metric in made.items() if not (itself and metric.compares)}
-        (out / "shards").mkdir(exist_ok=True)
-        prompts = [entry["prompt"] for entry in drawn]
-        parts = shards(needs["images"] / "images", needs["reference"] / "images", prompts)
-        task = ScoreTask(*scores.split(asked), out / "shards")
-        predict(runtime, "score", task, parts)
-        write_json(
-            out / "metrics.json",
-            {**scores.report(asked, gathered(out / "shards", runtime.device), drawn), "scalars": costs(needs)},
-        )
+        return {name: metric for name, metric in self.made.items() if not (itself and metric.compares)}
+
+    def task(self, needs: Mapping[str, Path], folder: Path) -> LightningModule:
+        return ScoreTask(*scores.split(self.asked(needs)), folder)
+
+    def finish(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        drawn, found = read_json(needs["images"] / "images.json"), gathered(out / self.folder, runtime.device)
+        told = scores.report(self.asked(needs), found, drawn)
+        write_json(out / "metrics.json", {**told, "scalars": costs(needs)})
 
 
 def costs(needs: Mapping[str, Path]) -> Mapping[str, int | float]:
@@ -300,22 +329,6 @@ def costs(needs: Mapping[str, Path]) -> Mapping[str, int | float]:
     return {name: found[name] for name in COSTS if name in found} | (
         {"calibration_seconds": sum(seconds)} if seconds else {}
     )
-
-
-def predict(runtime: Runtime, label: str, task: LightningModule, parts: Sequence[Any]) -> None:
-    """Each part on one of the devices, of which no more are used than there are parts."""
-    devices = runtime.devices.get("devices")
-    fewer = {"devices": len(parts)} if isinstance(devices, int) and devices > len(parts) else {}
-    runtime.trainer(label, **fewer).predict(task, one_by_one(parts), return_predictions=False)
-
-
-def one_by_one(items: Any) -> DataLoader:
-    """What is in `items`, a sequence or a Dataset, one at a time."""
-    return DataLoader(items, batch_size=None, collate_fn=as_it_is)
-
-
-def as_it_is(item: Any) -> Any:  # by name, for a process that is spawned to know it
-    return item
 
 
 def read_json(path: Path) -> Any:

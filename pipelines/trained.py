@@ -13,8 +13,9 @@ from fp4dit.models.shapes.data import Noise, SceneData, Scenes
 from fp4dit.resume import Keep, TensorIO
 from fp4dit.tasks.pretrain import OPTIMIZERS, DenoisingTask
 from fp4dit.training.layer import TrainRule, save_weights
+from pipelines.parted import one_by_one
 from pipelines.runtime import Runtime
-from pipelines.stages import one_by_one, write_json
+from pipelines.stages import write_json
 from pipelines.training import Losses, Pace
 
 

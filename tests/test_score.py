@@ -16,8 +16,8 @@ from fp4dit.metrics.psnr import Psnr
 from fp4dit.metrics.ssim import Ssim
 from fp4dit.tasks import score
 from fp4dit.tasks.score import ScoreTask, gathered, shards
+from pipelines.parted import Parts, one_by_one
 from pipelines.runtime import Runtime
-from pipelines.stages import one_by_one
 
 COUNT = 70  # more than a shard
 
@@ -61,7 +61,8 @@ def copied(folders, tmp_path) -> tuple[Path, Path]:
 def run(metrics, folders, out: Path, prompts: int = COUNT, **devices) -> dict[str, torch.Tensor]:
     out.mkdir(exist_ok=True)
     task = ScoreTask(*scores.split(metrics), out)
-    parts = shards(*folders, [f"prompt {i}" for i in range(prompts)])
+    items = shards(*folders, [f"prompt {i}" for i in range(prompts)])
+    parts = Parts(items, [score.files(out, shard) for shard in items], out, "", patient=True)
     runtime = Runtime({"accelerator": "cpu", "devices": 1, **devices}, "none")
     runtime.trainer("score").predict(task, one_by_one(parts), return_predictions=False)
     return gathered(out)

@@ -12,8 +12,10 @@ from fp4dit.calls import Call
 from fp4dit.models.pixart import PixArtPipeline
 from fp4dit.reconstruction import Reconstruction, load_calls, load_steps, split
 from fp4dit.stream import advance, answers, relative_error, rows
+from fp4dit.tasks import capture
 from fp4dit.tasks.capture import CaptureTask, Chunk, chunked, noise_at_index
 from fp4dit.tasks.reconstruct import Rounded
+from pipelines.parted import Parts, one_by_one
 from tests import tiny
 
 
@@ -182,7 +184,9 @@ def test_capture_resumes_at_the_chunk(captured: tuple[Path, list[int]], pipeline
     assert [file.name for file in files] == ["00000.safetensors", "00002.safetensors"]
     files[1].unlink()
     seen.clear()
-    tiny.trainer()().predict(CaptureTask(pipeline, folder, 3, 4.5), tiny.one_by_one(chunked(tiny.PROMPTS, 2, seed=5)))
+    chunks = chunked(tiny.PROMPTS, 2, seed=5)
+    parts = Parts(chunks, [capture.files(folder, chunk) for chunk in chunks], folder, "", patient=True)
+    tiny.trainer()().predict(CaptureTask(pipeline, folder, 3, 4.5), one_by_one(parts))
     assert sum(seen) == 2 * 3 * 2
     assert [file.read_bytes() for file in files] == before
 

@@ -59,9 +59,13 @@ def noise_at_index(states: Sequence[State], chunk: Chunk) -> Sequence[State]:
     return altered
 
 
+def files(out: Path, chunk: Chunk) -> list[Path]:
+    return [out / f"{chunk.first:05}.safetensors"]
+
+
 class CaptureTask(L.LightningModule):
-    """One file per chunk under `out`; a file that is there is not made again. What is written may be altered, and is of
-    `kept` steps, evenly spread from the first to the last, or of all."""
+    """One file per chunk under `out`. What is written may be altered, and is of `kept` steps, evenly spread from the
+    first to the last, or of all."""
 
     def __init__(
         self,
@@ -77,9 +81,7 @@ class CaptureTask(L.LightningModule):
         self.pipeline, self.out, self.steps, self.guidance, self.alter = pipeline, out, steps, guidance, alter
 
     def predict_step(self, chunk: Chunk) -> None:
-        path = self.out / f"{chunk.first:05}.safetensors"
-        if path.exists():
-            return
+        [path] = files(self.out, chunk)
         self.pipeline.to(self.device)
         with guarded(self.pipeline.dit), calls.listen(self.pipeline.dit) as made:
             self.pipeline.sample(chunk.prompts, chunk.seeds, self.steps, self.guidance)

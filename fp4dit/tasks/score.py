@@ -67,9 +67,12 @@ def same_sized(found: Sequence[Tensor], count: int) -> tuple[Images, Images]:
     return torch.stack(list(found[:count])), torch.stack(list(found[count:]))
 
 
+def files(out: Path, shard: Shard) -> list[Path]:
+    return [out / f"{shard.first:05}.safetensors"]
+
+
 class ScoreTask(L.LightningModule):
-    """Writes for each shard what every metric says of its images, and the features that metrics of the set read; a
-    shard that is there is not scored again."""
+    """Writes for each shard what every metric says of its images, and the features that metrics of the set read."""
 
     def __init__(self, per_image: Mapping[str, PerImage], per_set: Mapping[str, PerSet], out: Path) -> None:
         super().__init__()
@@ -79,9 +82,7 @@ class ScoreTask(L.LightningModule):
         self.out = out
 
     def predict_step(self, shard: Shard) -> None:
-        path = self.out / f"{shard.first:05}.safetensors"
-        if path.exists():
-            return
+        [path] = files(self.out, shard)
         found: dict[str, list[Tensor]] = {}
         for images, reference, prompts in shard.batches():
             for name, value in self.said(images.to(self.device), reference.to(self.device), prompts):

@@ -1,14 +1,18 @@
 """Stages for drills, and what has to hold of a store whatever happened to it."""
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import lightning as L
+
 from fp4dit.store import Store, whole
 from fp4dit.stored import contents
+from pipelines.parted import Parted
 from pipelines.runtime import Runtime
 
 
@@ -29,6 +33,42 @@ class Units:
                 data = hashlib.sha512(b"%d %d " % (self.seed, i) + before).digest() * 400
                 with whole(path) as part:
                     part.write_bytes(data)
+
+
+@dataclass(frozen=True)
+class Shared(Parted):
+    """The same of `count` parts, which several processes may make."""
+
+    seed: int
+    count: int
+    label = "drill"
+    folder = "units"
+
+    def items(self, needs: Mapping[str, Path]) -> list[int]:
+        return list(range(self.count))
+
+    def files(self, item: int, folder: Path) -> list[Path]:
+        return [folder / f"{item:03}.bin"]
+
+    def task(self, needs: Mapping[str, Path], folder: Path) -> L.LightningModule:
+        return Write(self, b"%d " % self.seed + b"".join(read(needs[role]) for role in sorted(needs)), folder)
+
+    def finish(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        (out / "found.json").write_text(json.dumps(len(list((out / self.folder).glob("*.bin")))))
+
+
+class Write(L.LightningModule):
+    def __init__(self, stage: Shared, before: bytes, folder: Path) -> None:
+        super().__init__()
+        self.stage, self.before, self.folder = stage, before, folder
+
+    def predict_step(self, item: int) -> None:
+        time.sleep(float(os.environ.get("DRILL_SECONDS", "0.01")))
+        [path] = self.stage.files(item, self.folder)
+        with whole(path) as part:
+            part.write_bytes(hashlib.sha512(b"%d " % item + self.before).digest() * 400)
+        name = self.folder.parent.name.partition(".")[0]
+        say(f"{os.environ.get('SLURM_PROCID', os.getpid())} {name}/{item}\n")
 
 
 def say(line: str) -> None:

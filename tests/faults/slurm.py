@@ -25,20 +25,16 @@ def state(name: str) -> Path:
 
 
 def sbatch(script: str) -> None:
-    text = Path(script).read_text()
-    state("script").write_text(text)
-    array = re.search(r"--array=0-(\d+)", text)
-    assert array
+    state("script").write_text(Path(script).read_text())
     with open(state("log"), "a") as log:
-        for task in range(int(array[1]) + 1):
+        for task in range(asked("array") + 1):
             subprocess.Popen([sys.executable, __file__, "node", script, str(task)], stdout=log, stderr=log)
     print(f"Submitted batch job {ARRAY}")
 
 
 def node(script: str, task: str) -> None:
     time.sleep(0.5)  # by then the launcher has put the job where it is looked for
-    ids = {"SLURM_JOB_ID": f"10{task}", "SLURM_ARRAY_JOB_ID": ARRAY, "SLURM_ARRAY_TASK_ID": task, "SLURM_NTASKS": "1"}
-    ids |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    ids = {"SLURM_JOB_ID": f"10{task}", "SLURM_ARRAY_JOB_ID": ARRAY, "SLURM_ARRAY_TASK_ID": task}
     queued = True
     while queued:
         subprocess.run(["bash", script], env=os.environ | ids)
@@ -47,15 +43,24 @@ def node(script: str, task: str) -> None:
 
 
 def srun(*arguments: str) -> None:
-    """Becomes the command, with its output in files."""
+    """Runs the command once on each node, with its output in files."""
     unbuffered, out, path, err, error, *command = arguments
     assert (unbuffered, out, err) == ("--unbuffered", "--output", "--error")
-    job = f"{ARRAY}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    for number, name in ((1, path), (2, error)):
-        file = Path(name.replace("%A_%a", job).replace("%t", "0"))
-        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
-    state(f"pid_{job}").write_text(str(os.getpid()))
-    os.execvp(command[0], command)
+    job, nodes = f"{ARRAY}_{os.environ['SLURM_ARRAY_TASK_ID']}", asked("nodes")
+    running = []
+    for rank in map(str, range(nodes)):
+        ids = {"SLURM_NTASKS": str(nodes), "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_LOCALID": "0"}
+        ids |= {"SLURM_NODEID": rank, "SLURM_PROCID": rank}
+        out, err = (open(name.replace("%A_%a", job).replace("%t", rank), "a") for name in (path, error))  # noqa: SIM115
+        running.append(subprocess.Popen(command, env=os.environ | ids, stdout=out, stderr=err))
+    state(f"pid_{job}").write_text(str(running[0].pid))
+    sys.exit(max(abs(task.wait()) for task in running))
+
+
+def asked(option: str) -> int:
+    found = re.search(rf"--{option}=(?:0-)?(\d+)", state("script").read_text())
+    assert found
+    return int(found[1])
 
 
 def scontrol(verb: str, job: str) -> None:

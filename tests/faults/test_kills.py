@@ -29,7 +29,7 @@ def test_kills_at_random_moments_lose_nothing_finished(steps: Plan, tmp_path: Pa
     start = time.monotonic()
     expected = undisturbed(planned, tmp_path / "undisturbed")
     longest, kills, whole_runs, known = time.monotonic() - start, 0, 0, {}
-    while kills < (400 if LONG else 25):
+    while kills < (400 if LONG else 25) or whole_runs < 2:
         pid = forked(planned, root)
         time.sleep(rng.uniform(0, longest / 3))
         os.kill(pid, signal.SIGKILL)
@@ -40,7 +40,6 @@ def test_kills_at_random_moments_lose_nothing_finished(steps: Plan, tmp_path: Pa
             assert results(root) == expected
             shutil.rmtree(root)
             known, whole_runs = {}, whole_runs + 1
-    assert whole_runs > 1
     assert undisturbed(planned, root) == expected
     check(root, known)
     assert not list(root.glob("*/*.draft*"))
@@ -89,6 +88,33 @@ def test_jobs_that_want_the_same_make_it_once_and_replace_who_is_killed(
     }
     check(root, {})
     assert not list(root.glob("*/*.json"))  # that of a holder
+
+
+def test_jobs_that_want_the_same_share_its_parts_whoever_is_killed(
+    steps: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Four of them, of which one is killed at a random moment: nothing that is finished is made again."""
+    shared, rng = "stages=shared", random.Random(0)
+    expected = undisturbed(steps(shared), tmp_path / "undisturbed")
+    monkeypatch.setenv("DRILL_SECONDS", "0.02")
+    for attempt in range(100 if LONG else 4):
+        root, log = tmp_path / str(attempt), tmp_path / f"{attempt}.txt"
+        monkeypatch.setenv("DRILL_LOG", str(log))
+        jobs = [forked(steps(shared), root) for _ in range(4)]
+        time.sleep(rng.uniform(0.1, 0.8))
+        killed = rng.choice(jobs)
+        os.kill(killed, signal.SIGKILL)
+        known = check(root, {})
+        codes = {pid: os.waitpid(pid, 0)[1] for pid in jobs}
+        assert {pid for pid, code in codes.items() if code} <= {killed}
+        check(root, known)
+        assert results(root) == expected
+        made = [line.split() for line in log.read_text().splitlines() if "/" in line]
+        names = [name for _, name in made]
+        assert len(set(names)) == 24
+        assert len(names) - len(set(names)) <= 1  # which was made, but not said, when its maker was killed
+        assert len({pid for pid, _ in made}) > 1
+        assert len(list(root.glob("*/*.000*.lock"))) <= 1  # of the one killed
 
 
 @pytest.mark.parametrize("times", [1, *([2] if LONG else [])])
