@@ -95,8 +95,9 @@ def advance(
     return {**made}
 
 
-def relative_error(answer: Columns, target: Columns, index: Int[Tensor, "n"], size: int = 64) -> float:
-    """|answer - target|^2 / |target|^2 over the given rows, in fp64."""
+def relative_error(answer: Columns, target: Columns, index: Int[Tensor, "n"] | None = None, size: int = 64) -> float:
+    """|answer - target|^2 / |target|^2 over the given rows, or all, in fp64."""
+    index = torch.arange(count(target)) if index is None else index
     noise = signal = 0.0
     for name, value in target.items():
         for some in index.split(size):

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from fp4dit import policy
 from fp4dit.columns import Room, Some
 from fp4dit.estimate import Cost, Estimator
@@ -65,7 +63,7 @@ class Finetune:
         student = Whole(pipeline)
         asked, wanted = ({name: Some(c, held_out) for name, c in some.items()} for some in (columns, target))
         answer = lambda: advance(student.to(runtime.device), unit, asked, size, runtime.device, room)
-        error = lambda: relative_error(answer(), wanted, torch.arange(len(held_out)))
+        error = lambda: relative_error(answer(), wanted)
         start = error()
         for name, layer in layers.items():
             reopen_(layer, before[whole(name)])

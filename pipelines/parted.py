@@ -30,18 +30,21 @@ class Parts(IterableDataset[Any]):
     patient: bool
     passed: int = 0
 
-    def __len__(self) -> int:  # else Lightning asks for the next one before this one is made
-        return len(self.items)
+    def __len__(self) -> int:
+        """One too many: without a length Lightning asks for the next one before this one is made, and with the right
+        one it does not come back after the last, whose lock would stay."""
+        return len(self.items) + 1
 
     def __iter__(self) -> Iterator[Any]:
         for patient in (False, True)[: 1 + self.patient]:
             for number, item in enumerate(self.items):
                 if self.lacks(number):
                     with locked(self.lock(number), self.name(number), self.job, patient=patient) as mine:
-                        if mine and self.lacks(number):
+                        if not mine:
+                            continue
+                        if self.lacks(number):
                             yield item
-                        if mine:
-                            self.lock(number).unlink(missing_ok=True)
+                        self.lock(number).unlink(missing_ok=True)
                 self.passed = max(self.passed, number + 1)
 
     def lacks(self, number: int) -> bool:
@@ -53,12 +56,12 @@ class Parts(IterableDataset[Any]):
         return lock(self.stage.with_name(f"{self.stage.name}.{number:05}"))
 
     def name(self, number: int) -> str:
-        return f"part {number + 1} of {len(self)} of {self.stage.parent.name}/{self.stage.name}"
+        return f"part {number + 1} of {len(self.items)} of {self.stage.parent.name}/{self.stage.name}"
 
     @property
     def open(self) -> int:
         """How many there are to make, of which others have taken none."""
-        return sum(self.lacks(i) and (self.patient or not held(self.lock(i))) for i in range(len(self)))
+        return sum(self.lacks(i) and (self.patient or not held(self.lock(i))) for i in range(len(self.items)))
 
 
 class Parted(Protocol):

@@ -7,6 +7,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from pipelines.parted import Parts
 from pipelines.runtime import Clock
 
 EVERY = 10.0  # seconds between lines
@@ -16,6 +17,12 @@ def span(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def parts_of(trainer: Trainer) -> Parts | None:
+    """What is predicted, if it is of parts of which others make some."""
+    given = getattr(trainer.predict_dataloaders, "dataset", None)
+    return given if isinstance(given, Parts) else None
 
 
 class Progress(ProgressBar):
@@ -72,11 +79,12 @@ class Progress(ProgressBar):
         self.end()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.begin(sum(trainer.num_predict_batches))
+        parts = parts_of(trainer)
+        self.begin(len(parts.items) if parts else sum(trainer.num_predict_batches))
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        given = getattr(trainer.predict_dataloaders, "dataset", None)
-        self.advance(getattr(given, "passed", self.done) + 1)  # of parts that others make too, those before this one
+        parts = parts_of(trainer)
+        self.advance((parts.passed if parts else self.done) + 1)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.end()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jaxtyping
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -20,6 +21,7 @@ from pipelines.resolvers import CONF, register
 settings.register_profile("untimed", deadline=None)  # how long an example takes is no matter of right or wrong
 settings.load_profile("untimed")
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+
 TOY = ["stages=toy", f"hydra.searchpath=[file://{Path(__file__).parent}/conf]"]
 
 if TYPE_CHECKING:
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
 Compose = Callable[..., DictConfig]
 Run = Callable[..., int]
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Shapes are checked at every call, which takes long where whole models run; others check the same functions."""
+    jaxtyping.config.update("jaxtyping_disable", item.get_closest_marker("unchecked") is not None)
 
 
 @pytest.fixture

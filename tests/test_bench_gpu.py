@@ -9,6 +9,8 @@ import torch
 from benchmarks import published
 from benchmarks.gpu import Scale, main
 
+pytestmark = pytest.mark.unchecked
+
 ASKED = {"prompts": 3, "held_out": 1, "sampler": 2, "steps": 40, "batch": 2}
 MEASURED = {"chunk": 2, "measured_prompts": 1, "measured_steps": 4, "step": (128, 16, 2), "dtype": torch.float32}
 PIXART = {"num_attention_heads": 2, "attention_head_dim": 64, "cross_attention_dim": 128, "caption_channels": 64}

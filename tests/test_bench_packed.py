@@ -15,6 +15,8 @@ from benchmarks.timing import in_turn
 from fp4dit.packed.matmul import Dequantize
 from fp4dit.packed.speeds import Speed, device_name
 
+pytestmark = pytest.mark.unchecked
+
 CPU = torch.device("cpu")
 TINY = {"num_attention_heads": 2, "attention_head_dim": 64, "cross_attention_dim": 128, "caption_channels": 128}
 SIZES = Sizes([(24, 128)], (3,), (torch.bfloat16,), repeats=1, calls=2)

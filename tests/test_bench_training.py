@@ -8,6 +8,8 @@ import torch
 from benchmarks import training
 from benchmarks.training import PLAIN, RECIPES, Sizes, main
 
+pytestmark = pytest.mark.unchecked
+
 
 def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(training, "RECIPES", {name: RECIPES[name] for name in ("Quartet", "MXFP8")})

@@ -36,6 +36,7 @@ SEARCH = OutputSearch(Linear(count=60), rounds=1, tokens=64)
     ],
     ids=["rounded", "learnt", "second order", "weighed", "search", "layerwise"],
 )
+@pytest.mark.unchecked
 def test_reconstruction_takes_the_operations_that_are_estimated(
     pipeline: PixArtPipeline, pixart_folder: Path, tmp_path: Path, fit: Fit
 ):

@@ -222,6 +222,7 @@ def test_a_tiny_replica_has_the_structure_of_the_whole(model: str):
     assert sum(p.numel() for p in replica.parameters()) < 1e6
 
 
+@pytest.mark.unchecked
 def test_a_fine_tune_is_quantized_to_the_same_bits_described_or_not(tmp_path: Path):
     tiny.save(tmp_path / "before")
     pipe: Any = PixArtSigmaPipeline.from_pretrained(tmp_path / "before")

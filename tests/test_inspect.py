@@ -39,6 +39,7 @@ def config_only(folder: Path, model: str, pipeline: str) -> str:
         ("hunyuan", "HunyuanDiTPipeline", "459 of 472", "blocks.21-39"),
     ],
 )
+@pytest.mark.unchecked
 def test_a_published_models_config_is_enough(
     run: Run, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch, model: str, pipeline: str, line: str, block: str
 ):
@@ -53,6 +54,7 @@ def test_a_published_models_config_is_enough(
     assert "warning:" not in shown.err
 
 
+@pytest.mark.unchecked
 def test_everything_is_shown_and_nothing_made(run: Run, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Machine, "here", lambda *_: Machine(CPU, 1e11, 8 << 30, 1 << 30, None))
     assert run("activation=int8_static", main=pipelines.inspect.main) == 0
@@ -104,6 +106,7 @@ def test_help_names_the_one_option_of_its_own(run: Run, capfd):
 
 
 @pytest.mark.parametrize("activation", ["e3m4_token", "int8_static", "mxfp4"])
+@pytest.mark.unchecked
 def test_bits_are_those_that_the_run_reports(composed: Compose, run: Run, tmp_path: Path, capfd, activation: str):
     given = [*FEW, "rounding=nearest", f"activation={activation}", "prompts.count=1", "metrics=paired"]
     stage = plan(composed(*given))["generate"].make()
@@ -157,6 +160,7 @@ def test_what_does_not_fit_is_said(host: int, disk: int, own: int | None, budget
     assert all(part in text for part, text in zip(expected, found, strict=True))
 
 
+@pytest.mark.unchecked
 def test_warnings_come_on_stderr(run: Run, capfd, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Machine, "here", lambda *_: Machine(CPU, 1e11, 10**7, 10**6, None))
     assert run("trainer=gpu" if not torch.cuda.is_available() else "trainer=cpu", main=pipelines.inspect.main) == 0

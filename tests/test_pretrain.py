@@ -36,6 +36,7 @@ def run(part, folder, steps, *overrides, batch=2, minutes=5):
     return tree.load(folder / part / "last.safetensors")
 
 
+@pytest.mark.unchecked
 def test_a_training_is_kept_while_it_runs(tmp_path, monkeypatch):
     """Also where the task steps its optimizers itself."""
     kept = []
@@ -153,6 +154,7 @@ def test_the_transformer_trains_in_few_bits_with_the_same_seeds(tmp_path, linear
         assert (found[name] - plain[name]).abs().max() < 0.01
 
 
+@pytest.mark.unchecked
 def test_a_resumed_training_in_few_bits_draws_on(tmp_path, monkeypatch):
     passes = []
     monkeypatch.setattr(tasks, "resume_", lambda model, count: passes.append(count))

@@ -27,6 +27,7 @@ def test_they_are_16_bit_and_small():
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.unchecked
 def test_diffusers_loads_them_and_they_draw_what_they_are_told(dtype):
     pipe = PixArtSigmaPipeline.from_pretrained(SHIPPED, torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)

@@ -106,6 +106,7 @@ def test_the_loss_is_that_of_scenes_that_are_held_out_with_the_same_noise(tmp_pa
     assert first["step_seconds"] > 0
 
 
+@pytest.mark.unchecked
 def test_rows_share_what_they_are_compared_with_and_are_drawn_in_few_bits(tmp_path, monkeypatch):
     drawn: list[int] = []
     monkeypatch.setattr("fp4dit.training.layer.train_in_few_bits_", lambda dit, rules: drawn.append(len(rules)))
