@@ -5,6 +5,7 @@ a file system without such locks, filelock makes do with a file's existence: who
 too, who died on another is not, but named to those who wait, with the file that they may have to remove.
 """
 
+import errno
 import json
 import logging
 import os
@@ -58,9 +59,9 @@ def locked(
     """Waits until this process alone holds the lock of this name, says for whom, who makes `what`, and does what there
     is to do `meanwhile`. Who is not patient is told at once whether it is theirs."""
     lock = FileLock(path)
-    try:
-        wait(lock, path, what, meanwhile) if patient else lock.acquire(timeout=0)
-    except Timeout:
+    if patient:
+        wait(lock, path, what, meanwhile)
+    elif not taken(lock, 0.0):
         yield False
         return
     try:
@@ -76,18 +77,28 @@ def locked(
 
 def wait(lock: BaseFileLock, path: Path, what: str, meanwhile: Callable[[], None] | None = None) -> None:
     told, patience = None, 0.0
-    while True:
-        try:
-            lock.acquire(timeout=patience, poll_interval=POLL)
-            return
-        except Timeout:
-            who = holder(path) or ("another job" if patience else None)  # which may be about to say who it is
-            if who and who != told:
-                log.info("waiting for %s, which makes %s%s", who, what, advice(lock, who))
-                told = who
-            patience = LOOK
-            if meanwhile:
-                meanwhile()
+    while not taken(lock, patience):
+        who = holder(path) or ("another job" if patience else None)  # which may be about to say who it is
+        if who and who != told:
+            log.info("waiting for %s, which makes %s%s", who, what, advice(lock, who))
+            told = who
+        patience = LOOK
+        if meanwhile:
+            meanwhile()
+
+
+def taken(lock: BaseFileLock, patience: float) -> bool:
+    """Whether the lock is ours after so many seconds. On NFS the file of one that another machine has just removed is
+    stale: that one is nobody's, and the next attempt makes it anew."""
+    try:
+        lock.acquire(timeout=patience, poll_interval=POLL)
+    except Timeout:
+        return False
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        return False
+    return True
 
 
 def advice(lock: BaseFileLock, who: Holder | str) -> str:
@@ -102,9 +113,7 @@ def advice(lock: BaseFileLock, who: Holder | str) -> str:
 def free(path: Path) -> Iterator[bool]:
     """Whether nobody holds the lock of this name. If so nobody else does inside the block."""
     lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+    if not taken(lock, 0.0):
         yield False
         return
     try:

@@ -110,6 +110,27 @@ def test_who_waits_for_another_machine_without_locks_is_told_what_to_remove(
     assert not waiting.is_alive()
 
 
+def test_a_lock_that_another_machine_has_just_removed_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As NFS says of a file that is gone from the server while it is open here."""
+    flock, answers = fcntl.flock, iter([errno.ESTALE, errno.ESTALE])
+
+    def stale(*given: int) -> None:
+        if number := next(answers, None):
+            raise OSError(number, "Stale file handle")
+        flock(*given)
+
+    monkeypatch.setattr(fcntl, "flock", stale)
+    path = tmp_path / "abc.lock"
+    with free(path) as nobody:
+        assert not nobody
+    with locked(path, "capture/abc") as mine:
+        assert mine
+        with locked(path, "capture/abc", patient=False) as again:
+            assert not again
+
+
 def refuse(*_: object) -> None:
     raise OSError(errno.ENOSYS, "Function not implemented")
 
