@@ -4,6 +4,7 @@
 # make test-browser    look at a report in a headless Chromium, which is installed if need be (Debian, as root)
 # make check   lint, format and types
 # make drills  what tests/faults does in seconds, at length: kills, full disks, damaged files, 10,000 configurations
+# make audit   licences of all that is installed, and known vulnerabilities of it, for which PyPI is asked
 # make bench-gpu   measure models of published size on a GPU, with random weights; outputs/benchmarks
 # Each sets up .venv first if need be. PYTHON=/a/python chooses the interpreter, JOBS=4 how many jobs run side by side.
 
@@ -17,7 +18,7 @@ STAMP := .venv/installed
 # One thread for each job: spinning threads of two jobs on two cores slow both down many times over.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo table test test-browser check drills bench-gpu
+.PHONY: demo table test test-browser check drills audit bench-gpu
 .DEFAULT_GOAL := demo
 
 # The experiments named after a table, and the table. It is printed even if a job failed: it says what is missing.
@@ -45,6 +46,15 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# Permissive licences and MPL. NVIDIA's libraries, which torch brings, have its own, and torchao's metadata none (BSD-3-Clause).
+PERMISSIVE := MIT;Apache;BSD;Python Software Foundation;PSF;MPL;Mozilla;ISC
+audit: $(STAMP)
+	@test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit && .audit/bin/python -m pip install -q pip-audit==2.10.1 pip-licenses==5.5.5; }
+	@.audit/bin/pip-licenses --python $(BIN)/python --from=mixed --order=license --partial-match --allow-only="$(PERMISSIVE)" --ignore-packages \
+		fp4dit torchao $$($(BIN)/python -m pip list --format=freeze | sed -n 's/^\(nvidia-[^=]*\|cuda-[^=]*\)==.*/\1/p')
+	@.audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt || { \
+		echo "Above are vulnerabilities that are known, or why PyPI could not be asked for them: then nothing is known."; exit 1; }
 
 # With all cores: one process at a time is measured.
 bench-gpu: $(STAMP)

@@ -76,7 +76,7 @@ class WandbView:
             settings=wandb.Settings(
                 silent=True,
                 console="off",
-                init_timeout=30,
+                init_timeout=min(30.0, self.patience),
                 finish_timeout=self.patience,  # by default the job would wait until the server is back
                 finish_timeout_raises=True,
                 x_disable_stats=True,

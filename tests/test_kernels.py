@@ -16,21 +16,18 @@ from triton.compiler import ASTSource
 from fp4dit.formats import floating, integer
 from fp4dit.packed import kernels, programs
 
-CASES = Path(__file__).with_name("interpreted_kernels.py")
+CASES = sorted(Path(__file__).parent.glob("interpreted_*.py"))
 E2M1, E1M2, E3M0, INT4 = floating(2, 1), floating(1, 2), floating(3, 0), integer(4)
 
 
-def interpreted(cases: Path) -> None:
-    """In a process of its own: that kernels are interpreted is settled when they are defined."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+def test_what_they_compute():
+    """Those of training too, in a process of its own: that kernels are interpreted is settled when they are defined."""
+    assert len(CASES) == 2
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, CASES)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout
-
-
-def test_what_they_compute():
-    interpreted(CASES)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,18 @@
 """Each line of docs/security.md, but what test_archive.py, test_spec.py, test_separation.py and test_report.py hold."""
 
 import json
+import re
 import shutil
+import tomllib
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hydra.utils import instantiate
+from packaging.requirements import Requirement
 from safetensors.torch import load_file
 
 import pipelines.store
@@ -23,7 +27,7 @@ from fp4dit.stored import contents
 from pipelines.runtime import Runtime
 from pipelines.stages import Generate, Generation
 from pipelines.store import worded
-from tests.conftest import TOY, Run
+from tests.conftest import ROOT, TOY, Run
 from tests.test_end_to_end import CPU
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"  # of the form of a key of W&B
@@ -151,3 +155,17 @@ def test_no_prompt_names_a_file(pixart_folder: Path, tmp_path: Path):
     generate.run({}, out, Runtime(CPU, "none"))
     assert {path.name for path in (out / "images").iterdir()} == {"00000.png", "00001.png"}
     assert [path for path in tmp_path.rglob("*escaped*")] == []
+
+
+def test_every_bound_of_a_requirement_has_its_reason():
+    """Those of pyproject.toml, and what the Makefile and constraints.txt force on others."""
+    told = (ROOT / "docs" / "security.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = chain.from_iterable(project["project"]["optional-dependencies"].values())
+    given = [*project["build-system"]["requires"], *project["project"]["dependencies"], *extras]
+    bounded = [one for one in given if Requirement(one).specifier]
+    forced = re.findall(r"--no-deps (\S+==[\d.]+)", (ROOT / "Makefile").read_text())
+    assert len(bounded) >= 5
+    assert len(forced) == 1
+    assert [one for one in [*bounded, *forced] if f"`{one}`" not in told] == []
+    assert f"Python below {project['project']['requires-python'].partition('<')[2]}" in told

@@ -1,4 +1,4 @@
-"""Kernels of low-bit training: what they compute, in Triton's interpreter, what they compile to, and who multiplies."""
+"""Kernels of low-bit training: what they compile to, and who multiplies. What they compute, test_kernels.py asks."""
 
 import logging
 from pathlib import Path
@@ -14,14 +14,9 @@ from fp4dit.scales import AbsMax, Deviations
 from fp4dit.training import kernels, programs, scaled
 from fp4dit.training.product import product
 from fp4dit.training.projections import E2M1, Packed, Projected, Rounded, absmax, mxfp8, nvfp4, quest
-from tests.test_kernels import NOTHING, compiled, interpreted, spilled
+from tests.test_kernels import NOTHING, compiled, spilled
 
-CASES = Path(__file__).with_name("interpreted_training.py")
 RULES = [floor, ceil, even, nearest, below, Ceiling(), Ceiling(7.25 / 6)]
-
-
-def test_what_they_compute():
-    interpreted(CASES)
 
 
 @pytest.mark.parametrize("fmt", [E2M1, floating(4, 3, reserved=1), floating(2, 3)], ids=lambda f: f.name)

@@ -271,7 +271,7 @@ def test_an_account_that_does_not_work_harms_nothing(job, tmp_path: Path, caplog
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    view(tmp_path, mode="online").show(*job)
+    view(tmp_path, mode="online", patience=3.0).show(*job)
     (record,) = caplog.records
     assert "results are in the store" in record.getMessage()
 

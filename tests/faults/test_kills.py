@@ -97,7 +97,7 @@ def test_jobs_that_want_the_same_share_its_parts_whoever_is_killed(
     shared, rng = "stages=shared", random.Random(0)
     expected = undisturbed(steps(shared), tmp_path / "undisturbed")
     monkeypatch.setenv("DRILL_SECONDS", "0.02")
-    for attempt in range(100 if LONG else 4):
+    for attempt in range(100 if LONG else 2):
         root, log = tmp_path / str(attempt), tmp_path / f"{attempt}.txt"
         monkeypatch.setenv("DRILL_LOG", str(log))
         jobs = [forked(steps(shared), root) for _ in range(4)]
@@ -119,7 +119,7 @@ def test_jobs_that_want_the_same_share_its_parts_whoever_is_killed(
 
 @pytest.mark.parametrize("times", [1, *([2] if LONG else [])])
 def test_ctrl_c_asks_nothing_and_leaves_a_clean_state(steps: Plan, tmp_path: Path, times: int):
-    environment = {**os.environ, "DRILL_SECONDS": "3"}
+    environment = {**os.environ, "DRILL_SECONDS": "1"}
     environment.pop("HYDRA_FULL_ERROR", None)
     process = job(tmp_path, env=environment)
     wait_for(tmp_path, "store/reconstruct/*.draft/units/000.bin")
