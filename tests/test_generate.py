@@ -8,15 +8,18 @@ from PIL import Image
 
 from fp4dit.models.pixart import PixArtPipeline
 from fp4dit.tasks.capture import Chunk, chunked
-from fp4dit.tasks.generate import GenerateTask
+from fp4dit.tasks.generate import GenerateTask, files
+from pipelines.parted import Parts, one_by_one
 from tests import tiny
 
 
 def generate(pipeline: PixArtPipeline, out: Path, prompts: list[str], chunk: int = 2) -> dict[str, bytes]:
     out.mkdir(exist_ok=True)
     task = GenerateTask(pipeline, out, steps=2, guidance=4.5)
-    tiny.trainer()().predict(task, tiny.one_by_one(chunked(prompts, chunk, seed=42)))
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+    items = chunked(prompts, chunk, seed=42)
+    parts = Parts(items, [files(out, item) for item in items], out, "", patient=True)
+    tiny.trainer()().predict(task, one_by_one(parts))
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.png"))}
 
 
 def test_chunks_keep_order_and_seeds():
@@ -38,7 +41,7 @@ def test_images_do_not_depend_on_what_else_is_generated(pipeline: PixArtPipeline
 def test_resuming_keeps_finished_chunks_and_remakes_the_rest(pipeline: PixArtPipeline, tmp_path: Path):
     whole = generate(pipeline, tmp_path, tiny.PROMPTS)
     (tmp_path / "00003.png").unlink()
-    (tmp_path / "00003.part").write_bytes(b"half an image")
+    (tmp_path / "00003.png.1.part").write_bytes(b"half an image")
     (tmp_path / "00000.png").write_bytes(b"kept as it is")
     seen = tiny.count(pipeline.dit.transformer_blocks[0])
     resumed = generate(pipeline, tmp_path, tiny.PROMPTS)
