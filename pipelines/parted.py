@@ -1,6 +1,6 @@
 """Stages of parts, which all processes that want them make side by side, on one machine or on many."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -29,6 +29,7 @@ class Parts(IterableDataset[Any]):
     job: str
     patient: bool
     passed: int = 0
+    walk: Generator[Any, None, None] | None = None
 
     def __len__(self) -> int:
         """One too many: without a length Lightning asks for the next one before this one is made, and with the right
@@ -36,15 +37,26 @@ class Parts(IterableDataset[Any]):
         return len(self.items) + 1
 
     def __iter__(self) -> Iterator[Any]:
+        self.walk = self.taken()
+        return self.walk
+
+    def close(self) -> None:
+        """Leaves the part that could not be made, whose lock an error's traceback would hold."""
+        if self.walk:
+            self.walk.close()
+
+    def taken(self) -> Generator[Any, None, None]:
         for patient in (False, True)[: 1 + self.patient]:
             for number, item in enumerate(self.items):
                 if self.lacks(number):
                     with locked(self.lock(number), self.name(number), self.job, patient=patient) as mine:
                         if not mine:
                             continue
-                        if self.lacks(number):
-                            yield item
-                        self.lock(number).unlink(missing_ok=True)
+                        try:
+                            if self.lacks(number):
+                                yield item
+                        finally:
+                            self.lock(number).unlink(missing_ok=True)
                 self.passed = max(self.passed, number + 1)
 
     def lacks(self, number: int) -> bool:
@@ -98,7 +110,10 @@ class Parted(Protocol):
             devices = runtime.devices.get("devices")
             fewer = {"devices": count} if isinstance(devices, int) and devices > count else {}
             trainer = runtime.trainer(self.label, **fewer)
-            trainer.predict(self.task(needs, folder), one_by_one(parts), return_predictions=False)
+            try:
+                trainer.predict(self.task(needs, folder), one_by_one(parts), return_predictions=False)
+            finally:
+                parts.close()
 
 
 def one_by_one(items: Any) -> DataLoader:

@@ -1,5 +1,7 @@
 """Which part of a stage is whose, when several processes make them."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
@@ -8,7 +10,7 @@ import pytest
 import pipelines.progress
 from fp4dit.locks import locked
 from fp4dit.store import Store
-from pipelines.parted import Parts, one_by_one
+from pipelines.parted import Parted, Parts, one_by_one
 from pipelines.runtime import Runtime
 from tests.test_locks import hold
 
@@ -60,12 +62,43 @@ def test_nothing_is_made_of_a_stage_that_was_finished_meanwhile(tmp_path: Path):
 
 
 class Make(L.LightningModule):
-    def __init__(self, given: Parts) -> None:
+    def __init__(self, folder: Path, broken: int | None = None) -> None:
         super().__init__()
-        self.given = given
+        self.folder, self.broken = folder, broken
 
     def predict_step(self, item: int) -> None:
-        self.given.made[item][0].write_text("whole")
+        if item == self.broken:
+            raise RuntimeError("out of memory")
+        (self.folder / f"{item}").write_text("whole")
+
+
+@dataclass(frozen=True)
+class Stage(Parted):
+    broken: int | None = None
+    label = "draw"
+    folder = "units"
+
+    def items(self, needs: Mapping[str, Path]) -> list[int]:
+        return [0, 1, 2]
+
+    def files(self, item: int, folder: Path) -> list[Path]:
+        return [folder / f"{item}"]
+
+    def task(self, needs: Mapping[str, Path], folder: Path) -> Make:
+        return Make(folder, self.broken)
+
+    def finish(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
+        pass
+
+
+def test_a_part_that_fails_is_free_for_others_though_its_error_is_kept(tmp_path: Path):
+    store, runtime = Store(tmp_path), Runtime({"accelerator": "cpu", "devices": 1}, "none")
+    with pytest.raises(RuntimeError, match="memory") as error:
+        store.get("generate", "abc", lambda out: Stage(broken=1).run({}, out, runtime), {})
+    assert error.value.__traceback__
+    made = store.get("generate", "abc", lambda out: Stage().run({}, out, runtime), {})
+    assert sorted(path.name for path in (made / "units").iterdir()) == ["0", "1", "2"]
+    assert sorted(path.name for path in made.parent.iterdir()) == ["abc", "abc.lock"]
 
 
 def test_progress_counts_what_was_there_and_what_others_make(tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch):
@@ -73,7 +106,8 @@ def test_progress_counts_what_was_there_and_what_others_make(tmp_path: Path, cap
     given = parts(tmp_path / "abc", patient=True)
     given.made[1][0].write_text("whole")
     runtime = Runtime({"accelerator": "cpu", "devices": 1}, "lines")
-    runtime.trainer("draw").predict(Make(given), one_by_one(given), return_predictions=False)
+    task = Make(given.made[0][0].parent)
+    runtime.trainer("draw").predict(task, one_by_one(given), return_predictions=False)
     assert [line.split("  ")[1] for line in capfd.readouterr().out.splitlines()] == ["1/3", "3/3"]
     assert not list(tmp_path.glob("*.lock"))
 
