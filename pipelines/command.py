@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,8 @@ def command(main: Callable[[], Any]) -> Callable[[], None]:
 
     def run() -> None:
         register()
+        # joblib's, of workers that it replaces when they have grown, as those do that have loaded a model.
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs were given")
         in_full = os.environ.get("HYDRA_FULL_ERROR") == "1"
         os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints the error itself and exits
         try:
