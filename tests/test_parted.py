@@ -1,5 +1,6 @@
 """Which part of a stage is whose, when several processes make them."""
 
+import fcntl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from fp4dit.locks import locked
 from fp4dit.store import Store
 from pipelines.parted import Parted, Parts, one_by_one
 from pipelines.runtime import Runtime
-from tests.test_locks import hold
+from tests.test_locks import hold, refuse
 
 
 def parts(stage: Path, patient: bool) -> Parts:
@@ -125,3 +126,12 @@ def test_who_cannot_help_says_so_once_and_waits(tmp_path: Path, caplog: pytest.L
     assert [record.message for record in caplog.records] == [
         "capture/abc is left to who makes it, for helping failed: out of memory"
     ]
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_where_a_lock_is_a_file_that_exists_parts_are_made_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    store, runtime = Store(tmp_path), Runtime({"accelerator": "cpu", "devices": 1}, "none")
+    made = store.get("generate", "abc", lambda out: Stage().run({}, out, runtime), {})
+    assert sorted(path.name for path in (made / "units").iterdir()) == ["0", "1", "2"]
+    assert [path.name for path in made.parent.iterdir()] == ["abc"]
