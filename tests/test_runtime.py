@@ -57,6 +57,13 @@ def test_lines_count_batches(verb: str, data: DataLoader, capfd):
     assert [line.split("  ")[1] for line in lines] == ["1/3", "2/3", "3/3"]
 
 
+@pytest.mark.parametrize("shown", ["lines", "none"])
+def test_what_no_trainer_does_is_counted_too(shown: str, capfd):
+    assert list(Runtime(CPU, shown).watched("answers", range(3))) == [0, 1, 2]
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split("  ")[:2] for line in lines] == [["answers", f"{i}/3"] for i in (1, 2, 3) if shown == "lines"]
+
+
 def test_short_fits_do_not_flood_the_screen(data: DataLoader, capfd, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pipelines.progress, "EVERY", 60.0)
     runtime = Runtime(CPU, "lines")
