@@ -10,7 +10,7 @@ from typing import Any
 from fp4dit.store import read_manifest
 
 KEY = re.compile(r"[0-9a-f]{16}")
-PASSING = re.compile(r"(\d{5}\.)?lock(\.json)?|draft\.json")
+PASSING = re.compile(r"(\d{5,}\.)?lock(\.json)?|draft\.json")
 ABANDONED = 3600.0  # seconds after which nobody is still writing a small file
 
 

@@ -89,10 +89,12 @@ class Runtime:
         if self.shown == "none":
             counter.disable()
         counter.begin(len(steps))
-        for done, step in enumerate(steps, 1):
-            yield step
-            counter.advance(done)
-        counter.end()
+        try:
+            for done, step in enumerate(steps, 1):
+                yield step
+                counter.advance(done)
+        finally:
+            counter.end()
 
     @property
     def device(self) -> Any:

@@ -89,6 +89,7 @@ def test_gc_removes_what_nothing_needs_and_nobody_holds(store, tmp_path: Path, c
         (root / "score" / f"{key}.draft.json").write_text("{}")
     (root / "generate" / f"{dead}.lock").touch()
     (root / "generate" / f"{dead}.lock.json").write_text("{}")
+    (root / "generate" / f"{dead}.00003.lock").touch()
     (root / "unknown" / dead).mkdir(parents=True)
     before = {path for path in root.rglob("*") if not path.name.startswith(".")}
     capfd.readouterr()
