@@ -22,6 +22,7 @@ QUIET = (
     ".*in eval mode at the start.*",
     ".*predict returned None.*",
     ".*has `__len__` defined.*",
+    ".*`srun` command is available.*",
 )
 
 
@@ -55,6 +56,7 @@ class Runtime:
         import lightning  # here, because a job whose results are all in the store should not wait for torch
         from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
+        from fp4dit.wide import WideMixedPrecision, native
         from pipelines.memory import ReturnMemory
 
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no "GPU available: False" per fit
@@ -70,6 +72,9 @@ class Runtime:
             kw.setdefault("strategy", "auto")
         if SLURMEnvironment.detect():  # which would take each spawned process for the one that srun started
             kw["plugins"] = [*kw.get("plugins", ()), LightningEnvironment()]
+        if kw.get("precision") == "bf16-mixed" and self.device.type == "cpu" and not native():
+            del kw["precision"]
+            kw["plugins"] = [*kw.get("plugins", ()), WideMixedPrecision()]
         if "max_steps" in kw:
             kw.setdefault("max_epochs", -1)
         return lightning.Trainer(**{**quiet, **self.devices, **kw}, callbacks=callbacks)
