@@ -2,6 +2,7 @@
 # make table TABLE=methods    run what is missing of any other table, and print it
 # make test    check, then all tests
 # make test-browser    look at a report in a headless Chromium, which is installed if need be (Debian, as root)
+# make test-machines    test a store on NFS with virtual machines, which qemu emulates (Debian, as root)
 # make check   lint, format and types
 # make drills  what tests/faults does in seconds, at length: kills, full disks, damaged files, 10,000 configurations
 # make audit   licences of all that is installed, and known vulnerabilities of it, for which PyPI is asked
@@ -18,7 +19,7 @@ STAMP := .venv/installed
 # One thread for each job: spinning threads of two jobs on two cores slow both down many times over.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo table test test-browser check drills audit bench-gpu
+.PHONY: demo table test test-browser test-machines check drills audit bench-gpu
 .DEFAULT_GOAL := demo
 
 # The experiments named after a table, and the table. It is printed even if a job failed: it says what is missing.
@@ -38,6 +39,15 @@ test-browser: $(STAMP)
 	@command -v $(CHROMIUM) >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || { \
 		echo "Install Chromium, or name one: make test-browser CHROMIUM=/path/to/chrome"; exit 1; }
 	CHROMIUM=$$(command -v $(CHROMIUM)) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/browser
+
+# Debian's kernel is unpacked where only the machines find it: it is not installed.
+test-machines: $(STAMP)
+	@test -d outputs/machines/boot || { apt-get update -qq && \
+		apt-get install -y -qq qemu-system-x86 busybox-static kmod cpio nfs-kernel-server nfs-common >/dev/null && \
+		mkdir -p outputs/machines && cd outputs/machines && \
+		apt-get download $$(apt-cache depends linux-image-amd64 | sed -n 's/.*Depends: //p') && \
+		dpkg -x linux-image-*.deb . && rm linux-image-*.deb; }
+	PATH=$$PATH:/usr/sbin:/sbin HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -v tests/machines
 
 drills: $(STAMP)
 	DRILLS=long HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 tests/faults

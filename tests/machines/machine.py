@@ -1,0 +1,161 @@
+"""Virtual machines that share nothing but a network: what a store on NFS and a cluster of SLURM do is tried on them.
+
+Each has Debian's kernel, and as its root this machine's, to which it can write what nobody else sees and is gone with
+it. qemu emulates the processor, so that they run wherever qemu does; torch takes minutes to import.
+"""
+
+import itertools
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from shlex import quote
+from typing import TypeVar
+
+ROOT = Path(__file__).parents[2]
+KERNEL = ROOT / "outputs" / "machines"  # as `make test-machines` unpacks it
+MODULES = ("virtio_pci", "virtio_net", "9p", "9pnet_virtio", "overlay")
+SHARE = "trans=virtio,version=9p2000.L,msize=512000"
+
+INIT = f"""#!/bin/busybox sh
+b=/bin/busybox
+$b mount -t proc proc /proc; $b mount -t sysfs sysfs /sys; $b mount -t devtmpfs dev /dev
+for module in $($b cat /modules/order); do $b insmod /modules/$module; done
+$b mount -t 9p -o ro,{SHARE},cache=loose host /host
+$b mount -t tmpfs own /own; $b mkdir /own/files /own/work
+$b mount -t overlay -o lowerdir=/host,upperdir=/own/files,workdir=/own/work root /root
+$b mkdir /root/control; $b mount -t 9p -o {SHARE},cache=none control /root/control
+for folder in proc sys dev; do $b mount --move /$folder /root/$folder; done
+exec $b switch_root /root /bin/bash /control/boot
+"""
+
+BOOT = """
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root PYTHONDONTWRITEBYTECODE=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+hostname {name}
+ln -sfn {kernel}/lib/modules /lib/modules
+ip link set lo up; ip link set eth0 up; ip address add 10.0.0.{number}/24 dev eth0
+printf '127.0.0.1 localhost\\n{hosts}' > /etc/hosts
+cd {root}
+touch /control/up
+while sleep 0.2; do
+    for script in /control/*.sh; do
+        [ -e "$script" ] || continue
+        own="${{script%.sh}}"
+        mv "$script" "$own"
+        (bash "$own" > "$own.said" 2>&1; echo $? > "$own.ended"; mv "$own.ended" "$own.code") &
+    done
+done
+"""
+
+T = TypeVar("T")
+
+
+def until(found: Callable[[], T], seconds: float = 600.0) -> T:
+    """What is found, as soon as it is."""
+    end = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.5)
+    return value
+
+
+def initrd(path: Path) -> Path:
+    """What the kernel needs to find its root."""
+    [version] = os.listdir(KERNEL / "lib" / "modules")
+    subprocess.run(["depmod", "-b", KERNEL, version], check=True)
+    tree = path.with_suffix("")
+    for name in ("bin", "modules", "proc", "sys", "dev", "host", "own", "root"):
+        (tree / name).mkdir(parents=True)
+    shutil.copy("/bin/busybox", tree / "bin")
+    (tree / "init").write_text(INIT)
+    (tree / "init").chmod(0o755)
+    command = ["modprobe", "-d", KERNEL, "-S", version, "--show-depends", "-a", *MODULES]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    order = dict.fromkeys(line.split()[1] for line in listed.splitlines() if line.startswith("insmod "))
+    for module in order:
+        shutil.copy(module, tree / "modules")
+    (tree / "modules" / "order").write_text("\n".join(Path(module).name for module in order))
+    subprocess.run(f"find . | cpio -o -H newc --quiet > {path}", shell=True, cwd=tree, check=True)
+    return path
+
+
+@dataclass
+class Machine:
+    """`number` is its address, 10.0.0.`number`; `folder` holds what it is told and says."""
+
+    name: str
+    number: int
+    folder: Path
+    process: subprocess.Popen[bytes]
+    count: itertools.count = field(default_factory=itertools.count)
+
+    def start(self, script: str) -> "Running":
+        running = Running(self, self.folder / f"{next(self.count):03}")
+        (self.folder / "given").write_text(script)
+        (self.folder / "given").rename(running.path.with_suffix(".sh"))
+        return running
+
+    def run(self, script: str, seconds: float = 60.0) -> str:
+        """What it says; it has to succeed."""
+        return self.start(script).wait(seconds)
+
+    def python(self, module: str, *arguments: str) -> "Running":
+        return self.start(" ".join(map(quote, [sys.executable, "-m", module, *arguments])))
+
+    def cut_off(self) -> None:
+        """As if its power failed."""
+        self.process.kill()
+        self.process.wait()
+
+
+@dataclass
+class Running:
+    machine: Machine
+    path: Path
+
+    @property
+    def said(self) -> str:
+        path = self.path.with_suffix(".said")
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def code(self) -> int | None:
+        path = self.path.with_suffix(".code")
+        return int(path.read_text()) if path.exists() else None
+
+    def wait(self, seconds: float = 600.0) -> str:
+        until(lambda: self.code is not None or self.machine.process.poll() is not None, seconds)
+        assert self.code == 0, f"{self.machine.name}: {self.path.read_text()}\n{self.said}"
+        return self.said
+
+
+def machines(folder: Path, names: Sequence[str]) -> list[Machine]:
+    """Started, on one network; none of them is up yet."""
+    image, [kernel] = initrd(folder / "tree.cpio"), (KERNEL / "boot").glob("vmlinuz-*")
+    hosts = "".join(f"10.0.0.{number} {name}\\n" for number, name in enumerate(names, 1))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    made = []
+    for number, name in enumerate(names, 1):
+        control = folder / name
+        control.mkdir()
+        (control / "boot").write_text(BOOT.format(name=name, kernel=KERNEL, number=number, hosts=hosts, root=ROOT))
+        command = [
+            *("qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "3G", "-display", "none", "-no-reboot"),
+            *("-serial", f"file:{control / 'console'}", "-kernel", kernel, "-initrd", image),
+            *("-append", "console=ttyS0 quiet panic=-1"),
+            *("-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap"),
+            *("-device", "virtio-9p-pci,fsdev=host,mount_tag=host"),
+            *("-fsdev", f"local,id=control,path={control},security_model=none"),
+            *("-device", "virtio-9p-pci,fsdev=control,mount_tag=control"),
+            *("-netdev", f"socket,id=net,mcast=230.0.0.1:{port},localaddr=127.0.0.1"),
+            *("-device", f"virtio-net-pci,netdev=net,mac=52:54:00:00:00:{number:02x},romfile="),
+        ]
+        made.append(Machine(name, number, control, subprocess.Popen(command)))
+    return made
