@@ -73,8 +73,10 @@ def test_sizes_and_what_is_drawn(out: Path):
     assert "to the bit" in text
     drawn = table(text, "1 images in 1 steps")
     assert float(drawn["packed"][3]) < 0.15 * float(drawn["full precision"][3])
-    rows = json.loads((out / "speeds.json").read_text())
-    assert [row[:5] for row in rows] == [[device_name(CPU), way, 3, 24, 128] for way in ("16-bit", "dequantize")]
+    rows = json.loads((out / "speeds.json").read_text())  # with those of other devices that were there
+    assert [row[:5] for row in rows if row[0] == device_name(CPU)] == [
+        [device_name(CPU), way, 3, 24, 128] for way in ("16-bit", "dequantize")
+    ]
 
 
 def test_where_there_is_no_gpu(out: Path):

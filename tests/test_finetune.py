@@ -183,7 +183,7 @@ def test_scales_for_each_timestep_cannot_be_tuned_with():
 
 
 def test_the_stage_leaves_what_reconstruction_leaves(tmp_path: Path):
-    paths = run(tmp_path, "method=w4a4_ft", "rounding=nearest", "tuning.steps=6", "tuning.batch=4", small=FEW)
+    paths = run(tmp_path, "method=w4a4_ft", "rounding=nearest", "tuning.steps=30", "tuning.batch=4", small=FEW)
     made, before = paths["finetune"], paths["reconstruct"]
     names = lambda path: sorted(file.name for file in (path / "units").glob("*.safetensors"))
     assert names(made) == names(before)
@@ -191,6 +191,6 @@ def test_the_stage_leaves_what_reconstruction_leaves(tmp_path: Path):
     (whole,) = json.loads((made / "blocks.json").read_text())
     assert whole["error"] < whole["before"]
     scalars = json.loads((paths["score"] / "metrics.json").read_text())["scalars"]
-    assert scalars["steps"] == 6
+    assert scalars["steps"] == 30
     assert scalars["bits_weight"] == json.loads((before / "audit.json").read_text())["bits_weight"]
     assert "block_error" not in scalars
