@@ -19,7 +19,7 @@ from fp4dit.metrics.image_reward import CLIP_MEAN, CLIP_STD, ImageReward, prepro
 DATA = Path(__file__).parent / "data" / "image_reward"
 WEIGHTS, TOKENIZER = DATA / "weights.safetensors", {"path": str(DATA / "tokenizer.json")}
 SMALL = Sizes(48, 12, 2, 3, words=98, positions=40, text_width=16, text_depth=2, text_heads=2)
-CLOSE = {"atol": 1e-5, "rtol": 0}
+CLOSE = {"atol": 1e-5, "rtol": 2e-6}  # sums in another order, of values around 10
 
 
 @pytest.fixture(scope="module")
