@@ -3,6 +3,7 @@
 # make test    check, then all tests
 # make test-browser    look at a report in a headless Chromium, which is installed if need be (Debian, as root)
 # make test-machines    test a store on NFS with virtual machines, which qemu emulates (Debian, as root)
+# make test-slurm       sweeps on a SLURM whose nodes are namespaces of this machine (Debian, as root)
 # make check   lint, format and types
 # make drills  what tests/faults does in seconds, at length: kills, full disks, damaged files, 10,000 configurations
 # make audit   licences of all that is installed, and known vulnerabilities of it, for which PyPI is asked
@@ -19,7 +20,7 @@ STAMP := .venv/installed
 # One thread for each job: spinning threads of two jobs on two cores slow both down many times over.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo table test test-browser test-machines check drills audit bench-gpu
+.PHONY: demo table test test-browser test-machines test-slurm check drills audit bench-gpu
 .DEFAULT_GOAL := demo
 
 # The experiments named after a table, and the table. It is printed even if a job failed: it says what is missing.
@@ -48,6 +49,11 @@ test-machines: $(STAMP)
 		apt-get download $$(apt-cache depends linux-image-amd64 | sed -n 's/.*Depends: //p') && \
 		dpkg -x linux-image-*.deb . && rm linux-image-*.deb; }
 	PATH=$$PATH:/usr/sbin:/sbin HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -v tests/machines
+
+test-slurm: $(STAMP)
+	@command -v slurmdbd >/dev/null || test -x /usr/sbin/slurmdbd || { apt-get update -qq && apt-get install -y -qq \
+		--no-install-recommends slurmctld slurmd slurmdbd slurm-client munge mariadb-server >/dev/null; }
+	PATH=$$PATH:/usr/sbin:/sbin HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -v tests/cluster
 
 drills: $(STAMP)
 	DRILLS=long HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 tests/faults

@@ -26,6 +26,7 @@ NO_NAME = ("Config group override must be", "argument of type 'int' is not itera
 LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
 INSTALL = "pip install -c constraints.txt -e"
 FULL = (errno.ENOSPC, errno.EDQUOT)
+LOST = re.compile(r"Job (\S+) .*?with path (.+?)_result\.pkl\nhas not produced any output \(state: (.+?)\)", re.DOTALL)
 DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -86,6 +87,16 @@ def explain(error: Exception) -> str | None:
         )
     if isinstance(error, RuntimeError) and 'Could not detect "srun"' in str(error):  # submitit's
         return "there is no SLURM here, whose commands are sbatch and srun: give the command on a node of the cluster"
+    if isinstance(error, RuntimeError) and (found := LOST.match(str(error))):  # submitit's too
+        job, logs, state = found.groups()
+        return (
+            f"job {job} ended without a result (state: {state}); what it said is in {logs}_log.err and _log.out. The "
+            "jobs that run go on, and what was finished is kept: the same command goes on from there. If its memory or "
+            "time was too short, raise hydra.launcher.mem_gb or hydra.launcher.timeout_min"
+        )
+    if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error):  # torch's
+        operation = str(error).partition(" does not have")[0]
+        return f"deterministic=on: {operation} may give other bits each time on this device; warn allows it"
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read: {error.message}"
     if isinstance(error, HydraException | OmegaConfBaseException):

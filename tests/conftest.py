@@ -3,9 +3,10 @@
 import copy
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import jaxtyping
 import pytest
@@ -27,9 +28,19 @@ TOY = ["stages=toy", f"hydra.searchpath=[file://{Path(__file__).parent}/conf]"]
 if TYPE_CHECKING:
     from fp4dit.models.pixart import PixArt, PixArtPipeline
 
+T = TypeVar("T")
 Compose = Callable[..., DictConfig]
 Run = Callable[..., int]
 ROOT = Path(__file__).parents[1]
+
+
+def until(found: Callable[[], T], seconds: float = 120.0) -> T:
+    """What is found, as soon as it is."""
+    end = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return value
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from hydra.errors import MissingConfigException
+from submitit.core.utils import UncompletedJobError
+from submitit.local.local import LocalJob
 
 import pipelines.run
 import pipelines.table
@@ -56,6 +58,16 @@ def test_a_full_disk_is_told_in_plain_words():
         "the disk is full while writing outputs/x. What was finished is kept: "
         "free some space and give the same command again."
     )
+
+
+def test_a_job_of_a_launcher_that_left_nothing_is_told_in_plain_words(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(LocalJob, "_results_timeout_s", 0)
+    with pytest.raises(UncompletedJobError) as lost:
+        LocalJob(tmp_path, "12", [0]).result()
+    message = explain(lost.value)
+    assert message
+    assert message.startswith("job 12 ended without a result (state: NO PROCESS AND NO RESULT)")
+    assert f"{tmp_path}/12_0_log.err" in message
 
 
 def test_an_error_of_ours_is_not_hidden(run: Run):

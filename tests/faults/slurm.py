@@ -43,18 +43,16 @@ def node(script: str, task: str) -> None:
 
 
 def srun(*arguments: str) -> None:
-    """Runs the command once on each node, with its output in files."""
+    """Runs the command, with its output in files."""
     unbuffered, out, path, err, error, *command = arguments
     assert (unbuffered, out, err) == ("--unbuffered", "--output", "--error")
-    job, nodes = f"{ARRAY}_{os.environ['SLURM_ARRAY_TASK_ID']}", asked("nodes")
-    running = []
-    for rank in map(str, range(nodes)):
-        ids = {"SLURM_NTASKS": str(nodes), "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_LOCALID": "0"}
-        ids |= {"SLURM_NODEID": rank, "SLURM_PROCID": rank}
-        out, err = (open(name.replace("%A_%a", job).replace("%t", rank), "a") for name in (path, error))  # noqa: SIM115
-        running.append(subprocess.Popen(command, env=os.environ | ids, stdout=out, stderr=err))
-    state(f"pid_{job}").write_text(str(running[0].pid))
-    sys.exit(max(abs(task.wait()) for task in running))
+    job = f"{ARRAY}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    ids = {f"SLURM_{name}": "0" for name in ("LOCALID", "NODEID", "PROCID")}
+    ids |= {f"SLURM_{name}": "1" for name in ("NTASKS", "JOB_NUM_NODES")}
+    out, err = (open(name.replace("%A_%a", job).replace("%t", "0"), "a") for name in (path, error))  # noqa: SIM115
+    running = subprocess.Popen(command, env=os.environ | ids, stdout=out, stderr=err)
+    state(f"pid_{job}").write_text(str(running.pid))
+    sys.exit(abs(running.wait()))
 
 
 def asked(option: str) -> int:

@@ -1,10 +1,8 @@
-"""Sweeps that submitit runs: on this machine, and on a cluster that preempts them and whose time is limited."""
+"""Sweeps that submitit runs: on this machine, and on what looks like a cluster; tests/cluster has a real one."""
 
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import pytest
 from fp4dit.store import Store
 from pipelines.plan import execute
 from pipelines.runtime import Runtime
+from tests.conftest import until
 from tests.faults import slurm
 from tests.faults.conftest import DRILL, LONG, Plan, job
 from tests.faults.drill import check, results, units
@@ -35,39 +34,14 @@ def test_jobs_of_submitit_make_what_others_make(tmp_path: Path, undisturbed: dic
     assert results(tmp_path / "local" / "store") == undisturbed
 
 
-def until(found, seconds: float = 100.0):
-    """What is found, as soon as it is."""
-    end = time.monotonic() + seconds
-    while not (value := found()):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    return value
-
-
-def cluster(tmp_path: Path, *options: str, stages: Sequence[str] = SWEEP, **environment: str) -> subprocess.Popen:
+def cluster(tmp_path: Path, *options: str) -> subprocess.Popen:
     """A sweep as it is given on a node of one."""
     state = tmp_path / "slurm"
     path = f"{slurm.commands(tmp_path / 'bin')}:{os.environ['PATH']}"
     state.mkdir()
     given = ["hydra/launcher=slurm", *(f"hydra.launcher.{option}" for option in options)]
-    own = {**os.environ, "PATH": path, "SLURM_DRILL": str(state), **environment}
-    return job(tmp_path / "cluster", *given, stages=[*stages], env=own)
-
-
-@pytest.mark.skipif(not LONG, reason="takes a minute: make drills")
-def test_jobs_on_several_nodes_share_what_has_parts(steps: Plan, tmp_path: Path):
-    shared, said = ["stages=shared", DRILL[1]], tmp_path / "log"
-    for seed in (1, 2):
-        planned = steps(*shared, f"generation.seed={seed}")
-        execute(planned, ["score"], Store(tmp_path / "alone"), Runtime(progress="none"))
-    sweep = ["-m", *shared, "generation.seed=1,2"]
-    process = cluster(tmp_path, "nodes=2", stages=sweep, DRILL_SECONDS="0.4", DRILL_LOG=str(said))
-    error = process.communicate(timeout=100)[1]
-    assert process.returncode == 0, error
-    assert results(tmp_path / "cluster" / "store") == results(tmp_path / "alone")
-    ranks, made = zip(*(line.split() for line in said.read_text().splitlines() if "/" in line), strict=True)
-    assert {*ranks} == {"0", "1"}
-    assert len(made) == len({*made}) == 3 * 12
+    own = {**os.environ, "PATH": path, "SLURM_DRILL": str(state), "DRILL_SECONDS": "0.15"}
+    return job(tmp_path / "cluster", *given, stages=SWEEP, env=own)
 
 
 def test_a_job_of_slurm_goes_on_after_a_preemption_and_after_its_time(tmp_path: Path, undisturbed: dict[str, bytes]):
@@ -75,7 +49,7 @@ def test_a_job_of_slurm_goes_on_after_a_preemption_and_after_its_time(tmp_path: 
     sent before the end of its time, and has itself queued again."""
     state, root = tmp_path / "slurm", tmp_path / "cluster" / "store"
     options = ["partition=gpu", "timeout_min=10", "gpus_per_node=2", "mem_gb=64"]
-    process = cluster(tmp_path, *options, DRILL_SECONDS="0.15")
+    process = cluster(tmp_path, *options)
     pid = lambda task: int(until(lambda: (p := state / f"pid_7_{task}").exists() and p.read_text()))
     known = until(lambda: (made := units(root) if root.exists() else {}) and len(made) > 1 and made)
     (state / "requeue_7_0").touch()

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.machines.machine import Machine, machines, until
+from tests.conftest import until
+from tests.machines.machine import Machine, machines
 
 # The lock of a machine that is gone is free after a lease, which is 90 s unless it is said.
 SERVE = """
@@ -26,7 +27,7 @@ def network(tmp_path: Path) -> Iterator[Network]:
     def start(*names: str) -> list[Machine]:
         made.extend(machines(tmp_path, names))
         for machine in made:
-            until((machine.folder / "up").exists)
+            until((machine.folder / "up").exists, 600)
         server, *others = made
         server.run(SERVE)
         for other in others:

@@ -10,12 +10,12 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
-from typing import TypeVar
+
+from tests.conftest import until
 
 ROOT = Path(__file__).parents[2]
 KERNEL = ROOT / "outputs" / "machines"  # as `make test-machines` unpacks it
@@ -51,17 +51,6 @@ while sleep 0.2; do
     done
 done
 """
-
-T = TypeVar("T")
-
-
-def until(found: Callable[[], T], seconds: float = 600.0) -> T:
-    """What is found, as soon as it is."""
-    end = time.monotonic() + seconds
-    while not (value := found()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.5)
-    return value
 
 
 def initrd(path: Path) -> Path:

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fp4dit.store import Store
+from tests.conftest import until
 from tests.machines.conftest import Network
 from tests.machines.job import COUNT, content
-from tests.machines.machine import Machine, Running, until
+from tests.machines.machine import Machine, Running
 
 
 def job(machine: Machine, key: str, seconds: float) -> Running:
@@ -63,11 +64,11 @@ def test_a_process_that_is_killed_and_a_machine_that_is_gone_are_replaced(networ
         waited = len(others) < len(jobs) and all(f"waiting for process {who['pid']} on" in said for said in others)
         return who if waited and len(made(begun)) > made_before else None
 
-    killed = until(lambda: holder(0))
+    killed = until(lambda: holder(0), 600)
     by_name[killed["host"]].run(f"kill -9 {killed['pid']}")
     del jobs[killed["host"]]
     before = len(made(begun))
-    gone = until(lambda: holder(before))
+    gone = until(lambda: holder(before), 600)
     by_name[gone["host"]].cut_off()
     del jobs[gone["host"]]
     [last] = jobs.values()

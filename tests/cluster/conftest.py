@@ -1,0 +1,3 @@
+from tests.faults.conftest import steps
+
+__all__ = ["steps"]
