@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fp4dit.errors import UserError
+
 if TYPE_CHECKING:
     from lightning import Trainer
 
@@ -24,6 +26,9 @@ QUIET = (
     ".*has `__len__` defined.*",
     ".*`srun` command is available.*",
 )
+
+# What torch may choose from, as Lightning has it. YAML reads on and off as true and false.
+DETERMINISTIC = {"warn": "warn", "on": True, "off": False, True: True, False: False}
 
 
 def is_first() -> bool:
@@ -42,7 +47,12 @@ class Clock:
 class Runtime:
     """`devices` holds accelerator, devices and strategy; `progress` is bar, lines, none or auto (bar on a terminal);
     `memory_budget_gb` is what calibration data may take of the host's memory: the rest of it lies in files; `command`
-    is what a user gave."""
+    is what a user gave. `deterministic` is on (only operations that always give the same bits), warn (others where
+    there is no such one, which is told) or off.
+
+    Raises:
+        UserError: `deterministic` is something else.
+    """
 
     devices: Mapping[str, Any] = field(default_factory=dict)
     progress: str = "auto"
@@ -50,11 +60,17 @@ class Runtime:
     clock: Clock = field(default_factory=Clock)
     memory_budget_gb: float = float("inf")
     command: str = ""
+    deterministic: str | bool = "warn"
+
+    def __post_init__(self) -> None:
+        if self.deterministic not in DETERMINISTIC:
+            raise UserError(f"deterministic={self.deterministic}: choose on, warn or off")
 
     def trainer(self, label: str, **kw: Any) -> "Trainer":
         """A Trainer that computes and shows progress under `label`, and keeps nothing. `kw` goes to the Trainer."""
         import lightning  # here, because a job whose results are all in the store should not wait for torch
         from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
+        from torch.utils import deterministic
 
         from fp4dit.wide import WideMixedPrecision, native
         from pipelines.memory import ReturnMemory
@@ -62,6 +78,8 @@ class Runtime:
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no "GPU available: False" per fit
         for noise in QUIET:
             warnings.filterwarnings("ignore", noise)
+        deterministic.fill_uninitialized_memory = False  # pyright: ignore  # finds bugs, at some percent of the time
+        own = {**self.devices, "deterministic": DETERMINISTIC[self.deterministic]}
         quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
         callbacks = [*kw.pop("callbacks", []), ReturnMemory()]
         if self.shown == "none":
@@ -77,7 +95,7 @@ class Runtime:
             kw["plugins"] = [*kw.get("plugins", ()), WideMixedPrecision()]
         if "max_steps" in kw:
             kw.setdefault("max_epochs", -1)
-        return lightning.Trainer(**{**quiet, **self.devices, **kw}, callbacks=callbacks)
+        return lightning.Trainer(**{**quiet, **own, **kw}, callbacks=callbacks)
 
     @property
     def shown(self) -> str:

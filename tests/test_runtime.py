@@ -6,7 +6,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import pipelines.progress
+from fp4dit.errors import UserError
 from fp4dit.resume import TensorIO
+from pipelines.command import explain
 from pipelines.progress import span
 from pipelines.runtime import Runtime
 
@@ -97,3 +99,41 @@ def test_in_a_job_of_slurm_processes_are_ours_whatever_else_is_plugged_in(monkey
     trainer = Runtime({"accelerator": "cpu", "devices": 1}, "none").trainer("", plugins=[TensorIO()])
     assert isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
     assert isinstance(trainer.strategy.checkpoint_io, TensorIO)
+
+
+@pytest.fixture
+def chosen():
+    """What torch is told in a test is gone after it."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.mark.usefixtures("chosen")
+@pytest.mark.parametrize(
+    ("deterministic", "mode"),
+    [("warn", 1), ("on", 2), ("off", 0), (True, 2), (False, 0)],  # torch's own numbers
+)
+def test_torch_is_told_what_it_may_choose_from(deterministic: str | bool, mode: int, data: DataLoader):
+    trainer = Runtime(CPU, "none", deterministic=deterministic).trainer("")
+    assert torch.get_deterministic_debug_mode() == mode
+    trainer.predict(Task(), data)
+
+
+@pytest.mark.usefixtures("chosen")
+def test_an_operation_that_may_give_other_bits_is_refused_or_told(recwarn: pytest.WarningsRecorder):
+    place = lambda: torch.zeros(3).put_(torch.tensor([1, 1]), torch.ones(2))
+    Runtime(CPU, "none", deterministic="on").trainer("")
+    with pytest.raises(RuntimeError) as refused:
+        place()
+    assert explain(refused.value) == (
+        "deterministic=on: put_ may give other bits each time on this device; warn allows it"
+    )
+    Runtime(CPU, "none").trainer("")
+    place()
+    assert any("put_ does not have a deterministic implementation" in str(warned.message) for warned in recwarn)
+
+
+def test_what_is_no_choice_is_refused():
+    with pytest.raises(UserError, match="deterministic=yes: choose on, warn or off"):
+        Runtime(CPU, deterministic="yes")
