@@ -17,6 +17,7 @@ from pipelines.command import explain, paths
 from pipelines.kinds import check_kinds
 from pipelines.plan import pending, plan
 from pipelines.resolvers import CONF, options, register
+from pipelines.runtime import Runtime
 from tests.faults.conftest import LONG
 from tests.test_configs import GROUPS
 
@@ -74,6 +75,7 @@ def planned(overrides: Sequence[str], outputs: Path) -> None:
     with configured():
         config: DictConfig = compose("run", [*overrides, f"outputs={outputs}"])
         check_kinds(config, overrides)
+        Runtime(deterministic=config.deterministic)
         for step in pending(plan(config), config.targets, Store(outputs / "store")):
             step.make()
 
@@ -119,6 +121,7 @@ def test_whatever_is_asked_for_is_planned_or_refused_with_one_message(tmp_path_f
         (["calibration.timesteps=abc"], "Is every value of calibration of the right kind?"),
         (["activation=int8_static_timesteps", "activation.quantizer.x=1"], "name the position too, as activation.0"),
         (["metrics.psnr._partial_=1"], "_partial_"),
+        (["deterministic=yes"], "deterministic=yes: choose on, warn or off"),
     ],
 )
 def test_a_wrong_value_is_named(overrides: list[str], message: str, tmp_path: Path):
