@@ -99,11 +99,11 @@ def elsewhere(options: Sequence[str], folder: Path) -> Iterator[str]:
     kinds = {"reference": ".png", "reconstruct": ".safetensors", "generate": ".png"}
     columns = ("images, full precision", "units learnt", "images, quantized", "PSNR, SSIM, oracle, CLIP")
     yield from head(EXPERIMENT, *columns)
-    base = run(FIRST, options, folder / FIRST.name)
+    base = run(FIRST, options, folder / "first")
     yield row(FIRST.name, *[""] * len(kinds), digits(base))
-    for place in OTHERS:
+    for i, place in enumerate(OTHERS):
         if place.there:
-            store = run(place, options, folder / place.name)
+            store = run(place, options, folder / str(i))
             yield row(place.name, *(beside(store, base, *one) for one in kinds.items()), digits(store))
         else:
             yield row(place.name, *[UNKNOWN] * len(columns))

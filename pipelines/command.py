@@ -101,6 +101,8 @@ def explain(error: Exception) -> str | None:
         return f"{error.override!r} cannot be read: {error.message}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         cause = error.__cause__
+        if isinstance(cause, UserError):  # of a resolver
+            return str(cause)
         return str(error) + (f"\n{cause}" if isinstance(cause, OmegaConfBaseException | ValueError) else "")
     return None
 

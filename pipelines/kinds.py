@@ -2,9 +2,13 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
+from beartype import BeartypeConf
+from beartype.door import is_bearable
 from hydra import compose
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -35,9 +39,45 @@ def check_kinds(cfg: DictConfig, overrides: Sequence[str], name: str = "run") ->
     usual = compose(name, [text for text in overrides if text not in single.values()])
     for key in single:
         before, now = (value(config, key) for config in (usual, cfg))
-        if before is not None and now is not None and not fits(now, before):
+        if before is not None and not (fits(now, before) if now is not None else kind(before) is not list):
             shown = f", such as {before}" if isinstance(before, bool | int | float | str) and before != "" else ""
             raise UserError(f"{single[key]}: {KINDS[kind(before)]} is wanted here{shown}")
+
+
+WHOLE_TOO = BeartypeConf(is_pep484_tower=True)  # where a float is wanted
+
+
+def misfit(node: Any, name: str = "") -> str | None:
+    """What is said of the first plain value in a config that its place, by the annotation of the parameter that it is
+    given to, does not take; None if there is none."""
+    if isinstance(node, list):
+        return next(filter(None, (misfit(item, f"{name}.{i}") for i, item in enumerate(node))), None)
+    if not isinstance(node, Mapping):
+        return None
+    hints = annotations(node["_target_"]) if "_target_" in node else {}
+    for key, own in node.items():
+        path = f"{name}.{key}" if name else key
+        if key in hints and plain(own) and not is_bearable(own, hints[key], conf=WHOLE_TOO):
+            wanted = " or ".join(shown(hint) for hint in get_args(hints[key]) or [hints[key]])
+            return f"{path}={'null' if own is None else own}: {wanted} is wanted here"
+        if found := misfit(own, path):
+            return found
+    return None
+
+
+def annotations(target: str) -> dict[str, Any]:
+    made = get_object(target)
+    return get_type_hints(made.__init__ if isinstance(made, type) else made)
+
+
+def plain(own: Any) -> bool:
+    """Whether nothing is to be made of it."""
+    inside = own.values() if isinstance(own, Mapping) else own if isinstance(own, list) else ()
+    return not (isinstance(own, Mapping) and "_target_" in own) and all(map(plain, inside))
+
+
+def shown(hint: Any) -> str:
+    return "null" if hint is NoneType else KINDS.get(hint) or getattr(hint, "__name__", str(hint))
 
 
 def value(config: DictConfig, key: str) -> Any:

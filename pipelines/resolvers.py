@@ -18,7 +18,7 @@ WEIGHTS_AND_CONFIGS = (".safetensors", ".json", ".txt", ".model")
 
 
 def content(
-    node: str | DictConfig, marker: str | None = None, *others: str | None, _root_: DictConfig
+    node: str | DictConfig | None, marker: str | None = None, *others: str | None, _root_: DictConfig
 ) -> str | DictConfig:
     """`${content:path}` or `${content:path,marker}`: hash of a file, or of the files in a model's folder.
 
@@ -30,6 +30,8 @@ def content(
     Raises:
         UserError: if there is nothing there, or it is not such a model.
     """
+    if node is None:
+        raise UserError("null is no file or folder: give a path in its place")
     outputs = _root_.get("outputs")
     dry = _root_.get("dry_run")  # which remembers nothing either
     memory = Path(outputs) / "store" / ".checksums.json" if outputs and not dry else None
@@ -112,7 +114,9 @@ def checksums(place: Path, memory: Path | None) -> dict[str, str]:
 
 def seeded(first: int, _root_: DictConfig) -> int:
     """`${seeded:42}`: the first of the seeds that follow 42 where `seed` is 0, far from those of every other `seed`."""
-    return first + APART * _root_.get("seed", 0)
+    if not isinstance(seed := _root_.get("seed", 0), int):  # null, which what is nothing yet may be
+        raise UserError(f"seed={'null' if seed is None else seed}: a whole number is wanted here, such as 0")
+    return first + APART * seed
 
 
 def options(group: str) -> list[str]:
