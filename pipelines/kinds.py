@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pkgutil import resolve_name
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 from hydra import compose
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -65,9 +65,13 @@ def misfit(node: Any, name: str = "") -> str | None:
     return None
 
 
-def annotations(target: str) -> dict[str, Any]:
-    made = get_object(target)
-    return get_type_hints(made.__init__ if isinstance(made, type) else made)
+def annotations(target: Any) -> dict[str, Any]:
+    """Of its parameters; none if there is no such thing, or nobody can tell."""
+    try:
+        made = resolve_name(target)
+        return get_type_hints(made.__init__ if isinstance(made, type) else made)
+    except (ImportError, AttributeError, NameError, TypeError, ValueError):
+        return {}
 
 
 def plain(own: Any) -> bool:
