@@ -23,6 +23,7 @@ from pipelines.resolvers import CONF, nearest, options, register
 
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 NO_NAME = ("Config group override must be", "argument of type 'int' is not iterable")  # Hydra's, of group=1, group=[1]
+NO_POSITION = re.compile(r"Index '(.+?)' \(str\) is not an int|invalid literal for int\(\) with base 10: '(.+?)'")
 LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
 INSTALL = "pip install -c constraints.txt -e"
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -81,10 +82,9 @@ def explain(error: Exception) -> str | None:
         return f"{name!r} is not in the configuration; {nearest(name, known)}"
     if isinstance(error, ValueError | TypeError) and str(error).startswith(NO_NAME):
         return f"{error}: after group= comes a name, one of those that --help shows"
-    if isinstance(error, TypeError) and (found := re.match(r"Index '(.+?)' \(str\) is not an int", str(error))):
-        return (
-            f"what stands before .{found[1]} in an override is a list: name the position too, as activation.0.quantizer"
-        )
+    if isinstance(error, TypeError | ValueError) and (found := NO_POSITION.match(str(error))):
+        part = found[1] or found[2]
+        return f"what stands before .{part} in an override is a list: name the position too, as activation.0.quantizer"
     if isinstance(error, RuntimeError) and 'Could not detect "srun"' in str(error):  # submitit's
         return "there is no SLURM here, whose commands are sbatch and srun: give the command on a node of the cluster"
     if isinstance(error, RuntimeError) and (found := LOST.match(str(error))):  # submitit's too

@@ -124,6 +124,7 @@ def test_whatever_is_asked_for_is_planned_or_refused_with_one_message(tmp_path_f
         (["calibration.timesteps={a: 1}"], "calibration.timesteps={'a': 1}: a whole number or null is wanted here"),
         (["model.path=null"], "null is no file or folder: give a path in its place"),
         (["generation._target_=../x"], "Error loading '../x'"),
+        (["method=ams_fp4_25", "activation._target_=-1"], "name the position too, as activation.0"),
         (["targets=null"], "targets=null: a list is wanted here"),
         (["activation=int8_static_timesteps", "activation.quantizer.x=1"], "name the position too, as activation.0"),
         (["metrics.psnr._partial_=1"], "_partial_"),
