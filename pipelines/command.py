@@ -7,6 +7,8 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -82,7 +84,7 @@ def explain(error: Exception) -> str | None:
         return f"{name!r} is not in the configuration; {nearest(name, known)}"
     if isinstance(error, ValueError | TypeError) and str(error).startswith(NO_NAME):
         return f"{error}: after group= comes a name, one of those that --help shows"
-    if isinstance(error, TypeError | ValueError) and (found := NO_POSITION.match(str(error))):
+    if isinstance(error, TypeError | ValueError) and of_omegaconf(error) and (found := NO_POSITION.match(str(error))):
         part = found[1] or found[2]
         return f"what stands before .{part} in an override is a list: name the position too, as activation.0.quantizer"
     if isinstance(error, RuntimeError) and 'Could not detect "srun"' in str(error):  # submitit's
@@ -105,6 +107,12 @@ def explain(error: Exception) -> str | None:
             return str(cause)
         return str(error) + (f"\n{cause}" if isinstance(cause, OmegaConfBaseException | ValueError) else "")
     return None
+
+
+def of_omegaconf(error: Exception) -> bool:
+    """Whether it is raised there: others too may be given what is no number."""
+    frames = extract_tb(error.__traceback__)
+    return bool(frames) and "omegaconf" in Path(frames[-1].filename).parts
 
 
 def names() -> list[str]:
