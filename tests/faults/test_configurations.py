@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
@@ -88,6 +88,8 @@ PYTHONESE = ("not supported between", "has no attribute", "Traceback", "object i
     max_examples=1000 if LONG else 20,
     derandomize=not LONG,
     database=None,
+    phases=[Phase.generate],  # a handful of options is short enough: shrinking them takes half an hour
+    report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
 @given(groups=groups(), values=values())
