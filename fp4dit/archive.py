@@ -152,8 +152,7 @@ def put(tar: tarfile.TarFile, name: str, members: Sequence[tarfile.TarInfo], sto
         shutil.rmtree(draft)  # of a job that was killed, and had not come as far
         for member in members:
             place = draft.joinpath(*member.name.split("/")[2:])
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with place.open("wb") as file:
+            with whole(place) as part, part.open("wb") as file:
                 file.writelines(pieces(tar, member))
         if damaged := store.damaged(draft):
             raise UserError(f"{name}/{damaged[0]} is not what was written: is the disk sound?")

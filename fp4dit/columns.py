@@ -43,7 +43,9 @@ class OnDisk:
 
     def write(self, start: int, rows: Shaped[Tensor, "n ..."]) -> None:
         self.file.seek(start * rows[0].nbytes)
-        rows.contiguous().flatten().view(torch.uint8).numpy().tofile(self.file)
+        left = rows.contiguous().flatten().view(torch.uint8).numpy().data
+        while left:  # not NumPy's tofile, whose error does not say that the disk is full
+            left = left[self.file.write(left) :]
 
     def __getitem__(self, index: Index) -> Shaped[Tensor, "n ..."]:
         mapped = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY)

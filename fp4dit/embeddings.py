@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fp4dit.errors import UserError
+from fp4dit.store import whole
+from fp4dit.tensors import save_tensors
 
 MAKE = (
     "make one where the text encoder is, with `python -m pipelines.embed out=/a/file.safetensors` and the options "
@@ -71,6 +72,5 @@ def write(embed: Callable[[Sequence[str]], Texts], prompts: Sequence[str], path:
 def save(
     prompts: Sequence[str], embeds: Float[Tensor, "n tokens width"], mask: Int[Tensor, "n tokens"], path: Path
 ) -> None:
-    draft = path.with_suffix(".part")
-    save_file({"embeds": embeds.contiguous(), "mask": mask}, draft, {"prompts": json.dumps(prompts)})
-    draft.rename(path)
+    with whole(path) as part:
+        save_tensors({"embeds": embeds, "mask": mask}, part, {"prompts": json.dumps(prompts)})

@@ -10,7 +10,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -27,8 +27,10 @@ from fp4dit.observers import spread
 from fp4dit.policy import Rule
 from fp4dit.ranges import shares, whole
 from fp4dit.resume import Trainers
+from fp4dit.store import published
 from fp4dit.stream import Columns, State, Unit, advance, needed, relative_error, rows, within
 from fp4dit.tasks.reconstruct import Fit, check_fit
+from fp4dit.tensors import save_tensors
 
 TrainerFactory = Callable[..., L.Trainer]
 
@@ -118,7 +120,8 @@ class Reconstruction:
             policy.quantize_inputs_(layers, self.activation)
             module = self.pipeline.dit.get_submodule(unit.module)
             path = self.out / f"{number:03}_{unit.module}.json"
-            if path.exists():
+            made = path.exists() and path.with_suffix(".safetensors").exists()
+            if made:
                 load_layers(layers, path.with_suffix(".safetensors"))
                 report = json.loads(path.read_text())
             else:
@@ -130,10 +133,11 @@ class Reconstruction:
                 curve = self.fit(module, list(layers.values()), examples, trainers) if layers else []
                 report = {"unit": unit.module, "error": None, "curve": curve}
             answer = self.forward(module, unit, quantized)
-            if not path.exists():
+            if not made:
                 report["error"] = relative_error(answer, target, self.held_out)
                 save_layers(layers, path.with_suffix(".safetensors"))
-                publish(path, json.dumps(report))
+                with published(path) as part:
+                    part.write_text(json.dumps(report))
             shutil.rmtree(path.with_suffix(".kept"), ignore_errors=True)
             reports.append(report)
             later = {name for unit in units[number:] for name in unit.reads}  # all else gives its room back
@@ -184,17 +188,10 @@ def check_reached(rules: Mapping[str, Rule], units: Sequence[Unit]) -> None:
         )
 
 
-def publish(path: Path, text: str) -> None:
-    draft = path.with_suffix(".part")
-    draft.write_text(text)
-    draft.rename(path)
-
-
 def save_layers(layers: Mapping[str, QuantLayer], path: Path) -> None:
     tensors = {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.state_dict().items()}
-    draft = path.with_suffix(".part")
-    save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, draft)
-    draft.rename(path)
+    with published(path) as part:
+        save_tensors(tensors, part)
 
 
 def load_layers(layers: Mapping[str, QuantLayer], path: Path) -> None:

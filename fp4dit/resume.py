@@ -117,11 +117,11 @@ class Parts:
             self.pause = Pause(self.pause.seconds)
 
 
-def found(path: Path, witness: Callable[[], Witness]) -> Any:
-    """What was kept there; None, and a line in the log, if it is damaged or of something else."""
+def found(path: Path, witness: Callable[[], Witness] | None = None) -> Any:
+    """What was kept there; None, and a line in the log, if it is damaged or, by its witness, of something else."""
     try:
         checkpoint = tree.load(path)
-        if not alike(checkpoint["witness"], witness()):
+        if witness and not alike(checkpoint["witness"], witness()):
             raise ValueError("it is of other weights or data")
     except FileNotFoundError:
         return None

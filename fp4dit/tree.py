@@ -12,10 +12,10 @@ from zlib import crc32
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fp4dit.store import whole
+from fp4dit.tensors import save_tensors
 
 Tensors = dict[str, Tensor]
 
@@ -26,10 +26,7 @@ def save(value: Any, path: Path) -> None:
     text = json.dumps(pack(value, "", tensors), allow_nan=False)
     tensors = separate(tensors)
     with whole(path) as part:
-        try:
-            save_file(tensors, part, {"tree": text, "crc32": str(checksum(text, tensors))})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+        save_tensors(tensors, part, {"tree": text, "crc32": str(checksum(text, tensors))})
 
 
 def load(path: Path) -> Any:

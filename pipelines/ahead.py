@@ -142,7 +142,7 @@ def row(one: Ahead, first: Mapping[str, Ahead]) -> tuple[str, ...]:
 def untouched(arguments: list[str]) -> Iterator[list[str]]:
     """The arguments, and of a dry run those by which Hydra's folders, which it makes before we are asked, are gone
     afterwards, and all jobs run here whatever launcher is asked for."""
-    if "dry_run=true" not in [given.lower() for given in arguments]:
+    if "dry_run=true" not in [given.lstrip("+").lower() for given in arguments]:
         yield arguments
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fp4dit.errors import UserError
 from pipelines.ahead import untouched
 from pipelines.resolvers import CONF, nearest, options, register
+from pipelines.secrets import check_text
 
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 NO_NAME = ("Config group override must be", "argument of type 'int' is not iterable")  # Hydra's, of group=1, group=[1]
@@ -43,6 +44,7 @@ def command(main: Callable[[], Any]) -> Callable[[], None]:
         in_full = os.environ.get("HYDRA_FULL_ERROR") == "1"
         os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints the error itself and exits
         try:
+            check_text(" ".join(sys.argv))
             with untouched(sys.argv) as sys.argv:
                 main()
         except (KeyboardInterrupt, SystemExit) as stop:

@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from fp4dit.models.shapes.data import Noise
-from fp4dit.resume import Keep, TensorIO
+from fp4dit.resume import Keep, TensorIO, found
 from pipelines.training import Losses, Stop
 
 TRAINED = ("autoencoder", "decoder", "text", "clip", "transformer")
@@ -44,7 +44,7 @@ def train(cfg: DictConfig) -> None:
         plugins=[TensorIO()],
         **node.trainer,
     )
-    trainer.fit(task, instantiate(node.data), ckpt_path=last if last.exists() else None)
+    trainer.fit(task, instantiate(node.data), ckpt_path=last if found(last) else None)
     trainer.save_checkpoint(last)
     if trainer.is_global_zero and stop.stopped:
         print(f"stopped; the same command goes on from {last}")

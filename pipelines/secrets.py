@@ -18,7 +18,11 @@ def check_secrets(cfg: DictConfig) -> None:
     Raises:
         UserError: if it holds, or asks for, an environment variable that is called a secret.
     """
-    said = OmegaConf.to_yaml(cfg)
+    check_text(OmegaConf.to_yaml(cfg))
+
+
+def check_text(said: str) -> None:
+    """The same of an override, before Hydra writes down what it was given."""
     held = [name for name, value in os.environ.items() if len(value) >= SHORTEST and value in said]
     for name in [*held, *ASKED.findall(said)]:
         if NAMES.search(name):

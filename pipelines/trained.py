@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 
 from fp4dit.models.shapes.data import Noise, SceneData, Scenes
-from fp4dit.resume import Keep, TensorIO
+from fp4dit.resume import Keep, TensorIO, found
 from fp4dit.tasks.pretrain import OPTIMIZERS, DenoisingTask
 from fp4dit.training.layer import TrainRule, save_weights
 from pipelines.parted import one_by_one
@@ -47,12 +47,12 @@ class Train:
         task = t.task(linear=self.linear)
         callbacks = [Noise(t.seed), pace, Losses(out / "loss.csv", t.steps), Keep(last, 60.0)]
         trainer = self.trainer(runtime, callbacks=callbacks, plugins=[TensorIO()], max_steps=t.steps * OPTIMIZERS)
-        trainer.fit(task, t.data(seed=t.seed), ckpt_path=last if last.exists() else None)
+        trainer.fit(task, t.data(seed=t.seed), ckpt_path=last if found(last) else None)
         L.seed_everything(t.seed, verbose=False)  # the same noise for whatever is measured
         batches = list(islice(t.measured, t.measured_batches))
-        [found] = self.trainer(runtime).test(task, one_by_one(batches), verbose=False)
+        [measured] = self.trainer(runtime).test(task, one_by_one(batches), verbose=False)
         save_weights(task.average.module, out / "transformer.safetensors")
-        write_json(out / "audit.json", {"steps": t.steps, "loss": found["loss"], "step_seconds": pace.median})
+        write_json(out / "audit.json", {"steps": t.steps, "loss": measured["loss"], "step_seconds": pace.median})
         shutil.rmtree(kept)
 
     def trainer(self, runtime: Runtime, **options: Any) -> L.Trainer:

@@ -70,6 +70,8 @@ class Losses(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.start = self.shown = time.monotonic()
         self.first = trainer.fit_loop.total_batch_idx + 1
+        if not self.first and trainer.is_global_zero:
+            self.path.unlink(missing_ok=True)  # of one that was killed before anything was kept
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         done = trainer.fit_loop.total_batch_idx + 1

@@ -38,7 +38,7 @@ def test_what_is_told_is_what_runs_and_nothing_is_touched(run: Run, tmp_path: Pa
     (tmp_path / "store" / "reconstruct").mkdir()
     before = tree(tmp_path)
     capfd.readouterr()
-    assert run(*TOY, "dry_run=True", "targets=[reconstruct]") == 0
+    assert run(*TOY, "++dry_run=True", "targets=[reconstruct]") == 0
     assert tree(tmp_path) == before
     told = shown(capfd.readouterr().out)
     expected = ["there", "to make", "not needed", "not needed", "not needed", "not needed"]

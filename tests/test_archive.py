@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -56,6 +56,22 @@ def test_a_damaged_entry_is_mended_and_not_exported(store: Store, packed: Path, 
     assert not (tmp_path / "more.tar").exists()
     assert archive.load(packed, Store(store.root), STAGES) == {f"capture/{KEY}": True}
     assert Store(store.root).find("capture", KEY)
+
+
+def test_an_import_that_breaks_off_leaves_no_half_of_a_file(packed: Path, tmp_path: Path, monkeypatch):
+    there, pieces = Store(tmp_path / "there"), archive.pieces
+
+    def breaks(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[bytes]:
+        [whole] = pieces(tar, member)
+        yield whole[: len(whole) // 2]
+        if there.path("capture", f"{KEY}.draft").exists():  # else it is only being checked
+            raise OSError("No space left on device")
+        yield whole[len(whole) // 2 :]
+
+    monkeypatch.setattr(archive, "pieces", breaks)
+    with pytest.raises(OSError, match="No space left"):
+        archive.load(packed, there, STAGES)
+    assert [path for path in there.root.rglob("*") if path.is_file() and "lock" not in path.name] == []
 
 
 Members = list[tuple[tarfile.TarInfo, bytes]]

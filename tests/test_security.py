@@ -139,10 +139,13 @@ def test_a_secret_in_the_environment_reaches_no_file(tmp_path: Path, run: Run, m
 
 
 @pytest.mark.parametrize("given", [SECRET, f"https://user:{SECRET}@host/model", "'${oc.env:HF_TOKEN}'"])
-def test_a_secret_in_the_configuration_is_refused(run: Run, monkeypatch, capfd, given: str):
+def test_a_secret_in_the_configuration_is_refused(tmp_path: Path, run: Run, monkeypatch, capfd, given: str):
     monkeypatch.setenv("HF_TOKEN", SECRET)
     assert run(*TOY, f"model.path={given}") == 1
-    assert "HF_TOKEN is in the configuration, which is stored and shown" in capfd.readouterr().err
+    out, error = capfd.readouterr()
+    assert "HF_TOKEN is in the configuration, which is stored and shown" in error
+    assert SECRET not in out + error
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()] == []
 
 
 def test_no_prompt_names_a_file(pixart_folder: Path, tmp_path: Path):
@@ -153,7 +156,8 @@ def test_no_prompt_names_a_file(pixart_folder: Path, tmp_path: Path):
     out.mkdir(parents=True)
     generate = Generate(PixArt(str(pixart_folder)), [], [], Generation(1, 1.0, 2, 0), read, 2)
     generate.run({}, out, Runtime(CPU, "none"))
-    assert {path.name for path in (out / "images").iterdir()} == {"00000.png", "00001.png"}
+    names = {path.name.removesuffix(".sha256") for path in (out / "images").iterdir()}
+    assert names == {"00000.png", "00001.png"}
     assert [path for path in tmp_path.rglob("*escaped*")] == []
 
 

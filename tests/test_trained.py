@@ -79,6 +79,19 @@ def test_a_killed_training_ends_with_the_bits_of_an_undisturbed_one(tmp_path, mo
         assert [row["batch"] for row in csv.DictReader(file)] == ["3"]
 
 
+def test_a_training_whose_kept_state_is_damaged_begins_anew(tmp_path, monkeypatch, caplog):
+    weights, _ = made(train(), tmp_path / "undisturbed")
+    with monkeypatch.context() as patch:
+        dying(patch, at=2)
+        with pytest.raises(Killed):
+            made(train(), tmp_path / "killed")
+    last = tmp_path / "killed/kept/last.safetensors"
+    last.write_bytes(last.read_bytes()[:-100])
+    again, _ = made(train(), tmp_path / "killed")
+    assert "begins again" in caplog.text
+    assert all(torch.equal(p, again[name]) for name, p in weights.items())
+
+
 def test_what_diverges_stops_before_anything_that_is_kept_has_seen_it(tmp_path, monkeypatch):
     monkeypatch.setattr(trained, "Keep", lambda path, _: Keep(path, 0.0))
     with pytest.raises(UserError, match=r"batch [1-9] has no finite gradient: give smaller rates, lr and muon_lr"):

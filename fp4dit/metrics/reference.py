@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from fp4dit.errors import UserError
 from fp4dit.metrics.base import Extractor, Features
 from fp4dit.store import checksum, whole
 from fp4dit.tasks.score import read
+from fp4dit.tensors import save_tensors
 from fp4dit.weights import need
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp")
@@ -87,7 +87,7 @@ def collect(folder: Path, name: str, extractor: Extractor, device: torch.device 
     ]
     known = Known(name, len(paths), extractor.name, identity(extractor))
     with whole(out) as part:
-        save_file(joined(found), part, {"about": json.dumps(asdict(known))})
+        save_tensors(joined(found), part, {"about": json.dumps(asdict(known))})
     return known
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fp4dit.errors import UserError
 from fp4dit.resources import locate
+from fp4dit.tensors import as_os_errors
 
 INDEX = "model_index.json"
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
@@ -156,7 +157,8 @@ class Adapter:
         for part in (self.pipe, *self.pipe.components.values()):
             if isinstance(part, ConfigMixin):
                 part.register_to_config(_name_or_path=base)
-        self.pipe.save_pretrained(folder)
+        with as_os_errors(folder):
+            self.pipe.save_pretrained(folder)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor on the meta device, of the transformer's dtype if no other is given."""

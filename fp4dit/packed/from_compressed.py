@@ -21,6 +21,7 @@ from fp4dit.packed.hub import attach
 from fp4dit.packed.interchange import filled
 from fp4dit.packed.layer import PackedLinear
 from fp4dit.policy import Rule
+from fp4dit.tensors import as_os_errors
 
 PARTS = ("weight_packed", "weight_scale", "weight_global_scale")
 BESIDES = ("transform_config", "sparsity_config", "kv_cache_scheme")
@@ -106,7 +107,8 @@ def convert(path: str, out: str) -> Sequence[str]:
     with init_empty_weights():
         model = kind.from_config(config).to(saved_dtype(folder))  # pyright: ignore[reportAttributeAccessIssue]
     packed_(model, loaded(folder), theirs)
-    model.save_pretrained(target)
+    with as_os_errors(target):
+        model.save_pretrained(target)
     return [f"after `import fp4dit`, diffusers.{kind.__name__}.from_pretrained({str(out)!r}) loads it"]
 
 

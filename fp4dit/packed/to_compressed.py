@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoModel
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fp4dit.errors import UserError
@@ -20,6 +19,7 @@ from fp4dit.packed.layer import PackedConv, PackedLinear
 from fp4dit.packed.remarks import refusal, remarks
 from fp4dit.policy import layers
 from fp4dit.ranges import whole
+from fp4dit.tensors import save_tensors
 
 FILE = "diffusion_pytorch_model.safetensors"
 COMPUTED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -123,7 +123,7 @@ def convert(path: str, out: str, dense: Sequence[str] = (), dtype: str | None = 
     model: Any = AutoModel.from_pretrained(str(folder), torch_dtype=COMPUTED[dtype] if dtype else saved_dtype(folder))
     made = compressed(model, dense)
     target.mkdir(parents=True, exist_ok=True)
-    save_file(dict(made.state), target / FILE, metadata={"format": "pt"})
+    save_tensors(made.state, target / FILE, {"format": "pt"})
     whole = described_by(folder) | {"quantization_config": made.config}
     (target / "config.json").write_text(json.dumps(whole, indent=2) + "\n")
     return [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fp4dit.clock import tell
@@ -16,6 +16,7 @@ from fp4dit.grid import Grid, TimedGrid
 from fp4dit.models.base import Pipeline
 from fp4dit.policy import Entry, Rule
 from fp4dit.stream import State, answers
+from fp4dit.tensors import save_tensors
 
 Hook = Callable[[str, Tensor, Tensor], Tensor | None]  # name, given, answered -> the answer to use instead
 
@@ -132,9 +133,8 @@ class Measure(Replay):
 
 def save_scales(activations: Mapping[str, Grid], path: Path) -> None:
     """What was measured; nothing for what is online."""
-    save_file(
-        {f"{name}.{key}": v.contiguous() for name, grid in activations.items() for key, v in grid.state_dict().items()},
-        path,
+    save_tensors(
+        {f"{name}.{key}": v for name, grid in activations.items() for key, v in grid.state_dict().items()}, path
     )
 
 

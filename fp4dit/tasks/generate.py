@@ -7,7 +7,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from fp4dit.health import guarded
 from fp4dit.models.base import Pipeline
-from fp4dit.store import whole
+from fp4dit.store import published
 from fp4dit.tasks.capture import Chunk
 
 
@@ -27,5 +27,5 @@ class GenerateTask(L.LightningModule):
         with guarded(self.pipeline.dit):
             images = self.pipeline.sample(chunk.prompts, chunk.seeds, self.steps, self.guidance)
         for path, image in zip(files(self.out, chunk), images, strict=True):
-            with whole(path) as part:
+            with published(path) as part:
                 to_pil_image(image.cpu().clamp(0, 1)).save(part, format="PNG")

@@ -10,13 +10,14 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from PIL import Image, UnidentifiedImageError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
 from fp4dit.errors import UserError
 from fp4dit.metrics.base import Extractor, Images, PerImage, PerSet
-from fp4dit.store import whole
+from fp4dit.store import published
+from fp4dit.tensors import save_tensors
 
 BATCH, SHARD = 16, 64  # fixed, for a batch of another size differs in the last bits
 
@@ -90,8 +91,8 @@ class ScoreTask(L.LightningModule):
         values = {name: torch.cat(parts) for name, parts in found.items()}
         for name in self.metrics:
             check(name, values[name], shard)
-        with whole(path) as part:
-            save_file(values, part)
+        with published(path) as part:
+            save_tensors(values, part)
 
     def said(self, images: Images, reference: Images, prompts: list[str]) -> Iterator[tuple[str, Tensor]]:
         for name, metric in self.metrics.items():

@@ -8,10 +8,11 @@ from zlib import crc32
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fp4dit.policy import assign
+from fp4dit.tensors import save_tensors
 from fp4dit.training.draws import Draws
 from fp4dit.training.product import LowBitProduct, Recipe
 
@@ -88,7 +89,7 @@ def train_in_few_bits_(model: nn.Module, rules: Sequence[TrainRule], seed: int =
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """As `load_trained_` reads them."""
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
+    save_tensors(model.state_dict(), path)
 
 
 def load_trained_(model: nn.Module, path: Path, rules: Sequence[TrainRule]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import lightning as L
 
-from fp4dit.store import Store, whole
+from fp4dit.store import Store, published
 from fp4dit.stored import contents
 from pipelines.parted import Parted
 from pipelines.runtime import Runtime
@@ -31,7 +31,7 @@ class Units:
             if not path.exists():
                 time.sleep(float(os.environ.get("DRILL_SECONDS", "0.01")))
                 data = hashlib.sha512(b"%d %d " % (self.seed, i) + before).digest() * 400
-                with whole(path) as part:
+                with published(path) as part:
                     part.write_bytes(data)
 
 
@@ -65,7 +65,7 @@ class Write(L.LightningModule):
     def predict_step(self, item: int) -> None:
         time.sleep(float(os.environ.get("DRILL_SECONDS", "0.01")))
         [path] = self.stage.files(item, self.folder)
-        with whole(path) as part:
+        with published(path) as part:
             part.write_bytes(hashlib.sha512(b"%d " % item + self.before).digest() * 400)
         name = self.folder.parent.name.partition(".")[0]
         say(f"{os.environ.get('SLURM_PROCID', os.getpid())} {name}/{item}\n")

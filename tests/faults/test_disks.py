@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -9,14 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from fp4dit import calls, tree
+from fp4dit.columns import OnDisk
+from fp4dit.models.pixart import PixArtPipeline
 from fp4dit.store import Store
 from fp4dit.stored import contents
+from fp4dit.tensors import save_tensors
+from pipelines.command import explain
 from pipelines.plan import execute, pending, plan
 from pipelines.plans import plans
 from pipelines.runtime import Runtime
-from tests.conftest import ROOT, TOY
-from tests.faults.conftest import DRILL, LONG, Plan, job
+from tests.conftest import ROOT, TOY, until
+from tests.faults.conftest import DRILL, LONG, Plan, forked, job
 from tests.faults.drill import check, results
 from tests.test_end_to_end import SMALL
 
@@ -44,6 +51,22 @@ def test_a_full_disk_is_said_and_costs_nothing_finished(tmpfs: Mount, steps: Pla
     check(place / "store", known)
     execute(planned, ["score"], Store(tmp_path / "store"), QUIET)
     assert results(place / "store") == results(tmp_path / "store")
+
+
+def test_whatever_writes_tensors_says_that_the_disk_is_full(tmpfs: Mount, pipeline: PixArtPipeline):
+    place, rows = tmpfs("small", "size=64k"), torch.zeros(1 << 16)
+    writers: list[Callable[[], None]] = [
+        lambda: calls.save([{"x": rows}], place / "calls.safetensors"),
+        lambda: save_tensors({"x": rows}, place / "x.safetensors"),
+        lambda: tree.save({"x": rows}, place / "tree.safetensors"),
+        lambda: OnDisk(place, rows.shape, rows.dtype).write(0, rows),
+        lambda: pipeline.save(place / "pipeline", "tiny"),
+    ]
+    for write in writers:
+        with pytest.raises(OSError, match="No space left") as error:
+            write()
+        assert (explain(error.value) or "").startswith("the disk is full")
+    assert list(place.glob("*.safetensors")) == []
 
 
 def denied(process: subprocess.Popen, folder: Path) -> None:
@@ -130,6 +153,24 @@ def everything(planned, root: Path) -> None:
 def test_every_kind_of_file_of_the_real_thing_is_made_again(composed, tmp_path: Path, harm: Callable):
     planned, root = plan(composed(*SMALL)), tmp_path / "store"
     harmed(root, lambda: everything(planned, root), harm, 1)
+
+
+@pytest.mark.parametrize("stages", [[], ["stages=shared"]])
+@pytest.mark.parametrize("harm", [flipped, truncated])
+def test_a_finished_unit_of_a_killed_job_that_is_harmed_is_made_again(
+    steps: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: Callable, stages: list[str]
+):
+    planned, root = steps(*stages), tmp_path / "store"
+    execute(planned, ["score"], Store(tmp_path / "undisturbed"), QUIET)
+    monkeypatch.setenv("DRILL_SECONDS", "0.05")
+    pid = forked(planned, root)
+    unit = until(lambda: next(iter(root.glob("reconstruct/*.draft/units/001.bin")), None))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    unit.write_bytes(harm(unit.read_bytes(), random.Random(3)))
+    execute(planned, ["score"], Store(root), QUIET)
+    check(root, {})
+    assert results(root) == results(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("name", [".checksums.json", ".plans.json"])

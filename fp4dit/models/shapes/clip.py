@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 from open_clip import CLIP
-from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from fp4dit.models.shapes.build import clip_config
 from fp4dit.models.shapes.world import SIZE
+from fp4dit.tensors import save_tensors
 
 PREPROCESS = {
     "size": [SIZE, SIZE],
@@ -27,6 +27,6 @@ def save_clip(
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_cfg": clip_config(len(tokenizer)), "preprocess_cfg": PREPROCESS}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    weights = {name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    weights = {name: value.to(dtype) for name, value in model.state_dict().items()}
+    save_tensors(weights, folder / "open_clip_model.safetensors", {"format": "pt"})
     tokenizer.save_pretrained(folder)
