@@ -97,9 +97,11 @@ def units(root: Path) -> dict[str, tuple[int, int]]:
     """Every unit that is published, in an entry or a draft: which file it is, and when it was written."""
     found = {}
     for one in contents(root):
-        for path in [*one.path.glob("units/*.bin"), *one.path.glob("units/*.json")]:
-            stat = path.stat()
-            found[f"{one.name}/{path.name}"] = (stat.st_ino, stat.st_mtime_ns)
+        for path in one.path.glob("*/*"):
+            # A unit of weights is there once its report is.
+            if path.suffix in (".bin", ".json", ".png", *([".safetensors"] if path.parent.name != "units" else [])):
+                stat = path.stat()
+                found[f"{one.name}/{path.name}"] = (stat.st_ino, stat.st_mtime_ns)
     return found
 
 
