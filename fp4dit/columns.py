@@ -133,13 +133,15 @@ class Room:
         return column
 
     def gather(self, count: int, parts: Iterable[Shaped[Tensor, "n ..."]]) -> Column | None:
-        """A column of `count` rows out of parts of them, from any device; None if there is no part."""
+        """A column of at most `count` rows out of parts of them, from any device; None if there is no part."""
         made, start = None, 0
         for part in parts:
             made = self.column(torch.Size([count, *part.shape[1:]]), part.dtype) if made is None else made
             write(made, start, part.cpu())
             start += len(part)
-        return made
+        if made is None or start == count:
+            return made
+        return made[:start] if isinstance(made, Tensor) else Some(made, torch.arange(start))
 
     def give_back(self, size: int) -> None:
         self.used -= size

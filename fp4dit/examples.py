@@ -110,6 +110,10 @@ def inputs(
     def hook(i: int, x: Tensor) -> None:
         seen[i] = x.reshape(len(x), -1, x.shape[-1])
 
+    def by_row(x: Tensor | None, count: int) -> Tensor | None:
+        """Together what a layer reads several vectors of for each row. One of a range reads of fewer rows."""
+        return x if x is None or len(x) % count else x.reshape(count, -1, x.shape[-1])
+
     hooks = [
         layer.activation.register_forward_hook(lambda _m, _given, x, i=i: hook(i, x))  # pyright: ignore[reportArgumentType]
         for i, layer in enumerate(layers)
@@ -118,4 +122,4 @@ def inputs(
         for part in index.split(batch):
             seen[:] = [None] * len(layers)
             examples.call(part, layers[0].weight.device)(module)
-            yield list(seen)
+            yield [by_row(x, len(part)) for x in seen]

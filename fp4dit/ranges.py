@@ -34,7 +34,8 @@ class Ranges(nn.Module):
         return torch.bucketize(timestep.float(), self.ends.to(timestep.device))
 
     def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
-        which = self.which(self.clock.now).expand(len(x))
+        which = self.which(self.clock.now)
+        which = which.repeat_interleave(len(x) // len(which))
         rows = [(which == i).nonzero()[:, 0] for i in range(len(self.ranges))]
         if len(x) in map(len, rows):  # as when sampling: all rows are at one time
             return self.layers[int(which[0])](x)

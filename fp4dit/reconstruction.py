@@ -151,8 +151,14 @@ class Reconstruction:
         index = examples.trained[spread(len(examples.trained), self.sample)]
         seen = sample_inputs(teacher, [local[name] for name in wanted], examples, index)
         for name, inside in local.items():
+            x = seen.get(inside)
+            if name in wanted and x is None:
+                raise UserError(
+                    f"what {name} is given cannot be measured, for the model does not call it: "
+                    f"+weight.leave=['{name}'] leaves it"
+                )
             for layer, its in shares(self.pipeline.dit.get_submodule(name), examples.inputs["timestep"][index]):
-                layer.prepare(seen[inside][its] if name in wanted else None)
+                layer.prepare(None if x is None else x[its.repeat_interleave(len(x) // len(its))])
 
     def forward(self, module: nn.Module, unit: Unit, columns: Columns) -> dict[str, Column]:
         device = self.pipeline.device  # a Trainer leaves its module on the CPU
@@ -163,7 +169,8 @@ class Reconstruction:
 def sample_inputs(
     teacher: nn.Module, names: Iterable[str], examples: Examples, index: Int[Tensor, "n"]
 ) -> dict[str, Float[Tensor, "n ..."]]:
-    """The inputs of the teacher's layers at the given rows."""
+    """The inputs of the teacher's layers at the given rows; of a layer that reads several vectors for each row, such as
+    PixArt-alpha's of height and width, these one after another."""
     seen: dict[str, Tensor] = {}
 
     def hook(name: str, given: tuple[Tensor, ...]) -> None:
@@ -195,7 +202,7 @@ def save_layers(layers: Mapping[str, QuantLayer], path: Path) -> None:
 
 
 def load_layers(layers: Mapping[str, QuantLayer], path: Path) -> None:
-    """Raises RuntimeError if the file does not hold exactly these layers."""
+    """Raises RuntimeError if the file lacks something of one of these layers, or holds more of it."""
     tensors = load_file(path)
     for name, layer in layers.items():
         layer.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})

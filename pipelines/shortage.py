@@ -6,7 +6,9 @@ from typing import Any
 
 from fp4dit.errors import UserError
 
-SIZES = ("rounding.batch", "calibration.chunk", "generation.chunk")  # how much is computed at once
+# How much is computed at once.
+LEARNING = ("rounding.fit.batch", "rounding.batch", "tuning.batch", "training.data.batch")
+SIZES = (*LEARNING, "calibration.chunk", "generation.chunk")
 
 
 def shortage(stage: str, config: Mapping[str, Any], error: Exception) -> UserError | None:
@@ -27,6 +29,7 @@ def shortage(stage: str, config: Mapping[str, Any], error: Exception) -> UserErr
 
 
 def chosen(config: Mapping[str, Any], name: str) -> Any:
-    group, _, field = name.partition(".")
-    node = config.get(group)
-    return node.get(field) if isinstance(node, Mapping) else None
+    node: Any = config
+    for field in name.split("."):
+        node = node.get(field) if isinstance(node, Mapping) else None
+    return node

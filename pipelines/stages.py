@@ -1,4 +1,4 @@
-"""The five stages: load, hand to a task, save. What each depends on stands in conf/stages."""
+"""The stages: load, hand to a task, save. What each depends on stands in conf/stages."""
 
 import csv
 import json
@@ -54,8 +54,8 @@ class Calibration:
     timesteps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.trained < 1 or self.held_out < 1:
-            raise UserError("calibration.trained and calibration.held_out must be at least 1")
+        if self.trained < 1 or self.held_out < 1 or self.chunk < 1:
+            raise UserError("calibration.trained, calibration.held_out and calibration.chunk must be at least 1")
         if self.timesteps is not None and not 1 <= self.timesteps <= self.steps:
             raise UserError(
                 f"calibration.timesteps={self.timesteps}: of the sampler's {self.steps} steps, keep 1 or more"
@@ -81,6 +81,10 @@ class Generation:
     guidance: float
     chunk: int
     seed: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.chunk < 1:
+            raise UserError("generation.steps and generation.chunk must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -254,6 +258,8 @@ class Generate(Parted):
         return at.sampling(self.count, g.steps, g.guidance, g.chunk, self.activation, images, "generation.chunk")
 
     def check(self) -> None:
+        if self.count < 1:
+            raise UserError("prompts.count must be at least 1")
         self.model.check(texts(self.prompts(self.count)))
 
     def items(self, needs: Mapping[str, Path]) -> list[Chunk]:

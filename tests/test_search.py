@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fp4dit.calls import Call
 from fp4dit.choice import Choice, LeastError
+from fp4dit.errors import UserError
 from fp4dit.examples import Examples
 from fp4dit.formats import Format, floating, integer, nf4
 from fp4dit.grid import Grid
@@ -68,6 +69,15 @@ WEIGHTS = {
     "affine": Quantizer(integer(4, signed=False), Granularity("row"), MinMax()),
     "searched": Quantizer(ANY_FP4, Granularity("row"), MinError(AbsMax(), lowest=0.4, candidates=7)),
 }
+
+
+def test_weighing_what_is_not_searched_is_refused():
+    plain, searched = (
+        wrap(linear(), Quantizer(E2M1, Granularity("row"), rule)) for rule in (AbsMax(), MinError(AbsMax()))
+    )
+    Weighed().check([plain, searched])
+    with pytest.raises(UserError, match="would change nothing"):
+        Weighed().check([plain])
 
 
 @pytest.mark.parametrize("activation", [None, STATIC, SHIFTED], ids=["weights alone", "static", "shifted"])

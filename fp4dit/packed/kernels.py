@@ -14,9 +14,9 @@ from jaxtyping import Float, Float8e4m3fn, Float32, UInt8
 from torch import Tensor
 
 from fp4dit.packed import programs
+from fp4dit.packed.matmul import WIDEST
 
 STEP = 128  # columns of K that are summed up before a scale is applied
-WIDEST = 16384  # columns that `quantize_rows` holds in the registers of one program
 Scales = Float32[Tensor, "n groups"]
 Codes = UInt8[Tensor, "n half"]
 

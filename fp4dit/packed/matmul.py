@@ -27,12 +27,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+WIDEST = 16384  # columns of a row that one program of the kernel which quantizes rows holds in its registers
+
 
 @runtime_checkable
 class Backend(Protocol):
-    """A way to multiply. It is given the input before `layer.activation` quantizes it."""
+    """A way to multiply. It is given the input before `layer.activation` quantizes it. `for_few` says whether it is a
+    good one for few rows, where reading the weight is what takes time."""
 
     name: str
+    for_few: bool
 
     def takes(self, layer: "PackedLinear", x: Float[Tensor, "*b k"]) -> bool: ...
     def __call__(self, layer: "PackedLinear", x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b o"]: ...
@@ -41,7 +45,7 @@ class Backend(Protocol):
 class Dequantize:
     """The weight in the model's dtype, for as long as the product takes: anywhere, and to the bit as simulated."""
 
-    name = "dequantize"
+    name, for_few = "dequantize", True
 
     def takes(self, layer: "PackedLinear", x: Float[Tensor, "*b k"]) -> bool:
         return True
@@ -51,9 +55,9 @@ class Dequantize:
 
 
 class WeightOnly:
-    """The weight is expanded and scaled in registers: for few rows, where reading it is what takes time."""
+    """The weight is expanded and scaled in registers."""
 
-    name = "weight_only"
+    name, for_few = "weight_only", True
 
     def takes(self, layer: "PackedLinear", x: Float[Tensor, "*b k"]) -> bool:
         return x.is_cuda and expandable(layer.layout, layer.in_features)
@@ -69,12 +73,13 @@ class WeightOnly:
 class Fp8:
     """Tokens quantized online to numbers that E4M3 holds, times the weight, in the tensor cores for FP8."""
 
-    name = "fp8"
+    name, for_few = "fp8", False
 
     def takes(self, layer: "PackedLinear", x: Float[Tensor, "*b k"]) -> bool:
         recent = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
         fmt = token_format(layer.activation)
-        return recent and expandable(layer.layout, layer.in_features) and fmt is not None and in_e4m3(fmt)
+        fits = layer.in_features <= WIDEST and expandable(layer.layout, layer.in_features)
+        return recent and fits and fmt is not None and in_e4m3(fmt)
 
     def __call__(self, layer: "PackedLinear", x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b o"]:
         from fp4dit.packed import kernels  # which needs triton
@@ -122,7 +127,7 @@ def fastest(ways: Sequence[Backend], layer: "PackedLinear", x: Float[Tensor, "*b
     known = {way: ms for way, ms in zip(ways, times, strict=True) if ms is not None}
     if len(known) == len(ways):
         return min(known, key=lambda way: known[way])
-    return ways[0] if m > 64 else next(way for way in ways if not isinstance(way, Fp8))
+    return ways[0] if m > 64 else next(way for way in ways if way.for_few)
 
 
 def expandable(layout: Layout, k: int) -> bool:

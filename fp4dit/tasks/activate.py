@@ -1,7 +1,7 @@
 """Choose static activation scalings, and measure what each activation loses at each timestep."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -66,6 +66,8 @@ class Observe(Replay):
         return x
 
     def fix(self) -> None:
+        """Raises UserError if the model never read an activation that is to be static."""
+        check_read(name for name in self.rules if not self.notes[name])
         for name, grid in self.activations.items():
             if isinstance(grid, TimedGrid):
                 timesteps = dict.fromkeys(timestep for timestep, _ in self.notes[name])
@@ -109,11 +111,7 @@ class Measure(Replay):
 
     def audit(self, rules: Mapping[str, Rule]) -> list[Entry]:
         """Raises UserError if the model never read an activation that was to be quantized."""
-        for name in self.activations.keys() - self.shapes.keys():
-            raise UserError(
-                f"{name} is not quantized: the model never reads it, or not by way of F.scaled_dot_product_attention. "
-                f"Leave it as it is: +activation.leave=['{name}'], where wildcards are understood"
-            )
+        check_read(self.activations.keys() - self.shapes.keys())
         return [
             Entry(
                 name,
@@ -129,6 +127,14 @@ class Measure(Replay):
         """Scales counted where they are made anew for each call; a static one costs nothing."""
         quantizer = module.quantizer
         return quantizer.bits(self.shapes[name]) if module.scaling is None else float(quantizer.format.bits)
+
+
+def check_read(unread: Iterable[str]) -> None:
+    for name in unread:
+        raise UserError(
+            f"{name} is not quantized: the model never reads it, or not by way of F.scaled_dot_product_attention. "
+            f"Leave it as it is: +activation.leave=['{name}'], where wildcards are understood"
+        )
 
 
 def save_scales(activations: Mapping[str, Grid], path: Path) -> None:

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 
 from fp4dit import calls
+from fp4dit.errors import UserError
 from fp4dit.health import guarded
 from fp4dit.models.base import Pipeline
 from fp4dit.stream import State
@@ -42,7 +43,13 @@ def as_heard(states: Sequence[State], chunk: Chunk) -> Sequence[State]:
 
 def noise_at_index(states: Sequence[State], chunk: Chunk) -> Sequence[State]:
     """What FP4DiT's released code calibrates PixArt on, for comparison: the latents are noise at every step, the
-    timestep is the step's index, and no token of the text is masked."""
+    timestep is the step's index, and no token of the text is masked.
+
+    Raises:
+        UserError: if the model is given no mask as PixArt is.
+    """
+    if "bias" not in states[0]:
+        raise UserError("calibration=reference_quirk is what FP4DiT's released code does for PixArt: take another one")
     generators = [torch.Generator().manual_seed(seed) for seed in chunk.seeds]
     altered = []
     for index, state in enumerate(states):

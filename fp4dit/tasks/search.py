@@ -36,6 +36,11 @@ class Weighed:
 
     def check(self, layers: Sequence[QuantLayer]) -> None:
         check_fit(self.then, layers)
+        if not any(heeds_importance(layer.grid.quantizer, layer.rows.shape[1]) for layer in layers):
+            raise UserError(
+                "no weight's scale is searched, so that weighing its errors would change nothing: choose weights whose "
+                "is, such as weight=fp4_searched, or another rounding"
+            )
 
     def work(self, unit: Pass, rows: int) -> Work:
         then = fit_work(self.then, unit, rows)
@@ -53,6 +58,15 @@ class Weighed:
                 weights = (total / n).expand(layer.rows.shape)
                 layer.grid.measure(layer.rows, layer.grid.quantizer.granularity.split(weights))
         return self.then(module, layers, examples, trainers)
+
+
+def heeds_importance(quantizer: Quantizer, k: int) -> bool:
+    """Whether its scales for rows of `k` values are others if some values count more: asked with random ones."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randn(16, quantizer.granularity.width(torch.Size([1, k])), generator=generator)
+    importance = torch.rand(blocks.shape, generator=generator) ** 8
+    scales = lambda fmt: [parts(quantizer.scale(blocks, fmt, given)).values() for given in (None, importance)]
+    return any(not torch.equal(a, b) for fmt in formats(quantizer) for a, b in zip(*scales(fmt), strict=True))
 
 
 @runtime_checkable
