@@ -23,6 +23,7 @@ from fp4dit.errors import UserError
 from pipelines.ahead import untouched
 from pipelines.resolvers import CONF, nearest, options, register
 from pipelines.secrets import check_text
+from pipelines.shortage import spawned
 
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 NO_NAME = ("Config group override must be", "argument of type 'int' is not iterable")  # Hydra's, of group=1, group=[1]
@@ -66,6 +67,8 @@ def explain(error: Exception) -> str | None:
     """One message for what the user can mend; None for what only a developer can."""
     if isinstance(error, UserError):
         return str(error)
+    if "\nfp4dit.errors.UserError: " in str(error):  # of a process that Lightning spawned
+        return spawned(error)
     if isinstance(error, OSError) and error.errno in DENIED:
         return (
             f"{error.filename or 'a file'}: {error.strerror}. Choose a folder that you may write to with outputs=, or "

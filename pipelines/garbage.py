@@ -1,7 +1,8 @@
 """Removes from the store what no experiment and no table of conf needs."""
 
+import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -28,8 +29,9 @@ def collect(cfg: DictConfig, store: Store) -> None:
     needed = keys(planned) | {one.name for one in named(cfg.keep, cfg, store) if cfg.keep}
     spared = related(found, models(rows, planned)) - needed
     known = stages()  # another version of the program may know more
+    busy = in_use(found)
     scope = {one.name for one in named(cfg.what, cfg, store) if one.stage in known}
-    going = [one for one in found if one.name in scope - needed - spared]
+    going = [one for one in found if one.name in scope - needed - spared and one.key not in busy]
     tell(going, len(spared), [one.problem for one in planned if one.problem])
     if cfg.dry_run:
         print("Nothing was removed: dry_run=false removes it")
@@ -37,6 +39,20 @@ def collect(cfg: DictConfig, store: Store) -> None:
     removed = [one for one in going if remove(one)]
     files = sum(tidy(path, key) for path, key in sorted(leftovers(store.root), reverse=True))  # a lock after its notes
     print(f"removed: {len(removed)} entries, and {files} locks and notes of jobs that are gone")
+
+
+def in_use(found: Sequence[Stored]) -> set[str]:
+    """Keys of what those entries are made from that a job is making."""
+    drafts = [one for one in found if one.is_draft and held(one.lock)]
+    begun = [remembered_needs(journal(one.path)) for one in drafts]
+    return {key for needs in begun for key in needs}
+
+
+def remembered_needs(path: Path) -> Collection[str]:
+    try:
+        return json.loads(path.read_text())["needs"].values()
+    except (OSError, ValueError, KeyError, AttributeError):  # just begun, or by an earlier version
+        return ()
 
 
 def models(rows: Sequence[Sequence[str]], planned: Sequence[Plan]) -> set[str]:

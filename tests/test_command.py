@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import os
 import re
 import subprocess
 import sys
@@ -68,6 +69,20 @@ def test_a_job_of_a_launcher_that_left_nothing_is_told_in_plain_words(tmp_path: 
     assert message
     assert message.startswith("job 12 ended without a result (state: NO PROCESS AND NO RESULT)")
     assert f"{tmp_path}/12_0_log.err" in message
+
+
+@pytest.mark.parametrize("in_full", [False, True])
+def test_a_traceback_is_for_who_asks(tmp_path: Path, in_full: bool):
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.run", "weight=fp4dlt", f"outputs={tmp_path}"],
+        env={**os.environ, "HYDRA_FULL_ERROR": str(int(in_full))},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert ("Traceback" in done.stderr) == in_full
+    assert ("did you mean fp4dit" in done.stderr) != in_full
 
 
 def test_an_error_of_ours_is_not_hidden(run: Run):

@@ -9,6 +9,7 @@ import pytest
 
 import pipelines.store
 from fp4dit.locks import locked
+from fp4dit.store import finished, journal, lock
 from pipelines.store import worded
 from tests.conftest import TOY, Run
 
@@ -112,6 +113,18 @@ def test_gc_removes_what_nothing_needs_and_nobody_holds(store, tmp_path: Path, c
     assert not list(root.glob(f"*/{dead}.*"))
     assert (root / "unknown" / dead).is_dir()
     assert store("verify", "capture", "generate", "score") == 0
+
+
+def test_gc_spares_what_a_job_is_working_from(store, tmp_path: Path, capfd):
+    needs = {path.name: path.name for path in entries(tmp_path, "generate")}
+    draft = tmp_path / "store" / "score" / f"{'1' * 16}.draft"
+    draft.mkdir()
+    journal(draft).write_text(json.dumps({"before": 0, "start": 0, "needs": needs}))
+    with locked(lock(finished(draft)), "", "a long one"):
+        assert store("gc", "generate", "dry_run=false") == 0
+        assert len(entries(tmp_path, "generate")) == 2
+    assert store("gc", "generate", "dry_run=false") == 0
+    assert len(entries(tmp_path, "generate")) == 1
 
 
 def test_gc_spares_what_rows_that_cannot_be_planned_may_need(store, tmp_path: Path, capfd, monkeypatch):

@@ -319,20 +319,24 @@ def silent() -> Iterator[Server]:
 def test_a_server_that_falls_silent_is_not_waited_for(silent: Server, tmp_path: Path):
     """In a process of its own, for W&B reads where its server is but once."""
     url = f"http://127.0.0.1:{silent.server_port}"
-    given = ["logger=wandb", "logger.mode=online", "logger.patience=1", f"outputs={tmp_path}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines.run", *TOY, *given],
+    given = ["logger=wandb", "logger.patience=1", f"outputs={tmp_path}"]
+    command = lambda mode: subprocess.run(
+        [sys.executable, "-m", "pipelines.run", *TOY, *given, f"logger.mode={mode}"],
         env={**os.environ, "WANDB_BASE_URL": url, "WANDB_API_KEY": "a" * 40, "WANDB_CONFIG_DIR": str(tmp_path)},
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,
     )
+    done = command("online")
     assert silent.taken
     assert done.returncode == 0
     assert "W&B does not show all of this job: TimeoutError" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.glob("store/score/*/metrics.json"))
+    assert command("offline").returncode == 0
+    told = [update for part in parts(records(tmp_path), "summary", "update") for update in part]
+    assert "score/" in json.dumps(told)  # all of it, from the store
 
 
 def test_the_option_makes_the_view(composed: Compose, tmp_path: Path):
