@@ -162,11 +162,12 @@ def test_a_finished_unit_of_a_killed_job_that_is_harmed_is_made_again(
 ):
     planned, root = steps(*stages), tmp_path / "store"
     execute(planned, ["score"], Store(tmp_path / "undisturbed"), QUIET)
-    monkeypatch.setenv("DRILL_SECONDS", "0.05")
+    monkeypatch.setenv("DRILL_SECONDS", "0.3")
     pid = forked(planned, root)
-    unit = until(lambda: next(iter(root.glob("reconstruct/*.draft/units/001.bin")), None))
+    unit = until(lambda: next(iter(root.glob("reconstruct/*.draft/units/000.bin")), None))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+    monkeypatch.delenv("DRILL_SECONDS")
     unit.write_bytes(harm(unit.read_bytes(), random.Random(3)))
     execute(planned, ["score"], Store(root), QUIET)
     check(root, {})
