@@ -70,8 +70,8 @@ class Losses(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.start = self.shown = time.monotonic()
         self.first = trainer.fit_loop.total_batch_idx + 1
-        if not self.first and trainer.is_global_zero:
-            self.path.unlink(missing_ok=True)  # of one that was killed before anything was kept
+        if trainer.is_global_zero and self.path.exists():
+            self.forget(self.first)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         done = trainer.fit_loop.total_batch_idx + 1
@@ -91,8 +91,15 @@ class Losses(Callback):
             losses = "  ".join(f"{name} {value:.4f}" for name, value in row.items())
             print(f"{self.label}  {done}/{self.total}  {losses}  {span(left)} left", flush=True)
 
+    def forget(self, last: int) -> None:
+        """The rows after batch `last`, which a killed training wrote, the last one perhaps in part, and this one will
+        write again."""
+        header, *rows = self.path.read_bytes().splitlines(keepends=True) or [b""]
+        before = (row for row in rows if row.endswith(b"\n") and int(row.partition(b",")[0]) <= last)
+        self.path.write_bytes(b"".join([header, *before]))
+
     def write(self, row: dict[str, float]) -> None:
-        fresh = not self.path.exists()
+        fresh = not self.path.exists() or not self.path.stat().st_size
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, list(row))
             if fresh:

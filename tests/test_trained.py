@@ -22,6 +22,7 @@ from fp4dit.training.layer import TrainRule
 from pipelines import trained
 from pipelines.runtime import Runtime
 from pipelines.trained import Train, Training
+from pipelines.training import Losses
 from tests.test_end_to_end import CPU, run
 from tests.test_reconstruct import Killed
 
@@ -77,6 +78,19 @@ def test_a_killed_training_ends_with_the_bits_of_an_undisturbed_one(tmp_path, mo
     assert not (tmp_path / "killed/kept").exists()
     with (tmp_path / "killed/loss.csv").open() as file:
         assert [row["batch"] for row in csv.DictReader(file)] == ["3"]
+
+
+def test_the_losses_after_what_was_kept_are_written_once(tmp_path):
+    losses = Losses(tmp_path / "loss.csv", total=60)
+    for batch in (20, 40, 60):
+        losses.write({"batch": batch, "seconds": batch / 10, "loss": 1.0})
+    whole = losses.path.read_bytes()
+    losses.path.write_bytes(whole[:-5])
+    losses.forget(45)
+    losses.write({"batch": 60, "seconds": 6.0, "loss": 1.0})
+    assert losses.path.read_bytes() == whole
+    losses.forget(0)
+    assert losses.path.read_bytes() == b"batch,seconds,loss\r\n"
 
 
 def test_a_training_whose_kept_state_is_damaged_begins_anew(tmp_path, monkeypatch, caplog):
