@@ -139,9 +139,7 @@ class Room:
             made = self.column(torch.Size([count, *part.shape[1:]]), part.dtype) if made is None else made
             write(made, start, part.cpu())
             start += len(part)
-        if made is None or start == count:
-            return made
-        return made[:start] if isinstance(made, Tensor) else Some(made, torch.arange(start))
+        return made if made is None or start == count else Some(made, torch.arange(start))
 
     def give_back(self, size: int) -> None:
         self.used -= size

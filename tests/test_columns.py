@@ -34,6 +34,17 @@ def test_what_was_written_is_read(dtype: torch.dtype, limit: int):
     assert column[torch.tensor([1])].dtype == dtype
 
 
+@pytest.mark.parametrize("limit", [0, 10**6], ids=["file", "memory"])
+def test_what_is_gathered_has_no_row_that_nobody_gave(limit: int):
+    """A layer of one range of timesteps sees some of the calls only."""
+    parts = [torch.ones(2, 3), torch.full((1, 3), 2.0)]
+    column = Room(limit).gather(5, iter(parts))
+    assert column is not None
+    assert len(column) == 3
+    assert torch.equal(column[torch.arange(3)], torch.cat(parts))
+    assert Room(limit).gather(5, []) is None
+
+
 def test_what_was_read_is_no_view_of_the_file():
     column = filled(Room(0), torch.zeros(4, 2))
     for index in (slice(0, 2), torch.tensor([0, 1])):
