@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -94,16 +95,27 @@ def test_what_may_only_be_read_can_be_looked_at_and_a_run_says_so(tmpfs: Mount, 
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
-def test_who_has_no_right_to_write_is_told(tmp_path: Path):
-    """In a process that has root's files to read, and not the right to overrule their modes."""
+@pytest.mark.parametrize(
+    ("place", "mode"), [("", 0o555), ("store/reconstruct", 0o555), ("store/capture/*/manifest.json", 0)]
+)
+def test_who_has_no_right_to_write_or_read_is_told(steps: Plan, tmp_path: Path, place: str, mode: int):
+    """In a process that has root's files to read, and not the right to overrule their modes. What cannot be read is
+    not taken for damaged."""
     (tmp_path / "outputs").mkdir()
-    (tmp_path / "outputs").chmod(0o555)
+    if place:
+        execute(steps(), ["capture"], Store(tmp_path / "outputs" / "store"), QUIET)
+        (tmp_path / "outputs" / "store" / "reconstruct").mkdir()
+    before = results(tmp_path / "outputs" / "store")
+    [closed] = (tmp_path / "outputs").glob(place) if place else [tmp_path / "outputs"]
+    closed.chmod(mode)
     bare = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
     if subprocess.run([*bare, "true"]).returncode:
         pytest.skip("setpriv cannot give up rights here")
     command = [*bare, sys.executable, "-m", "pipelines.run", *DRILL, f"outputs={tmp_path / 'outputs'}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    denied(subprocess.Popen(command, cwd=ROOT, text=True, **pipes), tmp_path / "outputs")
+    denied(subprocess.Popen(command, cwd=ROOT, text=True, **pipes), closed)
+    closed.chmod(0o755)
+    assert results(tmp_path / "outputs" / "store") == before
 
 
 def flipped(data: bytes, rng: random.Random) -> bytes:
@@ -120,7 +132,8 @@ def harmed(root: Path, remake: Callable[[], None], harm: Callable, rounds: int) 
     remake()
     expected, rng = results(root), random.Random(1)
     files = [(one, path) for one in contents(root) for path in sorted(one.path.rglob("*")) if path.is_file()]
-    chosen = {(one.stage, path.suffix, path.name == "manifest.json"): (one, path) for one, path in files}
+    kind = lambda one, path: (one.stage, re.sub(r"\d+", "", str(path.relative_to(one.path))))
+    chosen = {kind(one, path): (one, path) for one, path in files}
     for one, path in [*chosen.values()] * rounds:
         path.write_bytes(harm(path.read_bytes(), rng))
         name = str(path.relative_to(one.path))
@@ -188,9 +201,12 @@ def test_a_flipped_bit_in_what_is_remembered_changes_no_identity(composed, tmp_p
         assert keys() == expected
 
 
-def test_a_clock_that_is_set_back_takes_no_time_back(steps: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("jump", [-3600, 3600])
+def test_a_clock_that_is_set_takes_and_gives_no_time(
+    steps: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: int
+):
     now = [1e9]
-    monkeypatch.setattr(time, "time", lambda: now.__setitem__(0, now[0] - 3600) or now[0])
+    monkeypatch.setattr(time, "time", lambda: now.__setitem__(0, now[0] + jump) or now[0])
     planned, store = steps(), Store(tmp_path / "store")
     execute(planned, ["score"], store, QUIET)
     assert all(0 <= (store.seconds(one.stage, one.key) or 0) < 10 for one in contents(store.root))
