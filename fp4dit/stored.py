@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp4dit.store import read_manifest
+from fp4dit.store import lock, read_manifest
 
 KEY = re.compile(r"[0-9a-f]{16}")
 PASSING = re.compile(r"(\d{5,}\.)?lock(\.json)?|draft\.json")
@@ -32,7 +32,7 @@ class Stored:
 
     @property
     def lock(self) -> Path:
-        return self.path.with_name(f"{self.key}.lock")
+        return lock(self.path.with_name(self.key))
 
     @property
     def bytes(self) -> int:

@@ -12,7 +12,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from fp4dit.locks import held, holder
-from fp4dit.store import Store, lock
+from fp4dit.store import Store, drafted, lock
 from fp4dit.stored import contents
 from pipelines.missing import Measured
 from pipelines.plan import Step, check, pending, planned
@@ -58,7 +58,7 @@ def state(store: Store, step: Step) -> str:
     out = store.path(step.name, step.key)
     if held(lock(out)):
         return f"being made by {holder(lock(out)) or 'another job'}"
-    return "to make, from where it was left" if out.with_name(f"{out.name}.draft").exists() else "to make"
+    return "to make, from where it was left" if drafted(out).exists() else "to make"
 
 
 def finished(store: Store) -> list[Step]:

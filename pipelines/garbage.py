@@ -10,7 +10,7 @@ from hydra import compose
 from omegaconf import DictConfig
 
 from fp4dit.locks import free, held, holder
-from fp4dit.store import Store, journal
+from fp4dit.store import Store, drafted, journal, lock
 from fp4dit.stored import Stored, contents, leftovers
 from pipelines.made import told
 from pipelines.naming import keys, named, runs, searched, stages
@@ -109,10 +109,11 @@ def remove(one: Stored) -> bool:
 
 def tidy(path: Path, key: str) -> bool:
     """Removes what jobs leave beside their results, if it is of no use any more, and says whether."""
-    lock, draft = path.with_name(f"{key}.lock"), path.with_name(f"{key}.draft")
-    if key and (draft.exists() or (path == lock and path.with_name(key).exists()) or held(lock)):
+    out = path.with_name(key or path.name)
+    is_lock = path == lock(out)
+    if key and (drafted(out).exists() or (is_lock and out.exists()) or held(lock(out))):
         return False
-    with free(lock) if path == lock else nullcontext(True) as nobody:
+    with free(path) if is_lock else nullcontext(True) as nobody:
         if nobody:
             path.unlink(missing_ok=True)
     return nobody

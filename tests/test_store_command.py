@@ -1,8 +1,10 @@
 """`python -m pipelines.store`, on what toy stages leave."""
 
 import json
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,9 @@ def test_gc_removes_what_nothing_needs_and_nobody_holds(store, tmp_path: Path, c
     (root / "generate" / f"{dead}.lock.json").write_text("{}")
     (root / "generate" / f"{dead}.00003.lock").touch()
     (root / "unknown" / dead).mkdir(parents=True)
+    for name, age in (("old", 7200.0), ("new", 0.0)):
+        (root / f".{name}.json.1.part").touch()
+        os.utime(root / f".{name}.json.1.part", (time.time() - age,) * 2)
     before = {path for path in root.rglob("*") if not path.name.startswith(".")}
     capfd.readouterr()
     with locked(root / "score" / f"{busy}.lock", "", "a long one"):
@@ -111,6 +116,7 @@ def test_gc_removes_what_nothing_needs_and_nobody_holds(store, tmp_path: Path, c
     assert entries(tmp_path, "capture") == [root / "capture" / known]
     assert [len(entries(tmp_path, stage)) for stage in ("generate", "reference")] == [1, 1]
     assert not list(root.glob(f"*/{dead}.*"))
+    assert [path.name for path in root.glob("*.part")] == [".new.json.1.part"]
     assert (root / "unknown" / dead).is_dir()
     assert store("verify", "capture", "generate", "score") == 0
 
