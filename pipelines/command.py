@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any
@@ -46,6 +46,7 @@ def command(main: Callable[[], Any]) -> Callable[[], None]:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints the error itself and exits
         try:
             check_text(" ".join(sys.argv))
+            check_groups(sys.argv[1:])
             with untouched(sys.argv) as sys.argv:
                 main()
         except (KeyboardInterrupt, SystemExit) as stop:
@@ -61,6 +62,14 @@ def command(main: Callable[[], Any]) -> Callable[[], None]:
             sys.exit(f"error: {message}\n(HYDRA_FULL_ERROR=1 shows where)")
 
     return run
+
+
+def check_groups(overrides: Sequence[str]) -> None:
+    """Raises UserError for a number where the option of a group is to be named: Hydra does not say which."""
+    for given in overrides:
+        name, _, value = given.lstrip("+").partition("=")
+        if re.fullmatch(r"\[?[+-]?\d[\d.,eE+\- \]]*", value) and (there := options(name)):
+            raise UserError(f"{given}: after {name}= comes a name, one of {', '.join(there)}")
 
 
 def explain(error: Exception) -> str | None:

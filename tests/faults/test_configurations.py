@@ -1,5 +1,6 @@
 """Whatever is asked for is planned, or refused with one message that names what was asked for."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from fp4dit.store import Store
-from pipelines.command import explain, paths
+from pipelines.command import check_groups, explain, paths
 from pipelines.kinds import check_kinds
 from pipelines.plan import pending, plan
 from pipelines.resolvers import CONF, options, register
@@ -73,6 +74,7 @@ def values() -> st.SearchStrategy[list[str]]:
 def planned(overrides: Sequence[str], outputs: Path) -> None:
     """As a run does until its stages check themselves, for which models are built."""
     with configured():
+        check_groups(overrides)
         config: DictConfig = compose("run", [*overrides, f"outputs={outputs}"])
         check_kinds(config, overrides)
         Runtime(deterministic=config.deterministic)
@@ -103,6 +105,8 @@ def test_whatever_is_asked_for_is_planned_or_refused_with_one_message(tmp_path_f
             raise AssertionError(f"a traceback: {' '.join(overrides)}") from error
         assert message.strip()
         assert not any(words in message for words in PYTHONESE), (overrides, message)
+        words = [word for given in overrides for word in re.split("[=./]", given) if len(word) > 1]
+        assert any(word in message for word in words), (overrides, message)
 
 
 @pytest.mark.parametrize(
@@ -116,8 +120,9 @@ def test_whatever_is_asked_for_is_planned_or_refused_with_one_message(tmp_path_f
             "prompts.calibration.held_out=0.5: true or false is wanted here, such as False",
         ),
         (["model.dtype=16"], "model.dtype=16: text (a number that is meant as text wants quotes: "),
-        (["weight=3"], "Config group override must be a string or a list"),
-        (["weight=[1,2]"], "after group= comes a name"),
+        (["weight=3"], "weight=3: after weight= comes a name, one of ams_e2m2_4, "),
+        (["weight=[1,2]"], "weight=[1,2]: after weight= comes a name"),
+        (["linear=127"], "linear=127: after linear= comes a name"),
         (["weight.quantizer.granularity.group=[1,2]"], "a whole number is wanted here, such as 128"),
         (["rounding.optimizer.lr=inf"], "rounding.optimizer.lr=inf of the stage reconstruct: give a finite number"),
         (["calibration.timesteps=abc"], "calibration.timesteps=abc: a whole number or null is wanted here"),
