@@ -9,6 +9,7 @@ from torch import nn
 from fp4dit import calls
 from fp4dit.columns import captured
 from fp4dit.reconstruction import Steps
+from fp4dit.store import noted
 from fp4dit.stream import count
 
 
@@ -36,7 +37,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path, steps: int):
         for name in before:
             assert before[name].dtype == after[name].dtype
             assert torch.equal(before[name], after[name])
-    assert [file.name for file in tmp_path.iterdir()] == ["00000.safetensors"]
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, noted(path).name}
 
 
 def test_what_never_changes_is_written_once(tmp_path: Path):
@@ -59,7 +60,7 @@ def test_a_killed_write_leaves_no_file_that_looks_whole(tmp_path: Path, monkeypa
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calls, "save_file", killed)
+    monkeypatch.setattr(calls, "save_tensors", killed)
     with pytest.raises(KeyboardInterrupt):
         calls.save(states(2), tmp_path / "00000.safetensors")
     assert list(tmp_path.glob("*.safetensors")) == []

@@ -82,7 +82,10 @@ def test_everything_is_shown_and_nothing_made(run: Run, tmp_path: Path, capfd, m
         (["weight=fp4dlt"], "'weight' has no option 'fp4dlt'; did you mean fp4dit"),
         (["model.path=/nowhere"], "there is nothing at '/nowhere'"),
         (["weight.quantizer.granularity.group=100"], "a group of 100 does not divide a row of 256 values"),
-        (["calibration.trained=0"], "calibration.trained and calibration.held_out must be at least 1"),
+        (
+            ["calibration.trained=0"],
+            "calibration.trained, calibration.held_out and calibration.chunk must be at least 1",
+        ),
         (["targets=[scores]"], "no stage is called 'scores'"),
         (
             ["model=pixart_alpha"],

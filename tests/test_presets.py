@@ -48,6 +48,7 @@ def test_a_preset_fits_the_shipped_model(composed: Compose, skeleton: nn.Module,
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_fits_the_shipped_model(composed: Compose, skeleton: nn.Module, option: str):
     plain = ["rounding=nearest"] if option.startswith("weight") else []  # not every format can be learnt in
+    plain += ["weight=fp4_searched"] if option.endswith("weighed") else []
     fits(composed, skeleton, option, *plain)
 
 

@@ -102,7 +102,7 @@ def test_a_broken_image_is_named_and_the_shards_before_it_are_kept(copied, tmp_p
     broken.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=r"00066\.png is no image .*run again"):
         run({"psnr": Psnr()}, copied, tmp_path / "out")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["00000.safetensors"]
+    assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == ["00000.safetensors"]
 
 
 def test_a_score_that_is_no_number_is_refused_by_image_and_metric(copied, tmp_path):
