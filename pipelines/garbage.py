@@ -1,8 +1,7 @@
 """Removes from the store what no experiment and no table of conf needs."""
 
-import json
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from hydra import compose
 from omegaconf import DictConfig
 
 from fp4dit.locks import free, held, holder
-from fp4dit.store import Store, drafted, journal, lock
+from fp4dit.store import Store, begun, drafted, journal, lock
 from fp4dit.stored import Stored, contents, leftovers
 from pipelines.made import told
 from pipelines.naming import keys, named, runs, searched, stages
@@ -43,16 +42,8 @@ def collect(cfg: DictConfig, store: Store) -> None:
 
 def in_use(found: Sequence[Stored]) -> set[str]:
     """Keys of what those entries are made from that a job is making."""
-    drafts = [one for one in found if one.is_draft and held(one.lock)]
-    begun = [remembered_needs(journal(one.path)) for one in drafts]
-    return {key for needs in begun for key in needs}
-
-
-def remembered_needs(path: Path) -> Collection[str]:
-    try:
-        return json.loads(path.read_text())["needs"].values()
-    except (OSError, ValueError, KeyError, AttributeError):  # just begun, or by an earlier version
-        return ()
+    making = [begun(one.path) for one in found if one.is_draft and held(one.lock)]
+    return {key for about in making for key in about.get("needs", {}).values()}
 
 
 def models(rows: Sequence[Sequence[str]], planned: Sequence[Plan]) -> set[str]:
