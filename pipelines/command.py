@@ -14,6 +14,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -65,11 +66,14 @@ def command(main: Callable[[], Any]) -> Callable[[], None]:
 
 
 def check_groups(overrides: Sequence[str]) -> None:
-    """Raises UserError for a number where the option of a group is to be named: Hydra does not say which."""
-    for given in overrides:
-        name, _, value = given.lstrip("+").partition("=")
-        if re.fullmatch(r"\[?[+-]?\d[\d.,eE+\- \]]*", value) and (there := options(name)):
-            raise UserError(f"{given}: after {name}= comes a name, one of {', '.join(there)}")
+    """Raises UserError for a number or the like where an option of a group is to be named: Hydra does not say where."""
+    given = [one for one in overrides if re.match(r"[^-][^=]*=", one)]
+    for override in OverridesParser.create().parse_overrides(given):
+        name, value = override.key_or_group, override.value()
+        values = value.list if isinstance(value, ChoiceSweep) else value if isinstance(value, list) else [value]
+        unnamed = any(isinstance(one, bool | int | float | dict | None) for one in values)
+        if unnamed and (there := options(name)):
+            raise UserError(f"{override.input_line}: after {name}= comes a name, one of {', '.join(there)}")
 
 
 def explain(error: Exception) -> str | None:

@@ -123,6 +123,8 @@ def test_whatever_is_asked_for_is_planned_or_refused_with_one_message(tmp_path_f
         (["weight=3"], "weight=3: after weight= comes a name, one of ams_e2m2_4, "),
         (["weight=[1,2]"], "weight=[1,2]: after weight= comes a name"),
         (["linear=127"], "linear=127: after linear= comes a name"),
+        (["linear=null"], "linear=null: after linear= comes a name"),
+        (["text_encoder=nan"], "text_encoder=nan: after text_encoder= comes a name"),
         (["weight.quantizer.granularity.group=[1,2]"], "a whole number is wanted here, such as 128"),
         (["rounding.optimizer.lr=inf"], "rounding.optimizer.lr=inf of the stage reconstruct: give a finite number"),
         (["calibration.timesteps=abc"], "calibration.timesteps=abc: a whole number or null is wanted here"),
