@@ -18,6 +18,7 @@ from fp4dit.store import Store
 from pipelines.plan import execute, plan
 from pipelines.resolvers import CONF, register
 from pipelines.runtime import Runtime
+from tests.conftest import Compose
 
 pytestmark = pytest.mark.unchecked
 
@@ -43,7 +44,7 @@ def run(
     GlobalHydra.instance().clear()
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        steps = plan(compose("run", [*small, *overrides]))
+        steps = plan(compose("run", [*small, *overrides, f"outputs={outputs}"]))
     store = Store(outputs / "store")
     execute(steps, targets, store, Runtime(devices, "none"))
     return {name: store.path(name, step.key) for name, step in steps.items()}
@@ -98,12 +99,9 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bits(undisturb
         assert contents(paths[stage]) == contents(undisturbed[stage]), stage
 
 
-def test_rows_that_differ_in_activations_share_their_weights(undisturbed, tmp_path):
+def test_rows_that_differ_in_activations_share_their_weights(undisturbed, composed: Compose):
     """The capture and the reconstruction of W4A8 serve W4A6 as they are."""
-    GlobalHydra.instance().clear()
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        other = plan(compose("run", [*SMALL, "activation=e2m3_token"]))
+    other = plan(composed(*SMALL, "activation=e2m3_token"))
     assert {name for name, step in other.items() if undisturbed[name].name == step.key} == {
         "capture",
         "reconstruct",
