@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fp4dit.errors import UserError
 from fp4dit.grid import Grid
 from fp4dit.quantizer import Quantizer
 from fp4dit.rounding import Learner, Rounder, Rounding, nearest
@@ -207,18 +206,17 @@ class QuantConv(Convolution, QuantLayer):
 
 
 def wrap(source: nn.Module, quantizer: Quantizer, transforms: Sequence[TransformSpec] = ()) -> QuantLayer:
-    check_source(source, transforms)
+    check_source(source)
     kind = QuantConv if isinstance(source, nn.Conv2d) else QuantLayer
     return kind(source, quantizer, transforms)  # pyright: ignore[reportArgumentType]
 
 
-def check_source(source: nn.Module, transforms: Sequence[TransformSpec]) -> None:
-    """Raises UserError if there is no quantized layer for this one."""
-    if not isinstance(source, nn.Conv2d):
-        return
-    if source.groups != 1 or source.padding_mode != "zeros" or isinstance(source.padding, str):
-        raise UserError(
-            f"{source} cannot be quantized: only convolutions without groups, padded with so many zeros, can"
+def check_source(source: nn.Module) -> None:
+    """Raises ValueError if there is no quantized layer for this one."""
+    if isinstance(source, nn.Conv2d) and (
+        source.groups != 1 or source.padding_mode != "zeros" or isinstance(source.padding, str)
+    ):
+        raise ValueError(
+            "of convolutions, only those without groups and padded with so many zeros can be quantized: "
+            "+weight.leave=[...] leaves others as they are"
         )
-    if transforms:
-        raise UserError(f"{source} is a convolution, and transforms are for linear layers: name it in weight.by_row")

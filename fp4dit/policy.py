@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -19,7 +20,7 @@ from fp4dit.layer import Entrance, QuantLayer, check_source, wrap
 from fp4dit.observers import Observer
 from fp4dit.quantizer import Granularity, Quantizer
 from fp4dit.ranges import Ranges, names, whole
-from fp4dit.transforms import Transform, TransformSpec
+from fp4dit.transforms import TransformSpec
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,12 @@ def check_weights(model: nn.Module, rules: Sequence[Rule]) -> list[Entry]:
 
 def entry(name: str, layer: nn.Module, rule: Rule | None) -> Entry:
     weight: Tensor = layer.weight  # pyright: ignore[reportAssignmentType]
-    if rule and rule.quantizer:
-        check_source(layer, rule.transforms)
     if rule is None or rule.quantizer is None:
         return Entry(name, rule.match if rule else "-", "fp16", 16.0, weight.numel())
     shape = torch.Size([len(weight), weight[0].numel()])
-    kept = sum(transform.bits() for transform in transforms_of(name, rule, shape))
+    with fitting(name, rule.match):
+        check_source(layer)
+        kept = sum(spec(*shape).bits() for spec in rule.transforms)
     bits = bits_of(name, rule.match, rule.quantizer, shape) + kept / weight.numel()
     copies = 1 + len(rule.ranges)
     return Entry(name, rule.match, rule.quantizer.format.name, copies * bits, weight.numel())
@@ -162,21 +163,20 @@ def entry(name: str, layer: nn.Module, rule: Rule | None) -> Entry:
 
 def bits_of(name: str, rule: str, quantizer: Quantizer, shape: torch.Size) -> float:
     """Bits per value, scales counted; a granularity or format that does not fit is an error that names the layer."""
-    try:
+    with fitting(name, rule):
         block = torch.empty(1, quantizer.granularity.width(shape), device="meta")
         for fmt in formats(quantizer):
             fmt.nearest(block)
         return quantizer.bits(shape)
+
+
+@contextmanager
+def fitting(name: str, rule: str) -> Iterator[None]:
+    """What does not fit a layer is an error that names it."""
+    try:
+        yield
     except ValueError as error:
         raise UserError(f"{name} (rule {rule!r}): {error}") from error
-
-
-def transforms_of(name: str, rule: Rule, shape: torch.Size) -> list[Transform]:
-    """What a rule's transforms become for a layer of this shape; one that does not fit is an error naming the layer."""
-    try:
-        return [spec(*shape) for spec in rule.transforms]
-    except ValueError as error:
-        raise UserError(f"{name} (rule {rule.match!r}): {error}") from error
 
 
 def quantize_weights_(
@@ -192,7 +192,8 @@ def quantize_weights_(
             layer = model.get_submodule(name)
             if check and not layer.weight.isfinite().all():  # pyright: ignore[reportCallIssue]
                 raise UserError(f"the weight of {name} holds NaN or infinity: the checkpoint is damaged")
-            quantized = wrap(layer, rule.quantizer, rule.transforms)
+            with fitting(name, rule.match):
+                quantized = wrap(layer, rule.quantizer, rule.transforms)
             if rule.ranges:
                 others = [wrap(copy.deepcopy(layer), rule.quantizer, rule.transforms) for _ in rule.ranges]
                 quantized = Ranges([quantized, *others], rule.ranges, clock or Clock())

@@ -102,9 +102,11 @@ def explain(error: Exception) -> str | None:
         return f"{name!r} is not in the configuration; {nearest(name, known)}"
     if isinstance(error, ValueError | TypeError) and str(error).startswith(NO_NAME):
         return f"{error}: after group= comes a name, one of those that --help shows"
-    if isinstance(error, TypeError | ValueError) and of_omegaconf(error) and (found := NO_POSITION.match(str(error))):
-        part = found[1] or found[2]
-        return f"what stands before .{part} in an override is a list: name the position too, as activation.0.quantizer"
+    if part := without_position(error):
+        return (
+            f"what stands before .{part} in an override is a list of rules: name the position too, as in "
+            "activation.0.quantizer, or leave the override out where the list is empty, as that of activation=none is"
+        )
     if isinstance(error, RuntimeError) and 'Could not detect "srun"' in str(error):  # submitit's
         return "there is no SLURM here, whose commands are sbatch and srun: give the command on a node of the cluster"
     if isinstance(error, RuntimeError) and (found := LOST.match(str(error))):  # submitit's too
@@ -127,7 +129,15 @@ def explain(error: Exception) -> str | None:
     return None
 
 
-def of_omegaconf(error: Exception) -> bool:
+def without_position(error: BaseException | None) -> str | None:
+    """What an override names of a list, for lack of a position. Hydra has such an error of OmegaConf's as its cause."""
+    if isinstance(error, HydraException):
+        return without_position(error.__cause__)
+    found = NO_POSITION.match(str(error)) if isinstance(error, TypeError | ValueError) and of_omegaconf(error) else None
+    return found and (found[1] or found[2])
+
+
+def of_omegaconf(error: BaseException) -> bool:
     """Whether it is raised there: others too may be given what is no number."""
     frames = extract_tb(error.__traceback__)
     return bool(frames) and "omegaconf" in Path(frames[-1].filename).parts

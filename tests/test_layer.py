@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from fp4dit.choice import Choice, LeastError
 from fp4dit.clock import Clock
-from fp4dit.errors import UserError
 from fp4dit.formats import NumberFormat, floating, fp16, integer
 from fp4dit.grid import Grid, TimedGrid
 from fp4dit.hadamard import Hadamard
@@ -33,9 +32,9 @@ def linear(bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
     return nn.Linear(32, 12, bias).to(dtype)
 
 
-def conv(**options: object) -> nn.Conv2d:
+def conv(channels: int = 4, **options: object) -> nn.Conv2d:
     torch.manual_seed(0)
-    return nn.Conv2d(4, 8, **options)
+    return nn.Conv2d(channels, 8, **options)
 
 
 LAYERS = [(lambda: linear(), (2, 5, 32)), (lambda: conv(kernel_size=2, stride=2), (2, 4, 8, 8))]
@@ -318,6 +317,18 @@ def test_prepared_transforms_leave_the_unquantized_answer(chain: list[TransformS
 
 
 @chains
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=["patch", "same", "odd"])
+def test_prepared_transforms_leave_the_answer_of_a_convolution(chain: list[TransformSpec], options: dict):
+    """They are those of its patches."""
+    source, x = conv(16, **options), torch.randn(6, 16, 9, 11) * torch.tensor([9.0] + [1.0] * 15).view(16, 1, 1)
+    layer = wrap(conv(16, **options), quantizer(E2M1), chain).prepare(x)
+    assert not torch.allclose(layer.weight, source.weight, atol=1e-3)
+    torch.testing.assert_close(layer(x), source(x), rtol=1e-4, atol=1e-4)
+    layer.freeze()
+    assert 1e-6 < (layer(x) - source(x)).square().sum() / source(x).square().sum() < 0.1
+
+
+@chains
 def test_a_layer_with_transforms_and_a_static_input_comes_back_bit_equal(chain: list[TransformSpec], tmp_path: Path):
     def made() -> QuantLayer:
         layer = wrap(linear(), quantizer(UINT4, "group", 16), chain)
@@ -355,8 +366,3 @@ def test_the_static_input_of_a_convolution_is_measured_on_its_patches():
     assert layer.prepare(x).wants_inputs
     assert layer.activation.scaling.scale.item() == pytest.approx(x.abs().max().item() / 127)
     assert layer.tokens(x).shape == (3, 12, 16)
-
-
-def test_transforms_are_refused_for_a_convolution():
-    with pytest.raises(UserError, match=r"Conv2d.* is a convolution, and transforms are for linear layers.*by_row"):
-        wrap(conv(kernel_size=2), quantizer(E2M1), [Balance()])

@@ -1,7 +1,6 @@
 """Every family of models: its units are the model, cost what the design says, and go through all stages."""
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -310,28 +309,6 @@ def test_skeleton_has_the_models_layers_and_no_memory(source: Source, loaded: Pi
     skeleton = dict(source.skeleton().dit.named_parameters())
     assert {n: p.shape for n, p in skeleton.items()} == {n: p.shape for n, p in loaded.dit.named_parameters()}
     assert all(p.is_meta for p in skeleton.values())
-
-
-@pytest.mark.parametrize("family", ["alpha"], indirect=True)
-@pytest.mark.parametrize(
-    "method",
-    [
-        ["method=smoothquant"],
-        ["method=lowbit_fp_diff", "rounding.fit.steps=2"],
-        ["method=vidit_q_ranges", "weight.ranges=[700]"],
-    ],
-    ids=lambda given: given[0].partition("=")[2],
-)
-@pytest.mark.unchecked
-def test_methods_that_measure_inputs_take_layers_that_read_several_vectors_for_a_sample(
-    folder: Path, tmp_path: Path, method: Sequence[str]
-):
-    """As PixArt-alpha's of height and width."""
-    given = ["model=pixart_alpha", "model.tokens=20", f"model.path={folder}", "model.dtype=float32", "metrics=paired"]
-    paths = run(tmp_path, *given, *method, small=FEW)
-    layers = json.loads((paths["reconstruct"] / "audit.json").read_text())["layers"]
-    assert any("resolution_embedder" in layer["name"] and layer["bits"] < 16 for layer in layers)
-    assert json.loads((paths["score"] / "metrics.json").read_text())["metrics"]["psnr"]["mean"] > 5
 
 
 def test_each_ones_noise_comes_from_its_own_seed(pipeline: Pipeline, prompts: list[str]):

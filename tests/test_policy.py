@@ -239,9 +239,13 @@ def test_weights_that_cannot_be_are_found_on_the_skeleton(
         policy.check_weights(source.skeleton().dit, rules)
 
 
-def test_transforms_of_a_convolution_are_found_on_the_skeleton(source: PixArt):
-    with pytest.raises(UserError, match=r"is a convolution, and transforms are for linear layers"):
-        policy.check_weights(source.skeleton().dit, [Rule("*", ROW, [Balance()])])
+def test_what_cannot_be_quantized_is_named_with_the_remedy():
+    model = nn.ModuleDict({"mix": nn.Linear(32, 32), "depth": nn.Conv2d(32, 32, 3, padding=1, groups=32)})
+    message = r"^depth \(rule '\*'\): of convolutions, only those without groups .* \+weight\.leave=\[\.\.\.\] leaves"
+    with pytest.raises(UserError, match=message):
+        policy.check_weights(model, [Rule("*", ROW)])
+    entries = policy.check_weights(model, [Rule("depth", None), Rule("*", ROW)])
+    assert [(entry.name, entry.format) for entry in entries] == [("mix", ROW.format.name), ("depth", "fp16")]
 
 
 def test_one_format_of_a_choice_cannot_cost_more_than_another():

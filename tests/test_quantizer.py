@@ -34,7 +34,7 @@ def test_groups_run_along_a_row():
 @pytest.mark.parametrize("group", [0, 48, 128])
 def test_a_group_that_does_not_divide_says_what_to_do(group: int):
     quantizer = Quantizer(E2M1, Granularity("group", group))
-    message = rf"group of {group} does not divide a row of 64 values.*group that divides 64.*unit: row"
+    message = rf"group of {group} does not divide a row of 64 values.*group that divides 64.*one scale per row"
     with pytest.raises(ValueError, match=message):
         quantizer(torch.randn(2, 64))
     with pytest.raises(ValueError, match=message):
@@ -44,7 +44,7 @@ def test_a_group_that_does_not_divide_says_what_to_do(group: int):
 @pytest.mark.parametrize("parts", [0, 3, 128])
 def test_parts_that_are_unequal_say_what_to_do(parts: int):
     quantizer = Quantizer(E2M1, Granularity("part", parts=parts))
-    message = rf"row of 64 values does not split into {parts} equal parts.*parts that divides 64.*unit: row"
+    message = rf"row of 64 values does not split into {parts} equal parts.*number that divides 64.*one scale per row"
     with pytest.raises(ValueError, match=message):
         quantizer.bits(torch.Size([2, 64]))
 

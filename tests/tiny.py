@@ -1,4 +1,5 @@
-"""Models of 2 to 6 blocks of width 32 with random weights, in diffusers' layout: all of the structure and no wait."""
+"""Models of 2 to 6 blocks of width 32, or WIDTH, with random weights, in diffusers' layout: all of the structure and no
+wait."""
 
 import json
 from collections.abc import Iterable
@@ -70,10 +71,9 @@ def transformer() -> PixArtTransformer2DModel:
     )
 
 
-def text_encoder(words: int, width: int = WIDTH) -> T5EncoderModel:
-    return T5EncoderModel(
-        T5Config(vocab_size=words, d_model=width, d_kv=16, num_heads=2, d_ff=64, num_layers=1, dropout_rate=0.0)
-    )
+def text_encoder(words: int, width: int | None = None) -> T5EncoderModel:
+    sizes = {"d_model": width or WIDTH, "d_kv": 16, "num_heads": 2, "d_ff": 64, "num_layers": 1}
+    return T5EncoderModel(T5Config(vocab_size=words, **sizes, dropout_rate=0.0))
 
 
 def autoencoder(halvings: int = 1, attention: bool = True, shift: float | None = None) -> AutoencoderKL:
@@ -101,7 +101,8 @@ def save_alpha(folder: Path) -> None:
     """With the size conditions that the 1024 px model has: diffusers passes them where `sample_size` is 128."""
     torch.manual_seed(0)
     changed = {"sample_size": 128, "patch_size": 16, "use_additional_conditions": True}
-    changed |= {"attention_head_dim": 24, "cross_attention_dim": 48}  # three embeddings share the width
+    width = 3 * WIDTH  # which three embeddings share
+    changed |= {"attention_head_dim": width // 2, "cross_attention_dim": width}
     dit = PixArtTransformer2DModel.from_config(dict(transformer().config) | changed)
     words = tokenizer()
     PixArtAlphaPipeline(words, text_encoder(len(words)), autoencoder(halvings=0), dit, scheduler()).save_pretrained(
@@ -208,7 +209,7 @@ def save_flux(folder: Path) -> None:
         joint_attention_dim=WIDTH,
         pooled_projection_dim=WIDTH,
         guidance_embeds=True,
-        axes_dims_rope=(4, 6, 6),
+        axes_dims_rope=(WIDTH // 8, 3 * WIDTH // 16, 3 * WIDTH // 16),
     )
     words = tokenizer()
     pooled = CLIPTextModel(clip(len(words)).config)

@@ -90,9 +90,9 @@ def layer_of(model: nn.Module, name: str, group: Weights) -> PackedLinear:
     source = found(model, whole(name))
     if not isinstance(source, nn.Linear | nn.Conv2d):
         raise UserError(f"{name} is no layer of {type(model).__name__}: the checkpoint is of another model")
-    check_source(source, group.transforms)
     shape = (source.weight.shape[0], source.weight[0].numel())
     try:
+        check_source(source)
         return empty(source, group.layout, [spec(*shape) for spec in group.transforms])
     except ValueError as error:
         raise UserError(f"{name} of {type(model).__name__} cannot be what the checkpoint says: {error}") from error
