@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from fp4dit import policy
@@ -69,6 +70,21 @@ def test_static_ranges_cover_what_was_observed(pipeline: PixArtPipeline):
         assert grid.min() >= fmt.min - 0.501, name
         assert grid.max() <= fmt.max + 0.501, name
         assert grid.max() - grid.min() >= (fmt.max - fmt.min) * 0.49  # zero may lie outside the values' own range
+
+
+@pytest.mark.parametrize("rule", [STATIC, ONLINE], ids=["static", "online"])
+def test_what_the_model_never_reads_is_named(pipeline: PixArtPipeline, rule: Rule):
+    """Such as operands of an attention that multiplies by itself; here, one of diffusers' older ones."""
+    for block in pipeline.dit.transformer_blocks:
+        block.attn1.set_processor(AttnProcessor())
+    activations, rules = quantized(pipeline, rule)
+    task = Observe(pipeline, activations, rules) if rule.observe else Measure(pipeline, activations)
+    run(task, states(pipeline))
+    operands = ", ".join(rf"transformer_blocks\.0\.attn1\.{operand}" for operand in "qkv")
+    with pytest.raises(
+        UserError, match=rf"^{operands} and 3 more would .* \+activation\.leave=\['transformer_blocks\.0\.attn1\.q'\]"
+    ):
+        task.fix() if isinstance(task, Observe) else task.audit(rules)
 
 
 def test_observing_sees_unquantized_activations(pipeline: PixArtPipeline):

@@ -1,7 +1,7 @@
 """Choose static activation scalings, and measure what each activation loses at each timestep."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -67,7 +67,7 @@ class Observe(Replay):
 
     def fix(self) -> None:
         """Raises UserError if the model never read an activation that is to be static."""
-        check_read(name for name in self.rules if not self.notes[name])
+        check_read([name for name in self.rules if not self.notes[name]])
         for name, grid in self.activations.items():
             if isinstance(grid, TimedGrid):
                 timesteps = dict.fromkeys(timestep for timestep, _ in self.notes[name])
@@ -111,7 +111,7 @@ class Measure(Replay):
 
     def audit(self, rules: Mapping[str, Rule]) -> list[Entry]:
         """Raises UserError if the model never read an activation that was to be quantized."""
-        check_read(self.activations.keys() - self.shapes.keys())
+        check_read([name for name in self.activations if name not in self.shapes])
         return [
             Entry(
                 name,
@@ -129,11 +129,13 @@ class Measure(Replay):
         return quantizer.bits(self.shapes[name]) if module.scaling is None else float(quantizer.format.bits)
 
 
-def check_read(unread: Iterable[str]) -> None:
-    for name in unread:
+def check_read(unread: Sequence[str]) -> None:
+    if unread:
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
         raise UserError(
-            f"{name} is not quantized: the model never reads it, or not by way of F.scaled_dot_product_attention. "
-            f"Leave it as it is: +activation.leave=['{name}'], where wildcards are understood"
+            f"{', '.join(unread[:3])}{more} would not be quantized: the model never reads them, or not by way of "
+            f"F.scaled_dot_product_attention. To leave them as they are: +activation.leave=['{unread[0]}'], where "
+            "wildcards are understood"
         )
 
 
