@@ -31,7 +31,7 @@ demo: $(STAMP)
 	$(BIN)/python -m pipelines.table table=demo && $(BIN)/python -m pipelines.report table=demo && exit $$status
 
 table: $(STAMP)
-	@$(BIN)/python -m pipelines.table table=$(TABLE) run_missing=true jobs=$(JOBS) 'overrides=[logger=wandb,logger.group=$(TABLE)]'
+	@$(BIN)/python -m pipelines.table table=$(TABLE) run_missing=true jobs=$(JOBS) 'overrides=["logger=wandb","logger.group=$(TABLE)"]'
 
 test: check
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
