@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from fp4dit.formats import Format, NumberFormat
+from fp4dit.formats import Format, split
 from fp4dit.scales import ScaleRule, error
 from fp4dit.scaling import Blocks, Column
 
@@ -72,17 +72,6 @@ class ScalingLaw:
             -((exponent + 0.5) ** 3.1926) * (mantissa + 0.5) ** 2.9543 for exponent, mantissa in map(split, formats)
         ]
         return blocks.new_tensor(costs).unsqueeze(1).expand(-1, len(blocks))
-
-
-def split(fmt: Format) -> tuple[int, int]:
-    """Its numbers of exponent and mantissa bits.
-
-    Raises:
-        ValueError: if it has none, like a codebook.
-    """
-    if not isinstance(fmt, NumberFormat):
-        raise ValueError(f"{fmt.name} has no exponent and mantissa bits: choose between floating or integer formats")
-    return fmt.bits - (fmt.min < 0) - fmt.mantissa, fmt.mantissa
 
 
 @dataclass(frozen=True)

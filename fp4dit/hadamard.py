@@ -1,6 +1,8 @@
 """Hadamard rotations: they spread outliers over many channels, and cost little more than reading x."""
 
+import math
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Int8
@@ -9,21 +11,26 @@ from torch import Tensor
 from fp4dit.transforms import Transform, precisely
 
 PALEY = {12: 11, 20: 19, 28: 13, 36: 17, 44: 43}  # order: the prime it is constructed from
+ORDERS = ", ".join(map(str, PALEY))
 Square = Int8[Tensor, "n n"]
 Left = Int8[Tensor, "a a"]
 Right = Int8[Tensor, "b b"]
 
 
-def core(n: int) -> int | None:
-    """The m in n = 2^j m whose matrix is not made by doubling; None if there is no such m here."""
+def roots(n: int) -> tuple[int, ...] | None:
+    """The orders from `PALEY`, the largest first, whose product is n but for a power of two; None if there are none."""
     odd = n // (n & -n) if n > 0 else 0
-    m = odd if odd == 1 else 4 * odd
-    return m if m == 1 or (m in PALEY and n % m == 0) else None
+    if odd == 1:
+        return ()
+    for m in sorted(PALEY, reverse=True):
+        if n > 0 and n % m == 0 and (others := roots(n // m)) is not None:
+            return m, *others
+    return None
 
 
 def order(n: int) -> bool:
-    """Whether a Hadamard matrix of this order is known here: 2^j times 1, 12, 20, 28, 36 or 44."""
-    return core(n) is not None
+    """Whether a Hadamard matrix of this order is known here: 2^j times a product of 1, 12, 20, 28, 36 and 44."""
+    return roots(n) is not None
 
 
 def sylvester(n: int) -> Square:
@@ -56,14 +63,16 @@ def factors(n: int) -> tuple[Left, Right]:
     Raises:
         ValueError: if no such matrix is known here.
     """
-    m = core(n)
-    if m is None:
-        raise ValueError(f"no Hadamard matrix of order {n} is known here: give 2^j times 1, 12, 20, 28, 36 or 44.")
-    root, twos = paley(PALEY[m]) if m > 1 else sylvester(1), n // m
+    found = roots(n)
+    if found is None:
+        raise ValueError(f"no Hadamard matrix of order {n} is known here: give 2^j times any product of {ORDERS}.")
+    twos = n // math.prod(found)
+    first, *others = [paley(PALEY[m]) for m in found] or [sylvester(1)]
     if n <= 128:
-        return sylvester(1), torch.kron(root, sylvester(twos))
-    right = min((2**j for j in range(twos.bit_length())), key=lambda r: r + n // r)
-    return torch.kron(root, sylvester(twos // right)), sylvester(right)
+        return sylvester(1), torch.kron(first, sylvester(twos))
+    second = reduce(torch.kron, others, sylvester(1))
+    right = min((2**j for j in range(twos.bit_length())), key=lambda r: len(second) * r + n // (len(second) * r))
+    return torch.kron(first, sylvester(twos // right)), torch.kron(second, sylvester(right))
 
 
 def matrix(n: int) -> Square:

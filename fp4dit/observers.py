@@ -28,14 +28,19 @@ def spread(n: int, count: int) -> Int[Tensor, "m"]:
 
 @dataclass(frozen=True)
 class Sample:
-    """At most `count` values of each call, evenly spread, and its two extremes."""
+    """At most `count` values of each call, evenly spread, and its two `extremes` if scales are chosen by range.
+
+    Among so few the extremes count for thousands of values each: percentiles and errors are not to be taken of them.
+    """
 
     count: int = 1024
+    extremes: bool = True
 
     def note(self, x: Float[Tensor, "..."]) -> Float[Tensor, "c"]:
         flat = x.flatten()
         some = flat[spread(len(flat), self.count).to(flat.device)]
-        return torch.cat([some, flat.min()[None], flat.max()[None]]).float().cpu()
+        ends = [flat.min()[None], flat.max()[None]] if self.extremes else []
+        return torch.cat([some, *ends]).float().cpu()
 
     def gather(self, notes: Sequence[Tensor]) -> Float[Tensor, "n"]:
         return torch.cat(list(notes))

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fp4dit.formats import Format, NumberFormat
+from fp4dit.formats import Format, NumberFormat, split
 from fp4dit.scaling import Affine, Blocks, Column, Offset, Scale, Scaling, TwoSided, parts
 
 Importance = Float[Tensor, "#blocks block"]  # what the error of each value weighs
@@ -256,8 +256,9 @@ class PreShift:
 
     Rows are tokens and columns are channels (unit: row). A channel's bias, b_j = constant - log2 max|x_j|, lies
     k_j = clip(round(b_j) - round(rho), 0, span) above the tensor's rho, which `rule` chooses; with AbsMax rho is
-    the least b_j. The paper's span is 2^E - 1 for E exponent bits. Dividing by s * 2^-k_j is multiplying channel j
-    by 2^k_j, so in hardware 2^-k_j goes into column j of the weight, and the activation has one scale.
+    the least b_j. Without a span it is the paper's, 2^E - 1 for the E exponent bits of the format. Dividing by
+    s * 2^-k_j is multiplying channel j by 2^k_j, so in hardware 2^-k_j goes into column j of the weight, and the
+    activation has one scale.
 
     That is why `cost` is of one fp32 number. The ceil(log2(span + 1)) bits of each k_j belong to the layer, not to
     the activation: they are fixed, and cost no call anything, as no static scaling does.
@@ -266,7 +267,7 @@ class PreShift:
         ValueError: if the rule's answer is not a scale alone.
     """
 
-    span: int
+    span: int | None = None
     rule: ScaleRule = field(default_factory=AbsMax)
 
     def __call__(self, blocks: Blocks, fmt: Format, importance: Importance | None = None) -> Scale:
@@ -274,8 +275,9 @@ class PreShift:
         whole = self.rule(blocks.reshape(1, -1), fmt, weights)
         if not isinstance(whole, Scale):
             raise ValueError(f"PreShift halves a scale, and {self.rule} answers with more: use a symmetric rule")
+        span = 2 ** split(fmt)[0] - 1 if self.span is None else self.span
         channels = stored(blocks.abs().amax(0, keepdim=True).mT / fmt.max, None).mT
-        shifts = (whole.scale.log2().round() - channels.log2().round()).clamp(0, self.span)
+        shifts = (whole.scale.log2().round() - channels.log2().round()).clamp(0, span)
         return Scale(torch.ldexp(whole.scale, -shifts))
 
     def cost(self, fmt: Format, blocks: int) -> float:

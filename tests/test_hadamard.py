@@ -9,7 +9,7 @@ from scipy.linalg import hadamard
 
 from fp4dit.hadamard import Hadamard, factors, matrix, order, random_signs, rotate
 
-SIZES = [1, 2, 12, 20, 28, 32, 36, 40, 44, 72, 128, 144, 256, 1024, 1152]
+SIZES = [1, 2, 12, 20, 28, 32, 36, 40, 44, 72, 128, 144, 256, 400, 432, 1024, 1152, 2240]
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -37,12 +37,14 @@ def test_powers_of_two_are_sylvesters(n: int):
 
 
 def test_known_orders():
-    """Hadamard's bound: 1, 2 or a multiple of 4; of these the first five odd parts are known, 13 (52) is not."""
+    """Hadamard's bound: 1, 2 or a multiple of 4; of these the first five odd parts are known, 13 (52) is not. The
+    product of two known orders is one too."""
     known = [n for n in range(-4, 200) if order(n)]
     assert known == [1, 2] + [n for n in range(4, 200, 4) if n // (n & -n) <= 11]
     assert not order(52)
-    assert not order(2240)  # 35 * 64
-    with pytest.raises(ValueError, match=r"order 52 is known here: give 2\^j times 1, 12, 20"):
+    assert order(2240)  # 28 * 80, the width of Sana
+    assert not order(140)  # 35 * 4
+    with pytest.raises(ValueError, match=r"order 52 is known here: give 2\^j times any product of 12, 20"):
         factors(52)
 
 
@@ -101,7 +103,7 @@ def test_nothing_is_saved_and_nothing_is_lost():
 @pytest.mark.parametrize(
     ("size", "k", "message"),
     [
-        (None, 2240, r"size 2240 fits rows of 2240 values: use one of 2, 4, 8, 16, 20, 28, 32, 40, 56, 64, 80, 112"),
+        (None, 2080, r"size 2080 fits rows of 2080 values: use one of 2, 4, 8, 16, 20, 32, 40, 80, 160"),
         (64, 1440, r"size 64 fits rows of 1440 values: use one of 2, 4, 8, 12, 16, 20, 24, 32, 36, 40"),
         (52, 1040, "size 52 fits rows of 1040"),
         (0, 64, "size 0 fits rows of 64"),

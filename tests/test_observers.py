@@ -5,9 +5,12 @@ import torch
 from hypothesis import given as tried
 from hypothesis import strategies as st
 from scipy.signal import lfilter
+from scipy.stats import norm
 from torch import Tensor
 
+from fp4dit.formats import integer
 from fp4dit.observers import ChannelRange, MovingRange, Observer, Sample, spread
+from fp4dit.scales import AbsMax, Percentile
 
 
 def calls(count: int = 7) -> list[Tensor]:
@@ -73,6 +76,15 @@ def test_a_sample_holds_values_of_every_call_and_all_extremes(count: int):
         assert of_this.sum() >= min(0.9 * count, x.numel())
     assert (found.min(), found.max()) == (together.min(), together.max())
     assert len(found) <= len(given) * (2 * count + 2)
+
+
+@pytest.mark.parametrize("extremes", [False, True])
+def test_percentiles_of_a_sample_without_extremes_are_those_of_all_values(extremes: bool):
+    """Of the normal distribution's 0.01 % that lie farthest out; extremes of large calls push them apart."""
+    given = torch.randn(20, 1_000_000, generator=torch.Generator().manual_seed(0))
+    found = observed(Sample(2048, extremes=extremes), list(given))
+    end = Percentile(AbsMax(), keep=0.9999)(found[None], integer(8)).scale.item() * 127
+    assert (abs(end / norm.isf(5e-5) - 1) < 0.1) == (not extremes)
 
 
 def test_notes_are_kept_in_full_precision_off_the_model():

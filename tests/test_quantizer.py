@@ -9,7 +9,7 @@ from fp4dit.blockscales import E8M0, NVFP4
 from fp4dit.choice import Choice, LeastError
 from fp4dit.formats import NumberFormat, floating, fp16, integer, nf4
 from fp4dit.quantizer import Granularity, Quantizer
-from fp4dit.scales import AbsMax, MinMax
+from fp4dit.scales import AbsMax, MinMax, ScaleRule
 
 E2M1, INT8, UINT4 = floating(2, 1), integer(8), integer(4, signed=False)
 GRANULARITIES = [Granularity("tensor"), Granularity("row"), Granularity("group", 16), Granularity("part", parts=2)]
@@ -53,6 +53,16 @@ def test_the_halves_of_a_row_are_quantized_as_if_alone():
     x = torch.randn(5, 64) * torch.tensor([1.0, 100.0]).repeat_interleave(32)
     halves = [Quantizer(INT8, Granularity("row"))(half.contiguous()) for half in x.chunk(2, dim=1)]
     assert torch.equal(Quantizer(INT8, Granularity("part", parts=2))(x), torch.cat(halves, 1))
+
+
+@pytest.mark.parametrize(("fmt", "scale"), [(E2M1, E8M0()), (integer(4), AbsMax(fp16))], ids=["mxfp4", "int4"])
+def test_fp16_stays_finite(fmt: NumberFormat, scale: ScaleRule):
+    """Its largest value is rounded beyond it on these grids."""
+    quantizer = Quantizer(fmt, Granularity("group", 32), scale)
+    x = torch.full((2, 32), 65504.0)
+    assert quantizer(x).max() > 65504
+    assert quantizer(x.half()).eq(65504).all()
+    assert quantizer(-x.half()).eq(-65504).all()
 
 
 def test_online_scales_follow_each_token():

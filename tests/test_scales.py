@@ -243,6 +243,7 @@ def test_shifts_follow_the_formula_of_the_paper(exponent: int, mantissa: int):
     assert set(shift) == set(range(span + 1))
     scale = PreShift(span)(x, fmt).scale
     assert torch.equal(scale, AbsMax()(x.view(1, -1), fmt).scale * torch.from_numpy(2.0**-shift).float())
+    assert torch.equal(scale, PreShift()(x, fmt).scale)
 
 
 def test_a_shift_of_the_bias_is_a_shift_of_the_channel():
