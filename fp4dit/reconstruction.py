@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from fp4dit.store import published
 from fp4dit.stream import Columns, State, Unit, advance, needed, relative_error, rows, within
 from fp4dit.tasks.reconstruct import Fit, check_fit
 from fp4dit.tensors import save_tensors
+
+log = logging.getLogger(__name__)
 
 TrainerFactory = Callable[..., L.Trainer]
 
@@ -80,6 +83,8 @@ def check(skeleton: nn.Module, weight: Sequence[Rule], fit: Fit, activation: Seq
         ValueError: if the fit cannot round in a format.
     """
     policy.check_weights(skeleton, weight)
+    for rule in policy.idle(policy.layers(skeleton), weight):  # an optional one, or it had been refused
+        log.warning("no layer of this model is called %s, which by_row or by_part names", rule.match)
     layers = policy.quantize_weights_(skeleton, policy.assign(policy.layers(skeleton), weight), check=False)
     policy.quantize_inputs_(layers, activation)
     check_fit(fit, list(layers.values()))

@@ -248,6 +248,14 @@ def test_what_cannot_be_quantized_is_named_with_the_remedy():
     assert [(entry.name, entry.format) for entry in entries] == [("mix", ROW.format.name), ("depth", "fp16")]
 
 
+def test_a_name_by_row_that_no_layer_has_is_a_warning(source: PixArt, caplog: pytest.LogCaptureFixture):
+    skeleton = source.skeleton().dit
+    check(skeleton, everywhere(ROW, by_row=["pos_embed.proj", "*.atn1.to_q"]), Rounded())
+    assert [record.getMessage() for record in caplog.records] == [
+        "no layer of this model is called *.atn1.to_q, which by_row or by_part names"
+    ]
+
+
 def test_one_format_of_a_choice_cannot_cost_more_than_another():
     with pytest.raises(ValueError, match=r"same number of bits: e2m1 has 4, e2m3 has 6"):
         Choice([E2M1, floating(2, 3)], LeastError())
