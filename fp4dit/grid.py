@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from fp4dit.choice import Choice
 from fp4dit.clock import Clock
@@ -14,9 +14,10 @@ from fp4dit.formats import Format
 from fp4dit.quantizer import Quantizer
 from fp4dit.rounding import Rounding, nearest
 from fp4dit.scaling import Blocks, Scaling, from_parts, parts
+from fp4dit.verbatim import Verbatim
 
 
-class Grid(nn.Module):
+class Grid(Verbatim):
     """A quantizer and what was measured for it: the scales, and the format where that was to be chosen.
 
     As a module it quantizes what flows through it: online, unless it is `static`; then as it was measured, and not at

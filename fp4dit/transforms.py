@@ -7,17 +7,18 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fp4dit.quantizer import Quantizer
+from fp4dit.verbatim import Verbatim
 
 Weight = Float[Tensor, "o k"]
 Sample = Float[Tensor, "n t k"]  # n calls of t tokens
 Fake = Callable[[Tensor], Tensor]  # quantizes and dequantizes
 
 
-class Transform(nn.Module):
+class Transform(Verbatim):
     """`activation(x) weight(W)^T + bypass(x)` = x W^T. Does nothing until it is fitted, if it has to be.
 
     In a chain each takes what the one before made of x and of W; the bypasses add up.

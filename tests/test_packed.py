@@ -19,6 +19,7 @@ from fp4dit.formats import Format, floating, fp16, integer, nf4
 from fp4dit.grid import Grid
 from fp4dit.hadamard import Hadamard
 from fp4dit.layer import QuantConv
+from fp4dit.observers import Sample
 from fp4dit.packed import bits
 from fp4dit.packed.codes import encode, levels
 from fp4dit.packed.layer import PackedLinear, pack_
@@ -205,10 +206,10 @@ def simulated(weights: list[Rule], activations: list[Rule]) -> nn.Module:
 
 
 @torch.no_grad()
-def answer(dit: nn.Module) -> torch.Tensor:
+def answer(dit: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    latent = torch.randn(2, 4, 8, 8, generator=generator)
-    text = torch.randn(2, 7, 32, generator=generator)
+    latent = torch.randn(2, 4, 8, 8, generator=generator).to(dtype)
+    text = torch.randn(2, 7, 32, generator=generator).to(dtype)
     conditions = {"resolution": None, "aspect_ratio": None}
     given = {"timestep": torch.tensor([5, 700]), "added_cond_kwargs": conditions, "return_dict": False}
     return dit(latent, encoder_hidden_states=text, **given)[0]
@@ -224,6 +225,21 @@ def test_a_packed_model_answers_as_the_simulated_one(transforms):
     made = pack_(dit)
     assert len(made) == 27
     assert answer(dit).equal(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_cast_rounds_nothing_that_was_saved_once_more(dtype: torch.dtype):
+    static = Rule("*", Quantizer(integer(8), Granularity("tensor")), observe=Sample())
+    dit = simulated(everywhere(QUANTIZERS["e2m1 g16, fp16"], transforms=(Balance(), LowRank(2))), [static])
+    for grid in (module for module in dit.modules() if isinstance(module, Grid) and module.static):
+        grid.measure(torch.randn(64))
+    kept = {name for made in pack_(dit) for name, _ in dit.get_submodule(made).named_buffers(made)}
+    before = dit.state_dict()
+    after = dit.to(dtype).state_dict()
+    assert {"divisor", "down", "up", "scale", "codes"} <= {name.rpartition(".")[2] for name in kept}
+    for name, value in before.items():
+        assert after[name].equal(value if name in kept else value.to(dtype)), name
+    assert answer(dit, dtype).isfinite().all()
 
 
 def test_a_layer_stands_in_for_its_weight_but_cannot_be_written():
