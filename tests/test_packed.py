@@ -22,6 +22,7 @@ from fp4dit.layer import QuantConv
 from fp4dit.observers import Sample
 from fp4dit.packed import bits
 from fp4dit.packed.codes import encode, levels
+from fp4dit.packed.description import verbatim
 from fp4dit.packed.layer import PackedLinear, pack_
 from fp4dit.packed.layout import pack
 from fp4dit.packed.numbers import Eighths, Floats, Powers, Whole, smallest
@@ -233,8 +234,8 @@ def test_a_cast_rounds_nothing_that_was_saved_once_more(dtype: torch.dtype):
     dit = simulated(everywhere(QUANTIZERS["e2m1 g16, fp16"], transforms=(Balance(), LowRank(2))), [static])
     for grid in (module for module in dit.modules() if isinstance(module, Grid) and module.static):
         grid.measure(torch.randn(64))
-    kept = {name for made in pack_(dit) for name, _ in dit.get_submodule(made).named_buffers(made)}
-    before = dit.state_dict()
+    pack_(dit)
+    kept, before = verbatim(dit), dit.state_dict()
     after = dit.to(dtype).state_dict()
     assert {"divisor", "down", "up", "scale", "codes"} <= {name.rpartition(".")[2] for name in kept}
     for name, value in before.items():
