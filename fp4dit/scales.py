@@ -1,6 +1,6 @@
 """Scale rules: how the scaling of each block is chosen, and in which format its numbers are kept."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -248,6 +248,21 @@ class MinError:
 
     def cost(self, fmt: Format, blocks: int) -> float:
         return self.rule.cost(fmt, blocks)
+
+
+@dataclass(frozen=True)
+class Best:
+    """Of what several rules answer, that with the least sum of |x - Q(x)|^p, block by block. All cost the same."""
+
+    rules: Sequence[ScaleRule]
+    p: float = 2.0
+
+    def __call__(self, blocks: Blocks, fmt: Format, importance: Importance | None = None) -> Scaling:
+        answers = (rule(blocks, fmt, importance) for rule in self.rules)
+        return least_error(blocks, fmt, answers, self.p, importance)
+
+    def cost(self, fmt: Format, blocks: int) -> float:
+        return self.rules[0].cost(fmt, blocks)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fp4dit.formats import NumberFormat, floating, fp16, integer
 from fp4dit.scales import (
     AbsMax,
+    Best,
     MinError,
     MinMax,
     OffsetRange,
@@ -95,6 +96,7 @@ def test_a_stored_scale_never_becomes_zero():
         lambda s: MinError(AbsMax(s)),
         lambda s: MinError(MinMax(s)),
         lambda s: Percentile(AbsMax(s), keep=0.5),
+        lambda s: Best([Percentile(MinMax(s), keep) for keep in (0.5, 0.8, 1.0)]),
         lambda s: SigmaClip(store=s),
         OffsetRange,
     ],
@@ -231,6 +233,16 @@ def channels(seed: int = 0) -> Tensor:
     x = torch.randn(200, 48, generator=g) * torch.logspace(-2, 1, 48)
     x[:, 7] = 0
     return x
+
+
+@pytest.mark.parametrize("p", [1.0, 2.4])
+def test_of_several_rules_each_block_gets_the_one_that_errs_least(p: float):
+    rules, fmt = [Percentile(AbsMax(), keep) for keep in (0.9, 0.99, 1.0)], integer(4)
+    x = torch.randn(64, 200, generator=torch.Generator().manual_seed(0)) ** 3
+    errors = torch.stack([(rounded(x, rule(x, fmt), fmt) - x).abs().pow(p).sum(1) for rule in rules])
+    best = (rounded(x, Best(rules, p)(x, fmt), fmt) - x).abs().pow(p).sum(1)
+    torch.testing.assert_close(best, errors.amin(0))
+    assert len(errors.argmin(0).unique()) > 1
 
 
 @pytest.mark.parametrize(("exponent", "mantissa"), [(2, 1), (1, 2), (3, 0)])
