@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from fp4dit import policy
+from fp4dit.errors import UserError
 from fp4dit.estimate import SHARE, Estimator, activations
 from fp4dit.footprint import footprint
 from fp4dit.machine import Machine
@@ -80,8 +80,8 @@ def device(trainer: DictConfig) -> Any:
     devices: Any = OmegaConf.to_container(trainer, resolve=True)
     try:
         return Runtime(devices).device
-    except MisconfigurationException as error:
-        print(f"warning: {error} Estimated for the CPU: trainer=cpu would run here", file=sys.stderr)
+    except UserError as error:
+        print(f"warning: {error}. Estimated for the CPU", file=sys.stderr)
         return Runtime({"accelerator": "cpu", "devices": 1}).device
 
 

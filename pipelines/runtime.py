@@ -121,5 +121,16 @@ class Runtime:
 
     @property
     def device(self) -> Any:
-        """The torch.device that a Trainer of this runtime computes on."""
-        return self.trainer("").strategy.root_device
+        """The torch.device that a Trainer of this runtime computes on.
+
+        Raises:
+            UserError: there is none such here.
+        """
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+        try:
+            return self.trainer("").strategy.root_device
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:  # Lightning's, of what it got
+            asked = ", ".join(f"trainer.{name}={value}" for name, value in self.devices.items())
+            why = " ".join(str(error).split()).rstrip(".!")
+            raise UserError(f"{asked} cannot be had here ({why}): leave trainer=... out to run on the CPU") from error

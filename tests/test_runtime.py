@@ -1,6 +1,7 @@
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -99,6 +100,23 @@ def test_in_a_job_of_slurm_processes_are_ours_whatever_else_is_plugged_in(monkey
     trainer = Runtime({"accelerator": "cpu", "devices": 1}, "none").trainer("", plugins=[TensorIO()])
     assert isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
     assert isinstance(trainer.strategy.checkpoint_io, TensorIO)
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda", "mps", "tpu", "gqu"])
+def test_a_device_that_is_not_here_is_refused_by_name(accelerator: str, monkeypatch: pytest.MonkeyPatch):
+    for kind in (CUDAAccelerator, MPSAccelerator):
+        monkeypatch.setattr(kind, "is_available", lambda: False)
+    with pytest.raises(UserError) as refused:
+        _ = Runtime(CPU | {"accelerator": accelerator}).device
+    told = str(refused.value)
+    assert told.startswith(f"trainer.accelerator={accelerator}, trainer.devices=1, trainer.strategy=auto cannot be had")
+    assert told.endswith("leave trainer=... out to run on the CPU")
+
+
+@pytest.mark.parametrize(("name", "value"), [("devices", 0), ("devices", "foo"), ("strategy", "foo")])
+def test_devices_that_there_cannot_be_are_refused_by_name(name: str, value: int | str):
+    with pytest.raises(UserError, match=rf"trainer\.{name}={value}.* cannot be had here"):
+        _ = Runtime(CPU | {name: value}).device
 
 
 @pytest.fixture
