@@ -45,13 +45,11 @@ class Checkpoint:
 
     def open(self, **parts: Any) -> DiffusionPipeline:
         """With these `parts` in place of what is there. Raises UserError if another pipeline is there, or none."""
-        folder = self.folder()
+        folder, whole = self.folder(), self.whole()
         how: Any = {"dtype": getattr(torch, self.dtype), "use_safetensors": None if self.pickle else True}
-        if self.rest is None or (Path(folder) / INDEX).is_file():
-            pipe = DiffusionPipeline.from_pretrained(folder, **how, **parts)
-        else:
-            dit = AutoModel.from_pretrained(folder, subfolder="transformer", **how)
-            pipe = DiffusionPipeline.from_pretrained(locate(self.rest), transformer=dit, **how, **parts)
+        if whole != folder:
+            parts = {"transformer": AutoModel.from_pretrained(folder, subfolder="transformer", **how), **parts}
+        pipe = DiffusionPipeline.from_pretrained(whole, **how, **parts)
         if not isinstance(pipe, self.pipelines):
             raise self.refusal(type(pipe).__name__)
         return pipe
@@ -130,6 +128,11 @@ class Checkpoint:
                 f"{self.path} holds a {found}, which has no transformer: only diffusion transformers are quantized"
             )
         return folder
+
+    def whole(self) -> str:
+        """Where the pipeline is whose transformer may lie elsewhere, in `folder`. Raises UserError as that."""
+        folder = self.folder()
+        return folder if self.rest is None or (Path(folder) / INDEX).is_file() else locate(self.rest)
 
     def refusal(self, found: str | None) -> UserError:
         wanted = " or ".join(kind.__name__ for kind in self.pipelines)
