@@ -1,3 +1,5 @@
+from typing import Any
+
 import lightning as L
 import pytest
 import torch
@@ -152,6 +154,16 @@ def test_an_operation_that_may_give_other_bits_is_refused_or_told(recwarn: pytes
     assert any("put_ does not have a deterministic implementation" in str(warned.message) for warned in recwarn)
 
 
-def test_what_is_no_choice_is_refused():
-    with pytest.raises(UserError, match="deterministic=yes: choose on, warn or off"):
-        Runtime(CPU, deterministic="yes")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"deterministic": "yes"}, "deterministic=yes: choose on, warn or off"),
+        ({"progress": "foo"}, "progress=foo: choose one of auto, bar, lines, none"),
+        ({"memory_budget_gb": -1.0}, r"memory_budget_gb=-1\.0: give a number of GB, 0 or more"),
+        ({"memory_budget_gb": float("nan")}, "memory_budget_gb=nan: give a number"),
+    ],
+)
+def test_what_is_no_choice_is_refused(given: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        Runtime(CPU, **given)
+    assert Runtime(CPU, memory_budget_gb=0).memory_budget_gb == 0
