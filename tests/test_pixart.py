@@ -49,6 +49,16 @@ def test_what_is_quantized_already_is_refused(pixart_folder: Path, tmp_path: Pat
             attempt()
 
 
+def test_float16_goes_to_the_cpu_without_a_warning(pixart_folder: Path, caplog: pytest.LogCaptureFixture):
+    """Of diffusers' own `to`, which warns, as is seen first."""
+    pipeline = PixArt(str(pixart_folder), "float16", tokens=20).load()
+    pipeline.pipe.to("cpu")
+    assert "cannot run with `cpu`" in caplog.text
+    caplog.clear()
+    pipeline.to("cpu")
+    assert caplog.text == ""
+
+
 def test_skeleton_has_the_models_layers_and_no_memory(source: PixArt, pipeline: PixArtPipeline):
     skeleton = {name: p.shape for name, p in source.skeleton().dit.named_parameters()}
     assert skeleton == {name: p.shape for name, p in pipeline.dit.named_parameters()}

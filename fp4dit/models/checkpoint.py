@@ -163,7 +163,10 @@ class Adapter:
             pipe.set_progress_bar_config(disable=True)
 
     def to(self, device: torch.device | str) -> None:
-        (self.dit if self.pipe is None else self.pipe).to(device)
+        if self.pipe is None:
+            self.dit.to(device)
+        else:
+            self.pipe.to(device, silence_dtype_warnings=True)  # that float16 cannot run on a CPU, where it does
         self.device = torch.device(device)
 
     def save(self, folder: Path, base: str) -> None:
