@@ -25,8 +25,9 @@ def main(cfg: DictConfig) -> None:
         require(cfg.prompts[role], OmegaConf.select(cfg, f"prompts.sources.{role}"))
     calibration, evaluation = (instantiate(node, _convert_="all") for node in (cfg.calibration, cfg.prompts.evaluation))
     prompts = calibration.drawn + texts(evaluation(cfg.prompts.count))
+    device = Runtime(cfg.trainer).device  # which may not be here, as is to be known before a model is loaded
     pipeline = instantiate(cfg.model).load()
-    pipeline.to(Runtime(cfg.trainer).device)
+    pipeline.to(device)
     count = embeddings.write(pipeline.embed, prompts, Path(cfg.out))
     log.info("%s: %s texts", cfg.out, count)
 

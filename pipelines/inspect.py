@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from fp4dit import policy
+from fp4dit.errors import UserError
 from fp4dit.estimate import SHARE, Estimator, activations
 from fp4dit.footprint import footprint
 from fp4dit.machine import Machine
@@ -24,9 +24,13 @@ from pipelines.resolvers import CONF
 from pipelines.runtime import Runtime
 from pipelines.units import size
 
+LAYERS = ("alike", "all")
+
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="inspect")
 def main(cfg: DictConfig) -> None:
+    if cfg.layers not in LAYERS:
+        raise UserError(f"layers={cfg.layers}: choose one of {', '.join(LAYERS)}")
     steps, store = plan(cfg), Store(Path(cfg.outputs) / "store")
     todo = [step.name for step in pending(steps, cfg.targets, store)]
     stages = {name: step.make() for name, step in steps.items() if "model" in step.config}
@@ -36,10 +40,9 @@ def main(cfg: DictConfig) -> None:
     for name, stage in stages.items():
         check(name, stage)
     weights, own = audit(skeleton, drawing.weight), footprint(skeleton, drawing.weight)
-    inputs = activations(own.seen, drawing.activation)
+    inputs, at = activations(own.seen, drawing.activation), estimator(cfg, drawing)
     print(*listed(skeleton, list(own.seen), weights, inputs, cfg.layers == "all"), sep="\n")
     print("", *totals(skeleton, weights, inputs), "", sep="\n")
-    at = estimator(cfg, drawing)
     costs = {name: stages[name].cost(at) for name in todo if name in stages}
     print(
         f"Estimated, roughly, for one device here ({at.machine.device}) at {at.speed / 1e9:.0f} GFLOP/s, which is "
@@ -55,7 +58,7 @@ def estimator(cfg: DictConfig, drawing: Any) -> Estimator:
     """For the model that the stage `drawing` draws with, here."""
     skeleton = drawing.model.skeleton()
     dtype: Any = skeleton.dit.dtype
-    machine = Machine.here(device(cfg.trainer), dtype, Path(cfg.outputs))
+    machine = Machine.here(device(Runtime.of(cfg)), dtype, Path(cfg.outputs))
     return Estimator(footprint(skeleton, drawing.weight), machine, 1e9 * cfg.memory_budget_gb, dtype)
 
 
@@ -75,13 +78,12 @@ def totals(skeleton: Pipeline, weights: Sequence[Entry], inputs: Sequence[Entry]
     yield f"checkpoint   {size(packed)}; {size(whole)} in 16 bits"
 
 
-def device(trainer: DictConfig) -> Any:
+def device(runtime: Runtime) -> Any:
     """The torch.device to estimate for: the CPU, with a warning, where what is asked for is not."""
-    devices: Any = OmegaConf.to_container(trainer, resolve=True)
     try:
-        return Runtime(devices).device
-    except MisconfigurationException as error:
-        print(f"warning: {error} Estimated for the CPU: trainer=cpu would run here", file=sys.stderr)
+        return runtime.device
+    except UserError as error:
+        print(f"warning: {error}. Estimated for the CPU", file=sys.stderr)
         return Runtime({"accelerator": "cpu", "devices": 1}).device
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from omegaconf import DictConfig, OmegaConf
+
 from fp4dit.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ QUIET = (
     ".*has `__len__` defined.*",
     ".*`srun` command is available.*",
 )
+
+SHOWN = ("auto", "bar", "lines", "none")
 
 # What torch may choose from, as Lightning has it. YAML reads on and off as true and false.
 DETERMINISTIC = {"warn": "warn", "on": True, "off": False, True: True, False: False}
@@ -51,7 +55,8 @@ class Runtime:
     there is no such one, which is told) or off.
 
     Raises:
-        UserError: `deterministic` is something else.
+        UserError: `progress` or `deterministic` is something else, or the budget no amount of memory. With 0 all lies
+            in files.
     """
 
     devices: Mapping[str, Any] = field(default_factory=dict)
@@ -65,6 +70,17 @@ class Runtime:
     def __post_init__(self) -> None:
         if self.deterministic not in DETERMINISTIC:
             raise UserError(f"deterministic={self.deterministic}: choose on, warn or off")
+        if self.progress not in SHOWN:
+            raise UserError(f"progress={self.progress}: choose one of {', '.join(SHOWN)}")
+        if self.memory_budget_gb is None or not self.memory_budget_gb >= 0:
+            raise UserError(f"memory_budget_gb={self.memory_budget_gb}: give a number of GB, 0 or more")
+
+    @classmethod
+    def of(cls, cfg: DictConfig, **other: Any) -> "Runtime":
+        """As the config of a run has it."""
+        told = {name: cfg[name] for name in ("progress", "memory_budget_gb", "deterministic")}
+        devices: Any = OmegaConf.to_container(cfg.trainer, resolve=True)
+        return cls(devices, **told, **other)
 
     def trainer(self, label: str, **kw: Any) -> "Trainer":
         """A Trainer that computes and shows progress under `label`, and keeps nothing. `kw` goes to the Trainer."""
@@ -121,5 +137,16 @@ class Runtime:
 
     @property
     def device(self) -> Any:
-        """The torch.device that a Trainer of this runtime computes on."""
-        return self.trainer("").strategy.root_device
+        """The torch.device that a Trainer of this runtime computes on.
+
+        Raises:
+            UserError: there is none such here.
+        """
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+        try:
+            return self.trainer("").strategy.root_device
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:  # Lightning's, of what it got
+            asked = ", ".join(f"trainer.{name}={value}" for name, value in self.devices.items())
+            why = " ".join(str(error).split()).rstrip(".!")
+            raise UserError(f"{asked} cannot be had here ({why}): leave trainer=... out to run on the CPU") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hydra.errors import MissingConfigException
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from submitit.core.utils import UncompletedJobError
 from submitit.local.local import LocalJob
 
@@ -51,6 +52,20 @@ def test_a_mistake_gets_one_message_and_no_traceback(run: Run, capfd, tmp_path: 
     assert error.count("error:") == 1
     assert "Traceback" not in error
     assert not (tmp_path / "store" / "capture").exists()
+
+
+def test_a_device_that_is_not_here_is_refused_before_a_stage_runs(run: Run, capfd, tmp_path: Path, monkeypatch):
+    """A dry run may be for another machine."""
+    for kind in (CUDAAccelerator, MPSAccelerator):
+        monkeypatch.setattr(kind, "is_available", lambda: False)
+    assert run(*TOY, "trainer=gpu", "dry_run=true") == 0
+    assert run(*TOY, "trainer=gpu") == 1
+    error = capfd.readouterr().err
+    assert "error: trainer.accelerator=gpu, trainer.devices=1, " in error
+    assert error.count("error:") == 1
+    assert "Traceback" not in error
+    assert not (tmp_path / "store" / "capture").exists()
+    assert run(*TOY) == run(*TOY, "trainer=gpu") == 0  # for nothing is left to compute
 
 
 def test_a_full_disk_is_told_in_plain_words():

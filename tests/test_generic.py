@@ -20,6 +20,8 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+import pipelines.inspect
+import pipelines.run
 from fp4dit import calls
 from fp4dit.calls import Call
 from fp4dit.errors import UserError
@@ -29,6 +31,7 @@ from fp4dit.models.pixart import PixArt
 from fp4dit.models.trace import parts, watch
 from fp4dit.stream import answers
 from tests import tiny
+from tests.conftest import Run
 from tests.test_end_to_end import FEW, run
 from tests.test_published import PUBLISHED
 
@@ -53,6 +56,22 @@ def test_it_makes_the_calls_that_the_described_pixart_makes(save: Callable[[Path
         whole = [unit.call(unit.rows(state, slice(None)))(module) for unit, state in ((mine, ours), (wanted, theirs))]
         ours |= dict(zip(mine.answer, answers(whole[0]), strict=True))
         theirs |= dict(zip(wanted.answer, answers(whole[1]), strict=True))
+
+
+@pytest.mark.parametrize("main", [pipelines.run.main, pipelines.inspect.main])
+@pytest.mark.parametrize("save", [tiny.save, tiny.save_flux])  # which takes what it does not know, and which does not
+def test_an_option_that_the_pipeline_does_not_have_is_refused_with_its_like(
+    run: Run, save: Callable[[Path], None], main: Callable, tmp_path: Path, capfd
+):
+    save(tmp_path / "model")
+    (tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"never read")
+    given = ["model=generic", f"model.path={tmp_path / 'model'}", "prompts=shapes", "+model.options.hieght=32"]
+    assert run(*given, main=main) == 1
+    error = capfd.readouterr().err
+    assert "error: " in error
+    assert re.search(r"model\.options\.hieght: a \w+Pipeline is called with no such option; did you mean height", error)
+    assert "Traceback" not in error
+    assert not (tmp_path / "store" / "capture").exists()
 
 
 class Block(nn.Module):

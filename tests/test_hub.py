@@ -13,6 +13,8 @@ from diffusers import DiffusionPipeline, PixArtSigmaPipeline
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+import pipelines.inspect
+import pipelines.run
 from fp4dit import policy
 from fp4dit.clock import Clock
 from fp4dit.errors import UserError
@@ -28,6 +30,7 @@ from fp4dit.ranges import Ranges
 from fp4dit.scales import AbsMax
 from fp4dit.transforms import Balance, LowRank
 from tests import tiny
+from tests.conftest import Run
 
 FILE = "diffusion_pytorch_model.safetensors"
 E2M1 = Quantizer(floating(2, 1), Granularity("group", 16), AbsMax(fp16))
@@ -93,6 +96,15 @@ def test_every_model_of_ours_is_saved_and_loaded(tmp_path: Path, save: Callable[
     before, after = pipe.transformer.state_dict(), again.transformer.state_dict()
     assert before.keys() == after.keys()
     assert all(after[name].equal(value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("main", [pipelines.run.main, pipelines.inspect.main])
+def test_what_was_packed_is_not_quantized_again(run: Run, folder: Path, tmp_path: Path, capfd, main: Callable):
+    assert run("model=pixart_sigma", f"model.path={folder}", "prompts=shapes", main=main) == 1
+    error = capfd.readouterr().err
+    assert f"{folder} is quantized already (its transformer/config.json has a quantization_config of fp4dit)" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "store" / "capture").exists()
 
 
 def test_importing_fp4dit_is_enough(folder: Path):

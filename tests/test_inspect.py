@@ -87,6 +87,9 @@ def test_everything_is_shown_and_nothing_made(run: Run, tmp_path: Path, capfd, m
             "calibration.trained, calibration.held_out and calibration.chunk must be at least 1",
         ),
         (["targets=[scores]"], "no stage is called 'scores'"),
+        (["targets=[]"], "targets=[] names no stage: give some of capture, "),
+        (["layers=foo"], "layers=foo: choose one of alike, all"),
+        (["memory_budget_gb=-1"], "memory_budget_gb=-1: give a number of GB, 0 or more"),
         (
             ["model=pixart_alpha"],
             "error: the transformer/config.json of PixArt-alpha/PixArt-XL-2-1024-MS cannot be read",

@@ -1,6 +1,7 @@
 """What is no PixArt is refused before anything is loaded."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,29 @@ def test_a_folder_that_is_no_pixart(tmp_path: Path, index: dict | None, message:
     for attempt in (PixArt(str(tmp_path)).skeleton, PixArt(str(tmp_path)).load):
         with pytest.raises(UserError, match=message):
             attempt()
+
+
+@pytest.mark.parametrize(("quantized", "by"), [({"quant_method": "torchao"}, " of torchao"), ({"bits": 4}, "")])
+def test_what_is_quantized_already_is_refused(pixart_folder: Path, tmp_path: Path, quantized: dict, by: str):
+    shutil.copytree(pixart_folder, tmp_path / "model")
+    path = tmp_path / "model" / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantized}))
+    source = PixArt(str(tmp_path / "model"))
+    for attempt in (source.skeleton, lambda: source.check(["a"])):
+        with pytest.raises(
+            UserError, match=rf"{tmp_path}/model is quantized already .*has a quantization_config{by}\)"
+        ):
+            attempt()
+
+
+def test_float16_goes_to_the_cpu_without_a_warning(pixart_folder: Path, caplog: pytest.LogCaptureFixture):
+    """Of diffusers' own `to`, which warns, as is seen first."""
+    pipeline = PixArt(str(pixart_folder), "float16", tokens=20).load()
+    pipeline.pipe.to("cpu")
+    assert "cannot run with `cpu`" in caplog.text
+    caplog.clear()
+    pipeline.to("cpu")
+    assert caplog.text == ""
 
 
 def test_skeleton_has_the_models_layers_and_no_memory(source: PixArt, pipeline: PixArtPipeline):

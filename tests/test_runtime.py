@@ -1,6 +1,9 @@
+from typing import Any
+
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -101,6 +104,23 @@ def test_in_a_job_of_slurm_processes_are_ours_whatever_else_is_plugged_in(monkey
     assert isinstance(trainer.strategy.checkpoint_io, TensorIO)
 
 
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda", "mps", "tpu", "gqu"])
+def test_a_device_that_is_not_here_is_refused_by_name(accelerator: str, monkeypatch: pytest.MonkeyPatch):
+    for kind in (CUDAAccelerator, MPSAccelerator):
+        monkeypatch.setattr(kind, "is_available", lambda: False)
+    with pytest.raises(UserError) as refused:
+        _ = Runtime(CPU | {"accelerator": accelerator}).device
+    told = str(refused.value)
+    assert told.startswith(f"trainer.accelerator={accelerator}, trainer.devices=1, trainer.strategy=auto cannot be had")
+    assert told.endswith("leave trainer=... out to run on the CPU")
+
+
+@pytest.mark.parametrize(("name", "value"), [("devices", 0), ("devices", "foo"), ("strategy", "foo")])
+def test_devices_that_there_cannot_be_are_refused_by_name(name: str, value: int | str):
+    with pytest.raises(UserError, match=rf"trainer\.{name}={value}.* cannot be had here"):
+        _ = Runtime(CPU | {name: value}).device
+
+
 @pytest.fixture
 def chosen():
     """What torch is told in a test is gone after it."""
@@ -134,6 +154,16 @@ def test_an_operation_that_may_give_other_bits_is_refused_or_told(recwarn: pytes
     assert any("put_ does not have a deterministic implementation" in str(warned.message) for warned in recwarn)
 
 
-def test_what_is_no_choice_is_refused():
-    with pytest.raises(UserError, match="deterministic=yes: choose on, warn or off"):
-        Runtime(CPU, deterministic="yes")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"deterministic": "yes"}, "deterministic=yes: choose on, warn or off"),
+        ({"progress": "foo"}, "progress=foo: choose one of auto, bar, lines, none"),
+        ({"memory_budget_gb": -1.0}, r"memory_budget_gb=-1\.0: give a number of GB, 0 or more"),
+        ({"memory_budget_gb": float("nan")}, "memory_budget_gb=nan: give a number"),
+    ],
+)
+def test_what_is_no_choice_is_refused(given: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        Runtime(CPU, **given)
+    assert Runtime(CPU, memory_budget_gb=0).memory_budget_gb == 0

@@ -49,7 +49,8 @@ class Source(Protocol):
 
     def load(self) -> Pipeline: ...
     def check(self, prompts: Sequence[str]) -> None:
-        """Raises UserError if it is known before loading that one of them cannot be drawn."""
+        """Raises UserError if it is known before loading that one of them cannot be drawn, or that the transformer is
+        quantized already."""
         ...
 
     def check_text_encoder(self) -> None:

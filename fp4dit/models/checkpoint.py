@@ -45,19 +45,18 @@ class Checkpoint:
 
     def open(self, **parts: Any) -> DiffusionPipeline:
         """With these `parts` in place of what is there. Raises UserError if another pipeline is there, or none."""
-        folder = self.folder()
+        folder, whole = self.folder(), self.whole()
         how: Any = {"dtype": getattr(torch, self.dtype), "use_safetensors": None if self.pickle else True}
-        if self.rest is None or (Path(folder) / INDEX).is_file():
-            pipe = DiffusionPipeline.from_pretrained(folder, **how, **parts)
-        else:
-            dit = AutoModel.from_pretrained(folder, subfolder="transformer", **how)
-            pipe = DiffusionPipeline.from_pretrained(locate(self.rest), transformer=dit, **how, **parts)
+        if whole != folder:
+            parts = {"transformer": AutoModel.from_pretrained(folder, subfolder="transformer", **how), **parts}
+        pipe = DiffusionPipeline.from_pretrained(whole, **how, **parts)
         if not isinstance(pipe, self.pipelines):
             raise self.refusal(type(pipe).__name__)
         return pipe
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raises UserError if it is known before loading that one of them cannot be drawn."""
+        """Raises UserError if it is known before loading that one of them cannot be drawn, and as `config`."""
+        self.config()
 
     def check_text_encoder(self) -> None:
         """Raises UserError if it is known before loading that there is no text encoder to be quantized."""
@@ -71,7 +70,23 @@ class Checkpoint:
         """The transformer alone and without its weights, on the meta device: nothing but its config is read.
 
         Raises:
-            UserError: as `folder`, or if the config of a hub id is neither here nor to be had.
+            UserError: as `config`, or if it is none of a transformer of diffusers.
+        """
+        config = self.config()
+        kind = getattr(diffusers, str(config.get("_class_name")), None)
+        if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
+            raise UserError(f"{self.path} holds a {config.get('_class_name')}, which is no model of diffusers")
+        with init_empty_weights():
+            dit = cast(Any, kind).from_config(config)
+        nn.Module.to(dit, "meta", getattr(torch, self.dtype))  # diffusers' own warns, whatever the model
+        return self.around(dit)
+
+    def config(self) -> dict[str, Any]:
+        """The transformer's, which has its weights as they were trained.
+
+        Raises:
+            UserError: as `folder`, if the config of a hub id is neither here nor to be had, or if it says that the
+                weights are quantized.
         """
         loader, folder = cast(Any, AutoModel), self.folder()
         try:
@@ -81,13 +96,13 @@ class Checkpoint:
                 f"the transformer/config.json of {self.path} cannot be read: be online, for that file alone is needed "
                 "of the hub, or give a diffusers pipeline's folder with model.path"
             ) from error
-        kind = getattr(diffusers, str(config.get("_class_name")), None)
-        if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
-            raise UserError(f"{self.path} holds a {config.get('_class_name')}, which is no model of diffusers")
-        with init_empty_weights():
-            dit = cast(Any, kind).from_config(config)
-        nn.Module.to(dit, "meta", getattr(torch, self.dtype))  # diffusers' own warns, whatever the model
-        return self.around(dit)
+        if found := config.get("quantization_config"):
+            by = f" of {found['quant_method']}" if "quant_method" in found else ""
+            raise UserError(
+                f"{self.path} is quantized already (its transformer/config.json has a quantization_config{by}): give "
+                "the original model"
+            )
+        return config
 
     def folder(self) -> str:
         """Raises UserError if this is a path and no such pipeline is there, or one of pickles. A hub id is not looked
@@ -113,6 +128,11 @@ class Checkpoint:
                 f"{self.path} holds a {found}, which has no transformer: only diffusion transformers are quantized"
             )
         return folder
+
+    def whole(self) -> str:
+        """Where the pipeline is whose transformer may lie elsewhere, in `folder`. Raises UserError as that."""
+        folder = self.folder()
+        return folder if self.rest is None or (Path(folder) / INDEX).is_file() else locate(self.rest)
 
     def refusal(self, found: str | None) -> UserError:
         wanted = " or ".join(kind.__name__ for kind in self.pipelines)
@@ -143,7 +163,10 @@ class Adapter:
             pipe.set_progress_bar_config(disable=True)
 
     def to(self, device: torch.device | str) -> None:
-        (self.dit if self.pipe is None else self.pipe).to(device)
+        if self.pipe is None:
+            self.dit.to(device)
+        else:
+            self.pipe.to(device, silence_dtype_warnings=True)  # that float16 cannot run on a CPU, where it does
         self.device = torch.device(device)
 
     def save(self, folder: Path, base: str) -> None:

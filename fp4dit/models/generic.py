@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any, ClassVar
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from jaxtyping import Float
@@ -25,6 +28,17 @@ class Generic(Checkpoint):
     options: Mapping[str, Any] = field(default_factory=dict)
 
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (DiffusionPipeline,)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raises UserError, too, if the pipeline names no such option: what others some take, they do without."""
+        super().check(prompts)
+        index: Any = DiffusionPipeline.load_config(self.whole())
+        name = index["_class_name"]
+        known = list(signature(getattr(diffusers, name).__call__).parameters)[1:]
+        for option in sorted(self.options.keys() - known):
+            close = get_close_matches(option, known)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
+            raise UserError(f"model.options.{option}: a {name} is called with no such option; {hint}")
 
     def around(self, dit: ModelMixin, pipe: DiffusionPipeline | None = None) -> "GenericPipeline":
         return GenericPipeline(dit, self.options, self.load, pipe)

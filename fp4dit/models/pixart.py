@@ -41,6 +41,7 @@ class PixArt(Checkpoint):
         return pipe
 
     def check(self, prompts: Sequence[str]) -> None:
+        super().check(prompts)
         if self.embeddings:
             Embeddings(self.embeddings).check(prompts)
 

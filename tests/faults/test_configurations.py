@@ -77,7 +77,7 @@ def planned(overrides: Sequence[str], outputs: Path) -> None:
         check_groups(overrides)
         config: DictConfig = compose("run", [*overrides, f"outputs={outputs}"])
         check_kinds(config, overrides)
-        Runtime(deterministic=config.deterministic)
+        Runtime.of(config)
         for step in pending(plan(config), config.targets, Store(outputs / "store")):
             step.make()
 
@@ -140,6 +140,11 @@ def test_whatever_is_asked_for_is_planned_or_refused_with_one_message(tmp_path_f
         (["method=gptq", "+activation.leave=[a]"], "or leave the override out where the list is empty"),
         (["metrics.psnr._partial_=1"], "_partial_"),
         (["seed=null"], "seed=null: a whole number is wanted here, such as 0"),
+        (["progress=foo"], "progress=foo: choose one of auto, bar, lines, none"),
+        (["progress=null"], "progress=None: choose one of auto"),
+        (["memory_budget_gb=-1"], "memory_budget_gb=-1: give a number of GB, 0 or more"),
+        (["memory_budget_gb=null"], "memory_budget_gb=None: give a number of GB, 0 or more"),
+        (["targets=[]"], "targets=[] names no stage: give some of capture, reconstruct, "),
         (["deterministic=yes"], "deterministic=yes: choose on, warn or off"),
     ],
 )
