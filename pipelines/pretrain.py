@@ -56,8 +56,11 @@ def train(cfg: DictConfig) -> None:
 
 
 def run_all() -> None:
-    """Each part in its own process: a data-parallel part starts copies of the command that called it."""
-    given = [o for o in HydraConfig.get().overrides.task if not o.startswith("part=")]
+    """Each part in its own process: a data-parallel part starts copies of the command that called it.
+
+    New weights get a new card, unless the user says otherwise.
+    """
+    given = ["evaluate.card=true", *(o for o in HydraConfig.get().overrides.task if not o.startswith("part="))]
     for part in (*TRAINED, "export", "evaluate"):
         child = subprocess.Popen([sys.executable, "-m", "pipelines.pretrain", f"part={part}", *given])
         signal.signal(signal.SIGTERM, lambda *_, child=child: child.terminate())

@@ -172,13 +172,23 @@ def test_diffusers_loads_and_renders_what_was_exported(shipped):
     assert images.isfinite().all()
 
 
-def test_evaluation_writes_the_card(shipped: Path):
+def test_evaluation_writes_the_card_of_who_asks(shipped: Path, tmp_path: Path, capsys):
+    folder = tmp_path / "weights"
+    shutil.copytree(shipped, folder)
     card = (recipe.SHIPPED / "README.md").read_text()
-    (shipped / "README.md").write_text(card)
+    (folder / "README.md").write_text(card)
+    few = {"images": 4, "steps": 2, "guidance": 4.5, "chunk": 2, "seed": 0}
+    evaluate(str(folder), **few)
+    assert "4 held-out captions" in capsys.readouterr().out
+    assert (folder / "README.md").read_text() == card
+    assert not (folder / "sample.png").exists()
     for _ in range(2):
-        evaluate(str(shipped), images=4, steps=2, guidance=4.5, chunk=2, seed=0)
-    written = (shipped / "README.md").read_text()
+        evaluate(str(folder), **few, card=True)
+    written = (folder / "README.md").read_text()
     assert written.count("generated images |") == 1
     assert "4 held-out captions" in written
     assert insert(written, "x") == insert(card, "x")
-    assert (shipped / "sample.png").exists()
+    assert (folder / "sample.png").exists()
+    (folder / "README.md").unlink()
+    evaluate(str(folder), **few, card=True)
+    assert "4 held-out captions" in (folder / "README.md").read_text()
