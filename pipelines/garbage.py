@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from hydra import compose
 from omegaconf import DictConfig
 
 from fp4dit.locks import free, held, holder
@@ -13,7 +12,7 @@ from fp4dit.store import Store, begun, drafted, journal, lock
 from fp4dit.stored import Stored, contents, leftovers
 from pipelines.made import told
 from pipelines.naming import keys, named, runs, searched, stages
-from pipelines.plans import Plan, plans
+from pipelines.plans import plans
 from pipelines.units import aligned, size
 
 
@@ -25,8 +24,9 @@ def collect(cfg: DictConfig, store: Store) -> None:
         return
     rows = [given for of in runs(cfg).values() for given in of]
     planned = plans(rows, cfg.outputs, searched())
+    unknown = {one.model for one in planned if one.problem}  # models of rows of which nobody knows what they need
     needed = keys(planned) | {one.name for one in named(cfg.keep, cfg, store) if cfg.keep}
-    spared = related(found, models(rows, planned)) - needed
+    spared = related(found, unknown) - needed
     known = stages()  # another version of the program may know more
     busy = in_use(found)
     scope = {one.name for one in named(cfg.what, cfg, store) if one.stage in known}
@@ -44,12 +44,6 @@ def in_use(found: Sequence[Stored]) -> set[str]:
     """Keys of what those entries are made from that a job is making."""
     making = [begun(one.path) for one in found if one.is_draft and held(one.lock)]
     return {key for about in making for key in about.get("needs", {}).values()}
-
-
-def models(rows: Sequence[Sequence[str]], planned: Sequence[Plan]) -> set[str]:
-    """Those of rows that cannot be planned here, so that nobody knows which entries they need."""
-    given = [row for row, one in zip(rows, planned, strict=True) if one.problem]
-    return {compose("run", list(row)).model.path for row in given}
 
 
 def related(found: Sequence[Stored], paths: set[str]) -> set[str]:

@@ -6,6 +6,7 @@ look at other files still answer what they answered.
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import omegaconf
 from hydra import __version__ as hydra_version
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
 
 from fp4dit.errors import UserError
 from fp4dit.store import fingerprint, remember, remembered
@@ -28,10 +30,11 @@ Answer = list[Any]  # a resolver's name, what it was given, and what it answered
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of a row, or why they cannot be planned yet: a file that they read is not here."""
+    """The stages of a row, or why they cannot be planned yet: a file that they read is not here. And of which model."""
 
     steps: Mapping[str, Step] = field(default_factory=dict)
     problem: str = ""
+    model: str = ""
 
 
 def plans(rows: Sequence[Sequence[str]], outputs: str, searchpath: Sequence[str] = ()) -> list[Plan]:
@@ -40,16 +43,18 @@ def plans(rows: Sequence[Sequence[str]], outputs: str, searchpath: Sequence[str]
     before = remembered(place)
     known, fresh, again = before["plans"] if before.get("read") == read else {}, {}, Again(outputs)
     found = []
-    for overrides in rows:
+    every = 0.2 if sys.stderr.isatty() else 10.0
+    for overrides in tqdm(rows, "plan", leave=False, mininterval=every, delay=every):
         key = fingerprint({"overrides": list(overrides)})
         if key in known and all(map(again.holds, known[key]["answers"])):
-            found.append(Plan({name: planned(name, **given) for name, given in known[key]["steps"].items()}))
+            its = known[key]
+            steps = {name: planned(name, **given) for name, given in its["steps"].items()}
+            found.append(Plan(steps, its["problem"], its["model"]))
             continue
         answers, one = composed(overrides, outputs)
         found.append(one)
-        if not one.problem:
-            steps = {name: {"needs": step.needs, "identity": step.identity} for name, step in one.steps.items()}
-            fresh[key] = {"answers": answers, "steps": steps}
+        steps = {name: {"needs": step.needs, "identity": step.identity} for name, step in one.steps.items()}
+        fresh[key] = {"answers": answers, "steps": steps, "problem": one.problem, "model": one.model}
     if fresh:
         remember(place, {"read": read, "plans": {**known, **fresh}})
     return found
@@ -58,11 +63,12 @@ def plans(rows: Sequence[Sequence[str]], outputs: str, searchpath: Sequence[str]
 def composed(overrides: Sequence[str], outputs: str) -> tuple[list[Answer], Plan]:
     config = compose("run", list(overrides))
     config.outputs = outputs
+    model = OmegaConf.select(config, "model.path") or ""
     with listening() as answers:
         try:
-            return answers, Plan(plan(config))
+            return answers, Plan(plan(config), model=model)
         except UserError as error:
-            return answers, Plan(problem=str(error))
+            return answers, Plan(problem=str(error), model=model)
 
 
 def folder(path: str) -> Path:
@@ -76,7 +82,8 @@ def state(roots: Sequence[Path]) -> str:
     """Of all that a plan is read from, but the files that resolvers look at."""
     digest = hashlib.sha256(f"{hydra_version} {omegaconf.__version__}".encode())
     code = Path(__file__).parent
-    for path in [*(p for root in roots for p in sorted(root.rglob("*.yaml"))), code / "plan.py", code / "resolvers.py"]:
+    read = [code / name for name in ("plan.py", "plans.py", "resolvers.py")]
+    for path in [*(p for root in roots for p in sorted(root.rglob("*.yaml"))), *read]:
         digest.update(str(path).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
@@ -88,7 +95,11 @@ def listening() -> Iterator[list[Answer]]:
 
     def hear(name: str) -> None:
         def resolver(*given: Any, _root_: DictConfig) -> Any:
-            answer = ask(name, given, _root_)
+            try:
+                answer = ask(name, given, _root_)
+            except UserError as error:
+                answers.append([name, plain(given), refused(error)])
+                raise
             answers.append([name, plain(given), plain(answer)])
             return answer
 
@@ -105,6 +116,11 @@ def listening() -> Iterator[list[Answer]]:
 def ask(name: str, given: Sequence[Any], root: DictConfig) -> Any:
     resolver = LOOKING[name]
     return resolver(*given, **({"_root_": root} if "_root_" in signature(resolver).parameters else {}))
+
+
+def refused(error: UserError) -> str:
+    """In place of an answer, none of which begins like that."""
+    return f"refused: {error}"
 
 
 def plain(value: Any) -> Any:
@@ -127,6 +143,6 @@ class Again:
             try:
                 now = ask(name, [OmegaConf.create(one) if isinstance(one, dict) else one for one in given], self.root)
                 self.asked[key] = plain(now) == before
-            except UserError:
-                self.asked[key] = False
+            except UserError as error:
+                self.asked[key] = refused(error) == before
         return self.asked[key]

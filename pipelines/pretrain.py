@@ -1,4 +1,4 @@
-"""Train the model that ships: `python -m pipelines.pretrain part=all`, or part by part. See conf/pretrain.yaml."""
+"""Train the model that ships: `python -m pipelines.pretrain part=all`, or part by part."""
 
 import os
 
@@ -16,11 +16,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from fp4dit.errors import UserError
 from fp4dit.models.shapes.data import Noise
 from fp4dit.resume import Keep, TensorIO, found
+from pipelines.command import command
+from pipelines.missing import ENVIRONMENT
+from pipelines.resolvers import CONF
 from pipelines.training import Losses, Stop
 
 TRAINED = ("autoencoder", "decoder", "text", "clip", "transformer")
+PARTS = (*TRAINED, "export", "evaluate")
 
 
 def train(cfg: DictConfig) -> None:
@@ -56,17 +61,22 @@ def train(cfg: DictConfig) -> None:
 
 
 def run_all() -> None:
-    """Each part in its own process: a data-parallel part starts copies of the command that called it."""
-    given = [o for o in HydraConfig.get().overrides.task if not o.startswith("part=")]
-    for part in (*TRAINED, "export", "evaluate"):
-        child = subprocess.Popen([sys.executable, "-m", "pipelines.pretrain", f"part={part}", *given])
+    """Each part in its own process: a data-parallel part starts copies of the command that called it.
+
+    New weights get a new card, unless the user says otherwise.
+    """
+    given = ["evaluate.card=true", *(o for o in HydraConfig.get().overrides.task if not o.startswith("part="))]
+    for part in PARTS:
+        child = subprocess.Popen([sys.executable, "-m", "pipelines.pretrain", f"part={part}", *given], env=ENVIRONMENT)
         signal.signal(signal.SIGTERM, lambda *_, child=child: child.terminate())
         if child.wait():
             sys.exit(child.returncode)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="pretrain")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="pretrain")
 def main(cfg: DictConfig) -> None:
+    if cfg.part not in (*PARTS, "all"):
+        raise UserError(f"there is no part {cfg.part!r}: choose {', '.join(PARTS)} or all")
     if cfg.part == "all":
         run_all()
     elif cfg.part in TRAINED:
@@ -76,4 +86,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)()

@@ -57,7 +57,11 @@ def test_another_config_file_is_planned_anew(given, made, tmp_path: Path):
 
 def test_a_file_that_is_not_here_is_told_and_looked_for_again(given, made, model: Path, tmp_path: Path):
     row = [*given[0], f"+prompts.calibration.path={tmp_path}/prompts.txt"]
-    assert "there is no file at" in plans([row], str(tmp_path))[0].problem
+    for _ in range(2):
+        [lacking] = plans([row], str(tmp_path))
+        assert "there is no file at" in lacking.problem
+        assert lacking.model == str(model)
+    assert made == [row]  # remembered, too
     (tmp_path / "prompts.txt").write_text("a red circle")
     assert plans([row], str(tmp_path))[0].steps
     (tmp_path / "prompts.txt").unlink()

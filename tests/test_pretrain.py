@@ -21,9 +21,11 @@ from fp4dit.models.shapes.data import Scenes
 from fp4dit.models.shapes.evaluate import draw, evaluate, insert
 from fp4dit.models.shapes.export import export
 from fp4dit.tasks import pretrain as tasks
-from pipelines.pretrain import train
+from pipelines import pretrain
+from pipelines.pretrain import PARTS, train
 from pipelines.resolvers import CONF, options
 from pipelines.training import Stop
+from tests.conftest import Run
 
 TINY = ["transformer.trainer={devices: 1, strategy: auto}", "transformer.task.layers=1", "+autoencoder.save.n=64"]
 
@@ -34,6 +36,42 @@ def run(part, folder, steps, *overrides, batch=2, minutes=5):
     cfg[part].steps, cfg[part].data.batch, cfg.minutes = steps, batch, minutes
     train(cfg)
     return tree.load(folder / part / "last.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("part=evalute", f"there is no part 'evalute': choose {', '.join(PARTS)} or all"),
+        ("linear=quartett", "'linear' has no option 'quartett'; did you mean quartet?"),
+    ],
+)
+def test_a_mistake_gets_one_message(run: Run, capfd, tmp_path, given, message):
+    assert run(given, f"folder={tmp_path}", main=pretrain.main, outputs=False) == 1
+    error = capfd.readouterr().err
+    assert f"error: {message}" in error or f"error: {given}: {message}" in error
+    assert "Traceback" not in error
+
+
+def test_help_lists_the_parts(run: Run, capfd):
+    assert run("--help", main=pretrain.main, outputs=False) == 0
+    text = capfd.readouterr().out
+    assert all(part in text.split("folder")[0] for part in PARTS)
+    assert f"  {', '.join(options('linear'))}\n" in text
+
+
+def test_all_parts_run_in_their_order_and_leave_a_card(run: Run, tmp_path, monkeypatch):
+    called = []
+
+    class Child:
+        def __init__(self, command, **_):
+            called.append(command[3:])
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(pretrain.subprocess, "Popen", Child)
+    assert run("part=all", f"folder={tmp_path}", main=pretrain.main, outputs=False) == 0
+    assert called == [[f"part={part}", "evaluate.card=true", f"folder={tmp_path}"] for part in PARTS]
 
 
 @pytest.mark.unchecked
@@ -172,13 +210,23 @@ def test_diffusers_loads_and_renders_what_was_exported(shipped):
     assert images.isfinite().all()
 
 
-def test_evaluation_writes_the_card(shipped: Path):
+def test_evaluation_writes_the_card_of_who_asks(shipped: Path, tmp_path: Path, capsys):
+    folder = tmp_path / "weights"
+    shutil.copytree(shipped, folder)
     card = (recipe.SHIPPED / "README.md").read_text()
-    (shipped / "README.md").write_text(card)
+    (folder / "README.md").write_text(card)
+    few = {"images": 4, "steps": 2, "guidance": 4.5, "chunk": 2, "seed": 0}
+    evaluate(str(folder), **few)
+    assert "4 held-out captions" in capsys.readouterr().out
+    assert (folder / "README.md").read_text() == card
+    assert not (folder / "sample.png").exists()
     for _ in range(2):
-        evaluate(str(shipped), images=4, steps=2, guidance=4.5, chunk=2, seed=0)
-    written = (shipped / "README.md").read_text()
+        evaluate(str(folder), **few, card=True)
+    written = (folder / "README.md").read_text()
     assert written.count("generated images |") == 1
     assert "4 held-out captions" in written
     assert insert(written, "x") == insert(card, "x")
-    assert (shipped / "sample.png").exists()
+    assert (folder / "sample.png").exists()
+    (folder / "README.md").unlink()
+    evaluate(str(folder), **few, card=True)
+    assert "4 held-out captions" in (folder / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Measure the shipped model on held-out captions and write the figures into its model card."""
+"""Measure the shipped model on held-out captions; on demand, write the figures into its model card."""
 
 from collections.abc import Sequence
 from datetime import date
@@ -21,7 +21,7 @@ from fp4dit.models.shapes.world import SIZE, render, scenes
 from fp4dit.statistics import interval
 from fp4dit.training.layer import TrainRule, train_in_few_bits_
 
-BEGIN, END = "<!-- figures: written by part=evaluate -->", "<!-- end of figures -->"
+BEGIN, END = "<!-- figures: written by part=evaluate evaluate.card=true -->", "<!-- end of figures -->"
 VERDICTS = ("shapes", "colours", "relation", "all")
 Images = Float[Tensor, "n 3 h w"]
 
@@ -34,10 +34,12 @@ def evaluate(
     chunk: int,
     seed: int,
     linear: Sequence[TrainRule] = (),
+    card: bool = False,
 ) -> None:
     """On the captions of `images` held-out scenes; `chunk` are made at once, and are part of what makes the bits.
 
-    `linear` is what the transformer was trained by: it draws in as few bits.
+    `linear` is what the transformer was trained by: it draws in as few bits. With `card` the figures go into README.md
+    beside the weights, and a picture beside that: who only looks should not change what is tracked.
     """
     folder = Path(weights)
     pipe = PixArtSigmaPipeline.from_pretrained(folder)
@@ -75,9 +77,10 @@ def evaluate(
         ]
     )
     print(table)
-    save_image(made[:32], folder / "sample.png", nrow=8)
-    card = folder / "README.md"
-    card.write_text(insert(card.read_text(), table))
+    if card:
+        save_image(made[:32], folder / "sample.png", nrow=8)
+        page = folder / "README.md"
+        page.write_text(insert(page.read_text() if page.exists() else f"{BEGIN}\n{END}\n", table))
 
 
 @torch.no_grad()
