@@ -135,6 +135,11 @@ class Runtime:
         finally:
             counter.end()
 
+    def check(self) -> None:
+        """Raises UserError as `device`. A CPU is always here: Lightning, which takes seconds, is not asked for it."""
+        if self.devices.get("accelerator", "cpu") != "cpu":
+            _ = self.device
+
     @property
     def device(self) -> Any:
         """The torch.device that a Trainer of this runtime computes on.
