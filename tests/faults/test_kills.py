@@ -13,6 +13,7 @@ from fp4dit.locks import holder
 from fp4dit.store import Store, lock
 from pipelines.plan import execute
 from pipelines.runtime import Runtime
+from tests.conftest import until
 from tests.faults.conftest import LONG, Plan, forked, job
 from tests.faults.drill import check, results
 from tests.test_end_to_end import SMALL
@@ -158,7 +159,4 @@ def test_ctrl_c_while_lightning_learns_is_130_too(tmp_path: Path):
 
 
 def wait_for(folder: Path, pattern: str) -> None:
-    end = time.monotonic() + 60
-    while not list(folder.glob(pattern)):
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    until(lambda: list(folder.glob(pattern)))
