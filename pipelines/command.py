@@ -1,6 +1,7 @@
 """What our commands have in common: a mistake gets one clear message and an exit code, not a traceback."""
 
 import errno
+import inspect
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fp4dit.errors import UserError
@@ -28,6 +29,7 @@ from pipelines.shortage import spawned
 
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 NO_NAME = ("Config group override must be", "argument of type 'int' is not iterable")  # Hydra's, of group=1, group=[1]
+LEFT_OUT = re.compile(r"Missing mandatory value: (\S+)")  # OmegaConf's
 NO_POSITION = re.compile(r"Index '(.+?)' \(str\) is not an int|invalid literal for int\(\) with base 10: '(.+?)'")
 LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
 INSTALL = "pip install -c constraints.txt -e"
@@ -57,7 +59,7 @@ def command(main: Callable[[], Any]) -> Callable[[], None]:
             print("stopped. What was finished is kept: the same command goes on from there", file=sys.stderr)
             sys.exit(INTERRUPTED)
         except Exception as error:
-            message = explain(error)
+            message = explain(error, Path(inspect.getfile(inspect.unwrap(main))).stem)
             if in_full or message is None:
                 raise
             sys.exit(f"error: {message}\n(HYDRA_FULL_ERROR=1 shows where)")
@@ -76,8 +78,8 @@ def check_groups(overrides: Sequence[str]) -> None:
             raise UserError(f"{override.input_line}: after {name}= comes a name, one of {', '.join(there)}")
 
 
-def explain(error: Exception) -> str | None:
-    """One message for what the user can mend; None for what only a developer can."""
+def explain(error: Exception, config: str = "run") -> str | None:
+    """One message for what the user can mend; None for what only a developer can. `config` is the command's own."""
     if isinstance(error, UserError):
         return str(error)
     if "\nfp4dit.errors.UserError: " in str(error):  # of a process that Lightning spawned
@@ -96,7 +98,9 @@ def explain(error: Exception) -> str | None:
             return f"{group}={name} is not installed. To get it: {INSTALL} '.[launchers]'"
         return f"{group}={name}: {group!r} has no option {name!r}; {nearest(name, options(group))}"
     if isinstance(error, HydraException) and (found := re.match(r"Could not override '(.+?)'", str(error))):
-        name, known = found[1].split("=")[0], names()
+        name = found[1].split("=")[0]
+        own = name in [given.lstrip("+~").split("=")[0] for given in sys.argv]
+        known = names(config if own else "run")  # whose rows a table composes
         if name in known:
             return f"{name!r} is not in this configuration, only in the default: leave it out, or choose what has it"
         return f"{name!r} is not in the configuration; {nearest(name, known)}"
@@ -121,6 +125,8 @@ def explain(error: Exception) -> str | None:
         return f"deterministic=on: {operation} may give other bits each time on this device; warn allows it"
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read: {error.message}"
+    if isinstance(error, HydraException | OmegaConfBaseException) and (found := LEFT_OUT.search(str(error))):
+        return f"{found[1]} is left out, and has no default: give {found[1]}=..."
     if isinstance(error, HydraException | OmegaConfBaseException):
         cause = error.__cause__
         if isinstance(cause, UserError):  # of a resolver
@@ -143,12 +149,15 @@ def of_omegaconf(error: BaseException) -> bool:
     return bool(frames) and "omegaconf" in Path(frames[-1].filename).parts
 
 
-def names() -> list[str]:
-    """Everything that can stand before `=` in an override of a run."""
+def names(command: str) -> list[str]:
+    """Everything that can stand before `=` in an override of this command, whose config has its name."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("run")
-    return list(dict.fromkeys([*(path.name for path in CONF.iterdir() if path.is_dir()), *paths(config)]))
+        config = compose(command, return_hydra_config=True)
+    groups = [str(group) for group in config.hydra.runtime.choices]
+    with open_dict(config):
+        del config["hydra"]
+    return list(dict.fromkeys([*(group for group in groups if not group.startswith("hydra/")), *paths(config)]))
 
 
 def paths(config: DictConfig, prefix: str = "") -> list[str]:
@@ -156,7 +165,8 @@ def paths(config: DictConfig, prefix: str = "") -> list[str]:
     for key in map(str, config):
         name = f"{prefix}{key}"
         found.append(name)
-        if name != "stages" and not OmegaConf.is_interpolation(config, key) and OmegaConf.is_dict(config[key]):
+        plain = not OmegaConf.is_interpolation(config, key) and not OmegaConf.is_missing(config, key)
+        if name != "stages" and plain and OmegaConf.is_dict(config[key]):
             found += paths(config[key], f"{name}.")
     return found
 

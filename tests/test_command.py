@@ -14,7 +14,13 @@ from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from submitit.core.utils import UncompletedJobError
 from submitit.local.local import LocalJob
 
+import pipelines.convert
+import pipelines.embed
+import pipelines.features
+import pipelines.inspect
+import pipelines.report
 import pipelines.run
+import pipelines.store
 import pipelines.table
 from pipelines.command import explain
 from pipelines.resolvers import options
@@ -34,7 +40,11 @@ ROOT = Path(__file__).parents[1]
         ),
         (["generation.step=3"], "did you mean generation.steps"),
         (["experiment=demo_4_fp4dit"], "did you mean demo_4_fp4dit_w4a8"),
-        (["zzz=1"], "there are generation, model"),
+        (["zzz=1"], "there are experiment, method, model"),
+        (
+            ["prompts=file", "prompts.calibration.path=Makefile"],
+            "error: prompts.evaluation.path is left out, and has no default: give prompts.evaluation.path=...\n",
+        ),
         (["-m", "weight=e2m1,e2m2"], "'weight' has no option 'e2m2'; did you mean e2m1"),
         (["-m", "experiment=glob(demoo*)"], "0 jobs: experiment=glob(demoo*) matches nothing; experiment has demo_1"),
         (["generation.steps=[1"], "'generation.steps=[1' cannot be read"),
@@ -66,6 +76,30 @@ def test_a_device_that_is_not_here_is_refused_before_a_stage_runs(run: Run, capf
     assert "Traceback" not in error
     assert not (tmp_path / "store" / "capture").exists()
     assert run(*TOY) == run(*TOY, "trainer=gpu") == 0  # for nothing is left to compute
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (pipelines.table.main, ["seed=[0,1]"], "'seed' is not in the configuration; did you mean seeds"),
+        (pipelines.table.main, ['overrides=["sed=1"]'], "'sed' is not in the configuration; did you mean seed"),
+        (pipelines.report.main, ["report.pixel=16"], "did you mean report.pixels"),
+        (pipelines.inspect.main, ["layer=all"], "did you mean layers"),
+        (pipelines.store.main, ["zzz=1"], "'zzz' is not in the configuration; there are do, what, outputs"),
+        (pipelines.convert.main, ["out=x"], "error: path is left out, and has no default: give path=...\n"),
+        (pipelines.embed.main, [], "error: out is left out, and has no default: give out=...\n"),
+        (pipelines.embed.main, ["out=x", "prompts=file"], "give prompts.calibration.path=...\n"),
+        (pipelines.features.main, ["image=x"], "did you mean images"),
+        (pipelines.features.main, [], "error: images is left out"),
+    ],
+)
+def test_each_command_knows_its_own_options(run: Run, capfd, tmp_path: Path, main, arguments, message: str):
+    own = main in (pipelines.convert.main, pipelines.embed.main, pipelines.features.main)
+    assert run(*arguments, main=main, outputs=not own) == 1
+    error = capfd.readouterr().err
+    assert message in error
+    assert "only in the default" not in error
+    assert "Traceback" not in error
 
 
 def test_a_full_disk_is_told_in_plain_words():
