@@ -6,8 +6,8 @@ from pathlib import Path
 
 from fp4dit import policy
 from fp4dit.errors import UserError
-from fp4dit.models.base import Source
-from fp4dit.packed.card import Facts, card
+from fp4dit.models.base import Pipeline, Source
+from fp4dit.packed.card import Call, Facts, card
 from fp4dit.packed.export import check_rules, pack_text_encoder_, pack_transformer_, size
 from fp4dit.policy import Rule
 from fp4dit.provenance import versions
@@ -70,6 +70,7 @@ class Export:
         facts = Facts(
             base=base,
             pipeline=read_json(out / "pipeline" / "model_index.json")["_class_name"],
+            call=self.first_call(pipeline, needs["images"]),
             weights=audits[0]["layers"],
             activations=audits[1]["layers"],
             scores=scores,
@@ -82,6 +83,15 @@ class Export:
         (out / "pipeline" / "README.md").write_text(card(facts))
         written = {"bytes": facts.bytes, "bytes16": facts.bytes16, "text_encoder": asdict(text) if text else None}
         write_json(out / "export.json", written)
+
+    def first_call(self, pipeline: Pipeline, images: Path) -> Call | None:
+        """By which the first image was drawn; None if that took embeddings, which the folder does not have."""
+        if getattr(self.model, "embeddings", None):
+            return None
+        first = read_json(images / "images.json")[0]
+        how = read_json(images / "manifest.json")["config"]["generation"]
+        [subject] = pipeline.subjects([first["prompt"]])
+        return Call(subject, first["seed"], how["steps"], how["guidance"], pipeline.options)
 
     @property
     def base(self) -> str:

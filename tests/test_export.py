@@ -1,9 +1,11 @@
 """Every preset packs into the bits that its table counts, loads again, and answers as it did; the export stage."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
@@ -14,6 +16,7 @@ from benchmarks import published
 from fp4dit import policy
 from fp4dit.clock import Clock
 from fp4dit.grid import Grid, TimedGrid
+from fp4dit.packed.card import Facts, card
 from fp4dit.packed.description import Description, Weights, build_
 from fp4dit.packed.export import pack_transformer_, size
 from fp4dit.packed.layer import PackedLinear
@@ -22,7 +25,7 @@ from fp4dit.packed.numbers import Floats
 from fp4dit.resources import locate
 from pipelines.plan import plan
 from pipelines.resolvers import options
-from tests.conftest import Compose, Run
+from tests.conftest import ROOT, Compose, Run
 
 SEARCHED = {"msfp", "lowbit_fp_diff"}  # their search takes 10 s, and leaves what llmfp4_baseline does
 # Of presets that differ in rounding alone, which is not what is tested, one.
@@ -131,7 +134,24 @@ def test_the_stage_leaves_a_folder_that_stock_diffusers_loads(run: Run, tmp_path
     assert str(tmp_path) not in text
     assert "python -m pipelines.run" in (folder / "README.md").read_text()
     assert "Nothing else of the pipeline is quantized" in (folder / "README.md").read_text()
+    check_shown(folder, drawn.parent / "images")
     check_with_text_encoder(run, few, tmp_path)
+
+
+def check_shown(folder: Path, images: Path) -> None:
+    """What the card and the documentation show draws an image: by the card's call, the first that was scored, but for
+    roundings that go the other way, because it is drawn alone."""
+    for page in (folder / "README.md", ROOT / "README.md", ROOT / "docs" / "checkpoint.md"):
+        found: dict[str, Any] = {}
+        code = next(code for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if "pipe(" in code)
+        exec(re.sub(r'(from_pretrained\(")[^"]*', rf"\g<1>{folder}", code), found)
+        assert found["image"].size == (64, 64)
+        if page.parent == folder:
+            drawn, first, second = (
+                np.asarray(image, float)
+                for image in (found["image"], *map(Image.open, (images / "00000.png", images / "00001.png")))
+            )
+            assert np.abs(drawn - first).mean() < 3 < 30 < np.abs(drawn - second).mean()
 
 
 def check_with_text_encoder(run: Run, few: list[str], tmp_path: Path) -> None:
@@ -147,6 +167,13 @@ def check_with_text_encoder(run: Run, few: list[str], tmp_path: Path) -> None:
     assert "| `*` | e2m1 | 18 | 4.25 |" in card
     encoder = PixArtSigmaPipeline.from_pretrained(made).text_encoder
     assert sum(isinstance(layer, PackedLinear) for layer in encoder.modules()) == 18
+
+
+def test_a_card_shows_no_call_that_lacks_its_text_encoder():
+    scores = {"metrics": {}, "about": {}, "n": 1}
+    text = card(Facts("a", "PixArtSigmaPipeline", None, [], [], scores, 1, 2, None, "command", {}))
+    assert "pipe(" not in text
+    assert "It has no text encoder: give `from_pretrained` the original's" in text
 
 
 @pytest.mark.parametrize("model", ["pixart_alpha", "pixart_sigma", "hunyuan"])

@@ -1,8 +1,8 @@
 """What this project needs of a text-to-image model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,12 +18,17 @@ class Pipeline(Protocol):
 
     dit: nn.Module
     device: torch.device
+    options: Mapping[str, Any]  # what diffusers' pipeline is called with to draw, beside prompts, steps and guidance
 
     def to(self, device: torch.device | str) -> None: ...
     def sample(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
     ) -> Float[Tensor, "n 3 h w"]:
         """Images in [0, 1]. Each prompt's noise comes from its own seed alone."""
+        ...
+
+    def subjects(self, prompts: Sequence[str]) -> Sequence[str | int]:
+        """What diffusers' pipeline is given for them."""
         ...
 
     def blank(self, n: int) -> Call:

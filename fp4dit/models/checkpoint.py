@@ -1,9 +1,10 @@
 """What the adapters for diffusers pipelines have in common: finding a checkpoint, loading it, drawing with it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import diffusers
@@ -153,7 +154,12 @@ def refuse_pickles(folder: str | None) -> None:
 
 
 class Adapter:
-    """A transformer, `dit`, and the diffusers pipeline that it draws in; without one it is a chain of units alone."""
+    """A transformer, `dit`, and the diffusers pipeline that it draws in; without one it is a chain of units alone.
+
+    `options` are what that is called with, beside prompts, steps, guidance and seeds.
+    """
+
+    options: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, dit: ModelMixin, pipe: DiffusionPipeline | None = None) -> None:
         self.dit: Any = dit.eval().requires_grad_(False)
@@ -190,6 +196,14 @@ class Adapter:
     def latent(self, n: int) -> Float[Tensor, "n c h w"]:
         config = self.dit.config
         return self.empty(n, config.in_channels, config.sample_size, config.sample_size)
+
+    def subjects(self, prompts: Sequence[str]) -> Sequence[str | int]:
+        return list(prompts)
+
+    def sample(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
+    ) -> Float[Tensor, "n 3 h w"]:
+        return self.draw(self.subjects(prompts), seeds, steps, guidance, **self.options)
 
     @torch.no_grad()
     def draw(

@@ -6,7 +6,6 @@ from difflib import get_close_matches
 from typing import ClassVar
 
 from diffusers import DiffusionPipeline, DiTPipeline, ModelMixin
-from jaxtyping import Float
 from torch import Tensor, int64, nn
 from torch.nn import functional as F
 
@@ -37,11 +36,9 @@ class First(Call):
 class ClassPipeline(Adapter):
     """A DiT as a chain of units: its patch embedding, its blocks, its two output layers."""
 
-    def sample(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
-    ) -> Float[Tensor, "n 3 h w"]:
+    def subjects(self, prompts: Sequence[str]) -> Sequence[int]:
         """A prompt is a class: its number, or one of its names in the pipeline's `id2label`."""
-        return self.draw([self.label(prompt) for prompt in prompts], seeds, steps, guidance)
+        return [self.label(prompt) for prompt in prompts]
 
     def label(self, prompt: str) -> int:
         """Raises UserError if there is no such class."""

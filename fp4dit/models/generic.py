@@ -1,6 +1,6 @@
 """Any diffusers pipeline whose transformer has a list of blocks: its units are found by watching it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import signature
@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -61,11 +60,6 @@ class GenericPipeline(Adapter):
         self.options, self.load = options, load
         self.arguments: Arguments | None = None
         self.chain: list[Unit] | None = None
-
-    def sample(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
-    ) -> Float[Tensor, "n 3 h w"]:
-        return self.draw(prompts, seeds, steps, guidance, **self.options)
 
     def blank(self, n: int) -> Call:
         self.units()

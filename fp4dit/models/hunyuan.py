@@ -1,8 +1,8 @@
 """HunyuanDiT 1.0 to 1.2, from any folder or hub id that diffusers loads."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -30,10 +30,7 @@ class Hunyuan(Checkpoint):
 class HunyuanPipeline(Adapter):
     """A HunyuanDiT as a chain of units. The long skips are columns: block i of n leaves one for block n - 1 - i."""
 
-    def sample(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
-    ) -> Float[Tensor, "n 3 h w"]:
-        return self.draw(prompts, seeds, steps, guidance, use_resolution_binning=False)
+    options = MappingProxyType({"use_resolution_binning": False})
 
     def blank(self, n: int) -> Call:
         config, latent = self.dit.config, self.latent(n)

@@ -67,13 +67,14 @@ class PixArtPipeline(Adapter):
     ) -> None:
         super().__init__(dit, pipe)
         self.tokens, self.embeddings = tokens, embeddings
+        self.options = {"max_sequence_length": tokens, "use_resolution_binning": False, "clean_caption": False}
 
     def sample(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
     ) -> Float[Tensor, "n 3 h w"]:
-        options = {"use_resolution_binning": False, "clean_caption": False}
         if self.embeddings is None:
-            return self.draw(prompts, seeds, steps, guidance, max_sequence_length=self.tokens, **options)
+            return super().sample(prompts, seeds, steps, guidance)
+        options = dict(self.options)
         for kind, texts in {"": prompts, "negative_": [""] * len(prompts)}.items():
             embeds, mask = self.embeddings.of(texts)
             options |= {f"{kind}prompt_embeds": embeds, f"{kind}prompt_attention_mask": mask.to(self.device)}

@@ -9,15 +9,28 @@ from fp4dit.policy import as_rows
 
 
 @dataclass(frozen=True)
+class Call:
+    """Of a pipeline: a prompt or class, its seed, and how the sampler draws it."""
+
+    subject: str | int
+    seed: int
+    steps: int
+    guidance: float
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Facts:
     """What a card tells.
 
+    `call` is how the first image that was scored was drawn; None if the pipeline has no text encoder to do so again.
     `weights` and `activations` are the layers of the audits, `scores` is a metrics.json, `bytes` the transformer's
     tensors as they lie and `bytes16` as they would in 16 bits, `tools` the versions of packages.
     """
 
     base: str
     pipeline: str
+    call: Call | None
     weights: Sequence[Mapping[str, Any]]
     activations: Sequence[Mapping[str, Any]]
     scores: Mapping[str, Any]
@@ -39,8 +52,10 @@ def card(facts: Facts) -> str:
         "---\nlibrary_name: diffusers\npipeline_tag: text-to-image\ntags: [fp4dit, quantized]\n---",
         f"# {facts.base}, quantized by fp4dit",
         f"The transformer takes {sized(facts.bytes, facts.bytes16)}. {rest(encoder)}",
-        f"```python\nimport fp4dit  # tells diffusers how to read it\nfrom diffusers import {facts.pipeline}\n\n"
-        f'pipe = {facts.pipeline}.from_pretrained("this/folder")\n```',
+        f"```python\n{snippet(facts)}\n```",
+        "So the images that were scored were drawn; prompt and seed are the first one's."
+        if facts.call
+        else "It has no text encoder: give `from_pretrained` the original's, as `text_encoder=` and `tokenizer=`.",
         "## What was quantized",
         table("Weights", facts.layers),
         table("Activations", facts.activations),
@@ -54,6 +69,23 @@ def card(facts: Facts) -> str:
         untested(facts),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def snippet(facts: Facts) -> str:
+    """What draws an image."""
+    lines = [
+        "import fp4dit  # tells diffusers how to read it",
+        *(["import torch"] if facts.call else []),
+        f"from diffusers import {facts.pipeline}",
+        "",
+        f'pipe = {facts.pipeline}.from_pretrained("this/folder")',
+    ]
+    if facts.call:
+        own = {"num_inference_steps": facts.call.steps, "guidance_scale": facts.call.guidance, **facts.call.options}
+        given = [f"[{facts.call.subject!r}]", *(f"{name}={value!r}" for name, value in own.items())]
+        given += [f"generator=torch.Generator().manual_seed({facts.call.seed})"]
+        lines += ["image = pipe(", *(f"    {one}," for one in given), ").images[0]"]
+    return "\n".join(lines)
 
 
 def quantized(layers: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
