@@ -1,6 +1,6 @@
 """Any diffusers pipeline whose transformer has a list of blocks: its units are found by watching it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import signature
