@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -100,26 +100,26 @@ class Named(Protocol):
 Some = TypeVar("Some", bound=Named)
 
 
-def assign(names: Collection[str], rules: Sequence[Some]) -> dict[str, Some]:
+def assign(names: Iterable[str], rules: Sequence[Some]) -> dict[str, Some]:
     """The first rule that matches each name.
 
     Raises:
         UserError: if a rule gets no name, for then something else is quantized than was asked for.
     """
-    unmet = [repr(rule.match) for rule in idle(names, rules) if not rule.optional]
+    chosen = matched(names, rules)
+    unmet = [repr(rule.match) for rule in idle(chosen, rules) if not rule.optional]
     if unmet:
         raise UserError(
             f"no layer is left for the rule {', '.join(unmet)}. Rules match names such as "
             f"{', '.join(map(repr, list(names)[:3]))} with wildcards, the first match wins: correct the pattern or "
             "drop the rule."
         )
-    return matched(names, rules)
+    return chosen
 
 
-def idle(names: Collection[str], rules: Sequence[Some]) -> list[Some]:
-    """The rules that no name gets."""
-    chosen = matched(names, rules).values()
-    return [rule for rule in rules if rule not in chosen]
+def idle(chosen: Mapping[str, Some], rules: Sequence[Some]) -> list[Some]:
+    """The rules that no name got."""
+    return [rule for rule in rules if rule not in chosen.values()]
 
 
 def matched(names: Iterable[str], rules: Sequence[Some]) -> dict[str, Some]:

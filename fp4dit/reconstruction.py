@@ -83,9 +83,10 @@ def check(skeleton: nn.Module, weight: Sequence[Rule], fit: Fit, activation: Seq
         ValueError: if the fit cannot round in a format.
     """
     policy.check_weights(skeleton, weight)
-    for rule in policy.idle(policy.layers(skeleton), weight):  # an optional one, or it had been refused
+    chosen = policy.assign(policy.layers(skeleton), weight)
+    for rule in policy.idle(chosen, weight):  # an optional one, or it had been refused
         log.warning("no layer of this model is called %s, which by_row or by_part names", rule.match)
-    layers = policy.quantize_weights_(skeleton, policy.assign(policy.layers(skeleton), weight), check=False)
+    layers = policy.quantize_weights_(skeleton, chosen, check=False)
     policy.quantize_inputs_(layers, activation)
     check_fit(fit, list(layers.values()))
 
