@@ -1,14 +1,14 @@
 # make demo    run the main experiments on the shipped model, print their table and write their report
-# make table TABLE=methods    run what is missing of any other table, and print it
-# make test    check, then all tests
-# make test-browser    look at a report in a headless Chromium, which is installed if need be (Debian, as root)
-# make test-machines    test a store on NFS with virtual machines, which qemu emulates (Debian, as root)
-# make test-slurm       sweeps on a SLURM whose nodes are namespaces of this machine (Debian, as root)
-# make check   lint, format and types
-# make drills  what tests/faults does in seconds, at length: kills, full disks, damaged files, 10,000 configurations
-# make audit   licences of all that is installed, and known vulnerabilities of it, for which PyPI is asked
-# make bench-gpu   measure models of published size on a GPU, with random weights; outputs/benchmarks
-# Each sets up .venv first if need be. PYTHON=/a/python chooses the interpreter, JOBS=4 how many jobs run side by side.
+# make table TABLE=methods    run the missing experiments of another table, and print it
+# make test    check, then all tests except those that the next three commands run
+# make test-browser    test reports in a headless Chromium, which is installed if missing (Debian, as root)
+# make test-machines    test a store on NFS with emulated virtual machines (Debian, as root)
+# make test-slurm    test sweeps on a SLURM whose nodes are namespaces of this machine (Debian, as root)
+# make check   check lint, format, types, and the imports between packages
+# make drills  run tests/faults at length: kills, full disks, damaged files, 10,000 configurations
+# make audit   check licences and known vulnerabilities (from PyPI) of all installed packages
+# make bench-gpu   measure models of published size with random weights on a GPU; writes outputs/benchmarks
+# Each sets up .venv first if needed. PYTHON=/a/python chooses the interpreter, JOBS=4 the number of parallel jobs.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
@@ -23,7 +23,7 @@ export OMP_NUM_THREADS := 1
 .PHONY: demo table test test-browser test-machines test-slurm check drills audit bench-gpu
 .DEFAULT_GOAL := demo
 
-# The experiments named after a table, and the table. It is printed even if a job failed: it says what is missing.
+# Runs the experiments named after the table, then prints the table. A failed job is named in it as missing.
 demo: $(STAMP)
 	@status=0; \
 	$(BIN)/python -m pipelines.run -m experiment='glob(demo_*)' logger=wandb logger.group=demo progress=lines \
@@ -41,7 +41,7 @@ test-browser: $(STAMP)
 		echo "Install Chromium, or name one: make test-browser CHROMIUM=/path/to/chrome"; exit 1; }
 	CHROMIUM=$$(command -v $(CHROMIUM)) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/browser
 
-# Debian's kernel is unpacked where only the machines find it: it is not installed.
+# Debian's kernel is unpacked for the virtual machines only, not installed.
 test-machines: $(STAMP)
 	@test -d outputs/machines/boot || { apt-get update -qq && \
 		apt-get install -y -qq qemu-system-x86 busybox-static kmod cpio nfs-kernel-server nfs-common >/dev/null && \
@@ -62,23 +62,25 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
-# Permissive licences and MPL. NVIDIA's libraries, which torch brings, have its own, and torchao's metadata none (BSD-3-Clause).
+# Permissive licences and MPL. Exceptions: NVIDIA's libraries (dependencies of torch) have a licence of NVIDIA's, and
+# torchao's metadata names none (it is BSD-3-Clause).
 PERMISSIVE := MIT;Apache;BSD;Python Software Foundation;PSF;MPL;Mozilla;ISC
 audit: $(STAMP)
 	@test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit && .audit/bin/python -m pip install -q pip-audit==2.10.1 pip-licenses==5.5.5; }
 	@.audit/bin/pip-licenses --python $(BIN)/python --from=mixed --order=license --partial-match --allow-only="$(PERMISSIVE)" --ignore-packages \
 		fp4dit torchao $$($(BIN)/python -m pip list --format=freeze | sed -n 's/^\(nvidia-[^=]*\|cuda-[^=]*\)==.*/\1/p')
 	@.audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt || { \
-		echo "Above are vulnerabilities that are known, or why PyPI could not be asked for them: then nothing is known."; exit 1; }
+		echo "The lines above are known vulnerabilities, or the reason why PyPI could not be asked for them."; exit 1; }
 
-# With all cores: one process at a time is measured.
+# Uses all cores, because one process at a time is measured.
 bench-gpu: $(STAMP)
 	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.gpu
-	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.packed
-	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.training
+	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.bench_packed
+	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.bench_training
 
-# hpsv2 pins an old pytest and protobuf that break the rest, and needs neither for what it is used for here.
+# --no-deps: hpsv2 pins an old pytest and protobuf, which break other packages and are not needed here.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \

@@ -1,4 +1,7 @@
-"""Models on a CPU: images of the shipped one, and a part of a full-size one; whole, simulated and packed."""
+"""Compare a model in full precision, simulated and packed on a CPU.
+
+Images of the shipped model and calls of a part of a full-size model are timed.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,20 +15,28 @@ from torch import nn
 
 from benchmarks import published, steps
 from benchmarks.adaround import CPU
-from benchmarks.markdown import head, row
-from benchmarks.packing import RTN_FP4, W4A8, read, save_packed, simulate_
-from benchmarks.timing import in_turn, resident
+from benchmarks.packing import RTN_FP4, W4A8, load_transformer, quantize_to_nearest_, save_packed
+from benchmarks.timing import format_header, format_row, peak_memory_mib, time_in_turn
+from fp4dit.data.prompts import get_texts
 from fp4dit.models.pixart import PixArt
-from fp4dit.packed.export import pack_transformer_, size
-from fp4dit.prompts import shapes, texts
+from fp4dit.packed.export import count_state_bytes, pack_transformer_
+from fp4dit.worlds import ShapesWorld
+from fp4dit.worlds.prompts import draw_captions
 
-SHIPPED = PixArt("pkg://fp4dit.models.shapes/weights", tokens=20)
+SHIPPED = PixArt("pkg://fp4dit/worlds/shapes/weights", tokens=20)
 WHOLE, SIMULATED, PACKED = SIDES = ("full precision", "simulated", "packed")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """`prompts` of the shipped model are drawn in `sampler` steps; of the full-size one so many `layers` are there."""
+    """Sizes of the benchmark.
+
+    Args:
+        prompts: images that the shipped model draws.
+        sampler: steps of the sampler.
+        model: the full-size model.
+        layers: its number of blocks.
+    """
 
     prompts: int = 8
     sampler: int = 20
@@ -35,65 +46,87 @@ class Scale:
     dtype: torch.dtype = torch.bfloat16
 
 
-def pack(folder: Path) -> None:
-    """The shipped pipeline, its transformer packed, as an export has it."""
+def save_packed_pipeline(folder: Path) -> None:
+    """Save the shipped pipeline with a packed transformer, as the export stage does."""
     pipeline: Any = SHIPPED.load()
-    pack_transformer_(pipeline.dit, *simulate_(pipeline.dit, RTN_FP4))
+    pack_transformer_(pipeline.transformer, *quantize_to_nearest_(pipeline.transformer, RTN_FP4))
     pipeline.save(folder, "shapes")
 
 
-def shipped(side: str, folder: Path) -> Any:
-    pipeline = replace(SHIPPED, path=str(folder)).load() if side == PACKED else SHIPPED.load()
+def load_shipped(side: str, folder: Path) -> Any:
+    """Load the shipped pipeline: plain, simulated, or packed from a folder."""
+    if side == PACKED:
+        return replace(SHIPPED, path=str(folder)).load()
+    pipeline = SHIPPED.load()
     if side == SIMULATED:
-        simulate_(pipeline.dit, RTN_FP4)
+        quantize_to_nearest_(pipeline.transformer, RTN_FP4)
     return pipeline
 
 
-def drawing(pipeline: Any, scale: Scale) -> Callable[[], object]:
-    prompts = [str(prompt) for prompt in texts(shapes(scale.prompts, held_out=True))]
+def make_draw(pipeline: Any, scale: Scale) -> Callable[[], object]:
+    """Return a function that draws the images."""
+    captions = draw_captions(scale.prompts, ShapesWorld(), held_out=True)
+    prompts = [str(prompt) for prompt in get_texts(captions)]
     return lambda: pipeline.sample(prompts, range(scale.prompts), scale.sampler, 4.5)
 
 
-def peak(side: str, folder: Path, scale: Scale) -> float:
-    """MiB of this process, which draws in one step."""
+def measure_draw_peak(side: str, folder: Path, scale: Scale) -> float:
+    """Draw in one step, and return the peak memory of this process in MiB."""
     torch.set_num_threads(1)
-    drawing(shipped(side, folder), replace(scale, sampler=1))()
-    return resident()
+    make_draw(load_shipped(side, folder), replace(scale, sampler=1))()
+    return peak_memory_mib()
 
 
-def drawn(folder: Path, scale: Scale, run: Callable[..., Any]) -> Iterator[str]:
-    """Lines of Markdown. `run` calls a function in a process of its own."""
-    pack(folder)
-    peaks = {side: run(peak, side, folder, scale) for side in SIDES}
-    pipelines = {side: shipped(side, folder) for side in SIDES}
-    times = in_turn({side: drawing(own, scale) for side, own in pipelines.items()}, scale.repeats, CPU)
+def report_drawing(folder: Path, scale: Scale, run: Callable[..., Any]) -> Iterator[str]:
+    """Yield the lines of a Markdown table on drawing with the shipped model.
+
+    Args:
+        run: a function that calls another function in a process of its own.
+    """
+    save_packed_pipeline(folder)
+    peaks = {side: run(measure_draw_peak, side, folder, scale) for side in SIDES}
+    pipelines = {side: load_shipped(side, folder) for side in SIDES}
+    draws = {side: make_draw(pipeline, scale) for side, pipeline in pipelines.items()}
     columns = ("s, median", "least", "peak of the process, MiB", "weights, MB")
-    yield from head(f"{scale.prompts} images in {scale.sampler} steps", *columns)
-    for side, own in times.items():
-        yield row(side, *seconds(own), f"{peaks[side]:.0f}", f"{size(pipelines[side].dit) / 1e6:.1f}")
+    yield from format_header(f"{scale.prompts} images in {scale.sampler} steps", *columns)
+    for side, times in time_in_turn(draws, scale.repeats, CPU).items():
+        megabytes = count_state_bytes(pipelines[side].transformer) / 1e6
+        yield format_row(side, *format_seconds(times), f"{peaks[side]:.0f}", f"{megabytes:.1f}")
 
 
-def seconds(ms: Sequence[float]) -> tuple[str, str]:
+def format_seconds(ms: Sequence[float]) -> tuple[str, str]:
+    """Return the median and the least of several times, in seconds."""
     return f"{median(ms) / 1000:.3f}", f"{min(ms) / 1000:.3f}"
 
 
 @torch.no_grad()
-def called(folder: Path, scale: Scale) -> Iterator[str]:
-    """The same of a call of the full-size model with guidance."""
-    torch.manual_seed(0)
-    dit: Any = nn.Module.to(published.build(scale.model, num_layers=scale.layers), scale.dtype)
-    dit.save_pretrained(folder / WHOLE)
-    own = {side: read(PixArtTransformer2DModel, folder / WHOLE, scale.dtype) for side in (WHOLE, SIMULATED)}
-    simulate_(own[SIMULATED], W4A8)
-    save_packed(dit, W4A8, folder / PACKED)
-    own[PACKED] = read(PixArtTransformer2DModel, folder / PACKED, scale.dtype)
-    calls = {side: steps.step(dit, 1, steps.Scale(dtype=scale.dtype), CPU) for side, dit in own.items()}
-    same = calls[SIMULATED]().equal(calls[PACKED]())
-    times = in_turn(calls, scale.repeats, CPU)
+def report_calls(folder: Path, scale: Scale) -> Iterator[str]:
+    """Yield the lines of a Markdown table on calls of the full-size model with guidance."""
+    models = make_full_size_models(folder, scale)
+    calls = {}
+    for side, model in models.items():
+        calls[side] = steps.make_step(model, 1, steps.Scale(dtype=scale.dtype), CPU)
+    equal = calls[SIMULATED]().equal(calls[PACKED]())
     count = published.PUBLISHED[scale.model][1]["num_layers"]
-    what = f"a call of {scale.model}, {scale.layers} of {count} blocks, {scale.dtype}"
-    yield from head(what, "s, median", "least", "weights, MB")
-    for side, found in times.items():
-        yield row(side, *seconds(found), f"{size(own[side]) / 1e6:.1f}")
+    title = f"a call of {scale.model}, {scale.layers} of {count} blocks, {scale.dtype}"
+    yield from format_header(title, "s, median", "least", "weights, MB")
+    for side, times in time_in_turn(calls, scale.repeats, CPU).items():
+        megabytes = count_state_bytes(models[side]) / 1e6
+        yield format_row(side, *format_seconds(times), f"{megabytes:.1f}")
     yield ""
-    yield f"Packed and simulated answer {'the same, to the bit' if same else 'differently'}."
+    yield f"Packed and simulated results {'are bit-exact' if equal else 'differ'}."
+
+
+def make_full_size_models(folder: Path, scale: Scale) -> dict[str, nn.Module]:
+    """Build a random full-size model, and load it plain, simulated and packed."""
+    torch.manual_seed(0)
+    built = published.build_random_transformer(scale.model, num_layers=scale.layers)
+    dit: Any = nn.Module.to(built, scale.dtype)
+    dit.save_pretrained(folder / WHOLE)
+    models = {}
+    for side in (WHOLE, SIMULATED):
+        models[side] = load_transformer(PixArtTransformer2DModel, folder / WHOLE, scale.dtype)
+    quantize_to_nearest_(models[SIMULATED], W4A8)
+    save_packed(dit, W4A8, folder / PACKED)
+    models[PACKED] = load_transformer(PixArtTransformer2DModel, folder / PACKED, scale.dtype)
+    return models

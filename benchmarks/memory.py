@@ -1,7 +1,8 @@
-"""Peak host memory of a reconstruction by its samples, with and without a budget: `python -m benchmarks.memory`.
+"""Measure the peak host memory of a reconstruction by its samples: `python -m benchmarks.memory`.
 
-A PixArt of 4 blocks of width 256, 256 tokens an image; its calls are random, the roundings nearest, so that what is
-measured is the calibration data on its way through both models. Each line has a process of its own.
+It is measured with and without a memory budget. The model is a PixArt of 4 blocks of width 256 with
+256 tokens per image. Calls are random and weights are rounded to nearest, so that the result is the
+memory of the calibration data. Each line is a process of its own.
 """
 
 import resource
@@ -15,49 +16,63 @@ from pathlib import Path
 import torch
 from diffusers import PixArtTransformer2DModel
 
-from fp4dit import policy
-from fp4dit.columns import Room, write
-from fp4dit.formats import floating, fp16
-from fp4dit.models.pixart import PixArtPipeline
-from fp4dit.policy import Rule
-from fp4dit.quantizer import Granularity, Quantizer
-from fp4dit.reconstruction import Reconstruction
-from fp4dit.scales import AbsMax
-from fp4dit.tasks.reconstruct import Rounded
-from pipelines.runtime import Runtime
+from fp4dit.data.columns import MemoryBudget, write_rows
+from fp4dit.models.pixart import PixArtAdapter
+from fp4dit.numerics.formats import floating, fp16
+from fp4dit.numerics.quantizer import PerChannel, Quantizer
+from fp4dit.numerics.scale_rules import AbsMax
+from fp4dit.quantization.rules import Rule, assign_rules, find_layers
+from fp4dit.rounding.reconstruction import Reconstruction
+from fp4dit.rounding.rtn import RoundToNearest
+from pipelines.runtime.trainer import Runtime
 
-SAMPLES, BUDGETS, BLOCKS, WIDTH, SIDE, TEXT, HELD_OUT = (64, 256, 512), (None, 0.1), 4, 256, 32, 32, 16
-ROWS = [Rule("*", Quantizer(floating(2, 1), Granularity("row"), AbsMax(fp16)))]
+SAMPLES, HELD_OUT = (64, 256, 512), 16
+BUDGETS_GB = (None, 0.1)
+BLOCKS, WIDTH, SIDE, TEXT_TOKENS = 4, 256, 32, 32
+RULES = [Rule("*", Quantizer(floating(2, 1), PerChannel(), AbsMax(fp16)))]
 
 
-def model() -> PixArtPipeline:
-    heads = {"num_attention_heads": WIDTH // 64, "attention_head_dim": 64, "cross_attention_dim": WIDTH}
+def make_small_pixart() -> PixArtAdapter:
+    """Build the model."""
+    heads = {
+        "num_attention_heads": WIDTH // 64,
+        "attention_head_dim": 64,
+        "cross_attention_dim": WIDTH,
+    }
     shape = {"sample_size": SIDE, "caption_channels": WIDTH, "use_additional_conditions": False}
-    return PixArtPipeline(PixArtTransformer2DModel(num_layers=BLOCKS, **heads, **shape), TEXT)
+    return PixArtAdapter(PixArtTransformer2DModel(num_layers=BLOCKS, **heads, **shape), TEXT_TOKENS)
 
 
-def measure(samples: int, budget_gb: float | None) -> str:
+def measure_reconstruction(samples: int, budget_gb: float | None) -> str:
+    """Reconstruct the model from some samples, and return a line on memory and time."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    given = {
+    call = {
         "latent": torch.randn(4, SIDE, SIDE),
         "timestep": torch.tensor(500),
-        "text": torch.randn(TEXT, WIDTH),
-        "bias": torch.zeros(1, TEXT),
+        "text": torch.randn(TEXT_TOKENS, WIDTH),
+        "bias": torch.zeros(1, TEXT_TOKENS),
     }
-    pipeline = model()
-    rules = policy.assign(policy.layers(pipeline.dit), ROWS)
+    pipeline = make_small_pixart()
+    rules = assign_rules(find_layers(pipeline.transformer), RULES)
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
-        room = Room(float("inf") if budget_gb is None else 1e9 * budget_gb, Path(folder))
-        columns = {name: room.column(torch.Size([samples, *row.shape]), row.dtype) for name, row in given.items()}
-        for name, row in given.items():
+        budget = float("inf") if budget_gb is None else 1e9 * budget_gb
+        memory = MemoryBudget(budget, Path(folder))
+        columns = {}
+        for name, row in call.items():
+            columns[name] = memory.allocate(torch.Size([samples, *row.shape]), row.dtype)
             for i in range(samples):
-                write(columns[name], i, row[None] + i)
+                write_rows(columns[name], i, row[None] + i)
         trained, held_out = torch.arange(samples).split([samples - HELD_OUT, HELD_OUT])
-        work = Reconstruction(pipeline, rules, Rounded(), trained, held_out, 16, Path(folder), room=room)
+        reconstruction = Reconstruction(
+            pipeline, rules, RoundToNearest(), trained, held_out, 16, Path(folder), memory=memory
+        )
         began = time.perf_counter()
-        work.run(columns, lambda label: Runtime({"accelerator": "cpu", "devices": 1}, "none").trainer)
+        reconstruction.run(
+            columns,
+            lambda label: Runtime({"accelerator": "cpu", "devices": 1}, "none").make_trainer,
+        )
         seconds = time.perf_counter() - began
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024
     limit = "no budget" if budget_gb is None else f"{1000 * budget_gb:.0f} MB"
@@ -65,9 +80,10 @@ def measure(samples: int, budget_gb: float | None) -> str:
 
 
 def main() -> None:
-    for budget, samples in product(BUDGETS, SAMPLES):
+    """Print a line for each budget and number of samples."""
+    for budget, samples in product(BUDGETS_GB, SAMPLES):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            print(pool.submit(measure, samples, budget).result(), flush=True)
+            print(pool.submit(measure_reconstruction, samples, budget).result(), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Transformers as they are compared: what is quantized how, simulated, packed, and read back from a folder."""
+"""Quantize, pack, save and load the transformers that benchmarks compare."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,52 +8,68 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from fp4dit import policy
-from fp4dit.blockscales import E4M3
-from fp4dit.formats import floating, fp16
+from fp4dit.numerics.block_scales import E4M3
+from fp4dit.numerics.formats import NumberFormat, floating
 from fp4dit.packed.export import pack_transformer_
-from fp4dit.policy import Rule, everywhere
-from fp4dit.quantizer import Granularity, Quantizer
-from fp4dit.scales import AbsMax
+from fp4dit.quantization.apply import quantize_activations_, quantize_weights_
+from fp4dit.quantization.rule_specs import activation_rules, weight_rules
+from fp4dit.quantization.rules import Rule, assign_rules, find_layers
 
-E2M1 = Quantizer(floating(2, 1), Granularity("group", 128), AbsMax(fp16))
-BY_ROW = ["pos_embed.proj"]  # 16 inputs
 ATTENTION = ["*.attn?.[qkv]"]
 
 
 @dataclass(frozen=True)
-class Rules:
+class RulePair:
+    """Rules of weights and of activations."""
+
     weight: Sequence[Rule]
     activation: Sequence[Rule]
 
 
-def tokens(fmt: policy.Format, leave: Sequence[str] = ()) -> list[Rule]:
-    """One scale a token, measured as it arrives."""
-    return everywhere(Quantizer(fmt, Granularity("row")), leave=leave)
+def make_group_rules(**layers: Mapping[str, str]) -> list[Rule]:
+    """Return the rules of E2M1 weights in groups of 128."""
+    scale = {"rule": "absmax", "dtype": "fp16"}
+    group = {"per": "group", "size": 128}
+    return weight_rules("e2m1", group, scale, ["pos_embed.proj"], layers)
 
 
-# What enters attention's own products stays in 16 bits, as torchao leaves it.
-W4A8 = Rules(everywhere(E2M1, BY_ROW), tokens(E4M3, ATTENTION))
-W4A6 = Rules(everywhere(E2M1, BY_ROW), tokens(floating(2, 3), ATTENTION))
-# method=rtn_fp4
-RTN_FP4 = Rules(everywhere(E2M1, BY_ROW, {"*.ff.net.0.proj": floating(3, 0)}), tokens(floating(3, 4)))
+def make_token_rules(fmt: NumberFormat, leave: Sequence[str] = ()) -> list[Rule]:
+    """Return the rules of activations with one dynamic scale for each token."""
+    return activation_rules(fmt, "token", ignore=leave)
 
 
-def simulate_(dit: nn.Module, rules: Rules) -> tuple[Mapping[str, Rule], Mapping[str, Rule]]:
-    """Quantize to nearest, in place; the rules by layer and by activation."""
-    weight = policy.assign(policy.layers(dit), rules.weight)
-    for layer in policy.quantize_weights_(dit, weight).values():
-        layer.prepare().freeze()
-    _, activation = policy.quantize_activations_(dit, rules.activation)
+# The operands of attention stay in 16 bits, as torchao leaves them.
+W4A8 = RulePair(make_group_rules(), make_token_rules(E4M3, ATTENTION))
+W4A6 = RulePair(make_group_rules(), make_token_rules(floating(2, 3), ATTENTION))
+# Equal to method=rtn_fp4.
+RTN_FP4 = RulePair(
+    make_group_rules(pre_gelu={"match": "*.ff.net.0.proj", "format": "e3m0"}),
+    make_token_rules(floating(3, 4)),
+)
+
+
+def quantize_to_nearest_(
+    dit: nn.Module, rules: RulePair
+) -> tuple[Mapping[str, Rule], Mapping[str, Rule]]:
+    """Quantize a transformer to nearest, in place.
+
+    Returns:
+        The rules by layer, and the rules by activation.
+    """
+    weight = assign_rules(find_layers(dit), rules.weight)
+    for layer in quantize_weights_(dit, weight).values():
+        layer.prepare().commit_weight()
+    _, activation = quantize_activations_(dit, rules.activation)
     return weight, activation
 
 
-def save_packed(dit: ModelMixin, rules: Rules, folder: Path) -> None:
-    """The transformer is packed, in place."""
-    pack_transformer_(dit, *simulate_(dit, rules))
+def save_packed(dit: ModelMixin, rules: RulePair, folder: Path) -> None:
+    """Quantize and pack a transformer in place, and save it."""
+    pack_transformer_(dit, *quantize_to_nearest_(dit, rules))
     dit.save_pretrained(folder)
 
 
-def read(kind: type[ModelMixin], folder: Path, dtype: torch.dtype) -> nn.Module:
-    found = kind.from_pretrained(folder, torch_dtype=dtype)
-    return found.eval().requires_grad_(False)  # pyright: ignore[reportAttributeAccessIssue]
+def load_transformer(kind: type[ModelMixin], folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Load a transformer of a class from a folder, for inference."""
+    model = kind.from_pretrained(folder, torch_dtype=dtype)
+    return model.eval().requires_grad_(False)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,9 +1,10 @@
-"""Products of some rows with one packed weight, in every way that takes it, beside the plain product."""
+"""Time products with a packed weight in every backend, beside the plain product."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 
 import torch
@@ -12,25 +13,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import published
-from benchmarks.markdown import head, row
-from benchmarks.packing import E2M1
-from benchmarks.timing import in_turn, medians
-from fp4dit.blockscales import E4M3
-from fp4dit.grid import Grid
-from fp4dit.layer import wrap
-from fp4dit.packed.layer import PackedLinear, packed
-from fp4dit.packed.matmul import BACKENDS, Fp8
-from fp4dit.packed.speeds import Speed, device_name
-from fp4dit.quantizer import Granularity, Quantizer
+from benchmarks.timing import compute_medians, format_header, format_row, time_in_turn
+from fp4dit.numerics.block_scales import E4M3
+from fp4dit.numerics.formats import floating, fp16
+from fp4dit.numerics.quantizer import PerGroup, PerToken, Quantizer
+from fp4dit.numerics.scale_rules import AbsMax
+from fp4dit.packed.nn.backends import BACKENDS, Fp8Backend
+from fp4dit.packed.nn.linear import PackedLinear, pack_layer
+from fp4dit.quantization.fake_quant import FakeQuantize
+from fp4dit.quantization.layers import make_quant_layer
 
 PLAIN = "plain"
-PEAKS = {"H100": 1979e12, "H200": 1979e12}  # FP8 operations a second, dense, of the SXM cards
-COLD = 64 * 2**20  # bytes: so many weights in turn leave none of them in a cache, as a model's layers do
+WEIGHT_QUANTIZER = Quantizer(floating(2, 1), PerGroup(128), AbsMax(fp16))
+PEAK_FLOPS = {"H100": 1979e12, "H200": 1979e12}  # dense FP8 operations per second of the SXM cards
+# Bytes of weights that take turns, so that none of them stays in a cache, as in a model.
+COLD_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """`shapes` are of weights, o x k; `calls` are timed as one, with no wait for the device between them."""
+    """Sizes to measure.
+
+    Args:
+        shapes: shapes of weights, o x k.
+        rows: numbers of tokens.
+        calls: calls that are timed as one, without waiting for the device between them.
+    """
 
     shapes: Sequence[tuple[int, int]]
     rows: Sequence[int]
@@ -41,12 +49,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Product:
-    """A way, its time, and how far it is from the product in fp64 of the very operands, relative to that.
+    """Measurement of one product.
 
-    `quantizing` is how long quantizing its tokens takes alone.
+    Args:
+        backend: the name of the backend, or `PLAIN`.
+        quantizing: milliseconds of quantizing the tokens alone.
+        error: the error relative to the product of the same operands in fp64.
     """
 
-    way: str
+    backend: str
     dtype: torch.dtype
     m: int
     o: int
@@ -56,85 +67,109 @@ class Product:
     error: float
 
 
-def shapes(*models: str) -> list[tuple[int, int]]:
-    """Of all linear layers whose rows groups of 128 divide, as most do."""
-    with torch.device("meta"):
-        layers = [layer for model in models for layer in published.build(model).modules()]
-    found = {(layer.out_features, layer.in_features) for layer in layers if isinstance(layer, nn.Linear)}
-    return sorted(shape for shape in found if shape[1] % 128 == 0)
+def list_linear_shapes(*models: str) -> list[tuple[int, int]]:
+    """Return the shapes of all linear layers whose rows are divisible into groups of 128."""
+    shapes = set()
+    for model in models:
+        with torch.device("meta"):
+            transformer = published.build_random_transformer(model)
+        for layer in transformer.modules():
+            if isinstance(layer, nn.Linear) and layer.in_features % 128 == 0:
+                shapes.add((layer.out_features, layer.in_features))
+    return sorted(shapes)
 
 
 @torch.no_grad()
-def measure(sizes: Sizes, device: torch.device) -> Iterator[Product]:
+def measure_products(sizes: Sizes, device: torch.device) -> Iterator[Product]:
+    """Measure every backend for all sizes."""
     for (o, k), dtype in itertools.product(sizes.shapes, sizes.dtypes):
-        plain, layer = layers(o, k, dtype, device)
+        plain, layer = make_linear_pair(o, k, dtype, device)
         for m in sizes.rows:
-            yield from of(plain, layer, torch.randn(m, k, device=device, dtype=dtype), sizes)
+            x = torch.randn(m, k, device=device, dtype=dtype)
+            yield from time_backends(plain, layer, x, sizes)
 
 
-def layers(o: int, k: int, dtype: torch.dtype, device: torch.device) -> tuple[nn.Linear, PackedLinear]:
-    """One at random, and what it is packed."""
+def make_linear_pair(
+    o: int, k: int, dtype: torch.dtype, device: torch.device
+) -> tuple[nn.Linear, PackedLinear]:
+    """Return a random linear layer, and its packed counterpart."""
     plain = nn.Linear(k, o, device=device, dtype=dtype)
-    quantized = wrap(deepcopy(plain), E2M1)
-    quantized.prepare().freeze()
-    layer = packed(quantized)
-    layer.activation = Grid(Quantizer(E4M3, Granularity("row")))
+    quantized = make_quant_layer(deepcopy(plain), WEIGHT_QUANTIZER)
+    quantized.prepare().commit_weight()
+    layer = pack_layer(quantized)
+    layer.input_fake_quant = FakeQuantize(Quantizer(E4M3, PerToken()))
     return plain, layer
 
 
-def of(plain: nn.Linear, layer: PackedLinear, x: Float[Tensor, "m k"], sizes: Sizes) -> Iterator[Product]:
-    own = {PLAIN: (nn.Linear.forward, plain)}
-    own |= {backend.name: (backend, layer) for backend in BACKENDS if backend.takes(layer, x)}
-    ways = {name: turning(way, module, x) for name, (way, module) in own.items()}
-    times = medians(in_turn(ways | {"": lambda: quantize(layer, x)}, sizes.repeats, x.device, sizes.calls))
-    for name, (way, module) in own.items():
-        wanted = exact(module, x)
-        error = (way(module, x).double() - wanted).norm() / wanted.norm()
-        o, k = layer.weight.shape
+def time_backends(
+    plain: nn.Linear, layer: PackedLinear, x: Float[Tensor, "m k"], sizes: Sizes
+) -> Iterator[Product]:
+    """Measure the plain product, and that of every backend that supports the layer."""
+    products: dict[str, tuple[Callable[..., Tensor], nn.Linear]] = {
+        PLAIN: (nn.Linear.forward, plain)
+    }
+    for backend in BACKENDS:
+        if backend.supports(layer, x):
+            products[backend.name] = (backend, layer)
+    runs: dict[str, Callable[[], object]] = {}
+    for name, (multiply, module) in products.items():
+        runs[name] = cycle_weights(multiply, module, x)
+    runs[""] = partial(quantize_tokens_alone, layer, x)
+    times = compute_medians(time_in_turn(runs, sizes.repeats, x.device, sizes.calls))
+    o, k = layer.weight.shape
+    for name, (multiply, module) in products.items():
+        reference = multiply_exactly(module, x)
+        error = (multiply(module, x).double() - reference).norm() / reference.norm()
         yield Product(name, x.dtype, len(x), o, k, times[name], times[""], error.item())
 
 
-def turning(way: Callable[..., Tensor], module: nn.Linear, x: Float[Tensor, "m k"]) -> Callable[[], Tensor]:
-    """The product with one of many such weights after the other, none of which is in a cache when its turn comes."""
+def cycle_weights(
+    multiply: Callable[..., Tensor], module: nn.Linear, x: Float[Tensor, "m k"]
+) -> Callable[[], Tensor]:
+    """Return a function that multiplies by one of many equal weights after the other.
+
+    None of the weights is in a cache when its turn comes.
+    """
     size = sum(value.nbytes for value in module.state_dict().values())
-    copies = cycle([module, *(deepcopy(module) for _ in range(COLD // size))])
-    return lambda: way(next(copies), x)
+    copies = cycle([module, *(deepcopy(module) for _ in range(COLD_BYTES // size))])
+    return lambda: multiply(next(copies), x)
 
 
-def quantize(layer: PackedLinear, x: Float[Tensor, "m k"]) -> object:
-    """The tokens, as the way for FP8 does it, or else as the simulation."""
-    if not Fp8().takes(layer, x):
-        return layer.activation(x)
-    from fp4dit.packed import kernels  # which needs triton
+def quantize_tokens_alone(layer: PackedLinear, x: Float[Tensor, "m k"]) -> object:
+    """Quantize tokens by the kernel of the FP8 backend, or else as the simulation does."""
+    if not Fp8Backend().supports(layer, x):
+        return layer.input_fake_quant(x)
+    from fp4dit.packed.nn import triton_ops  # imports Triton, which not every machine has
 
-    return kernels.quantize_rows(x, E4M3.mantissa, E4M3.min_exponent, E4M3.max)
+    return triton_ops.quantize_rows(x, E4M3.mantissa, E4M3.min_exponent, E4M3.max)
 
 
-def exact(module: nn.Linear, x: Float[Tensor, "m k"]) -> Float[Tensor, "m o"]:
-    """In fp64. Tokens and packed weights are numbers of fp32 before anything makes them coarser."""
+def multiply_exactly(module: nn.Linear, x: Float[Tensor, "m k"]) -> Float[Tensor, "m o"]:
+    """Return the product in fp64, of operands that are not rounded to less than fp32."""
     if isinstance(module, PackedLinear):
-        x, weight = module.activation(x.float()), module.dense(torch.float32)
+        x, weight = module.input_fake_quant(x.float()), module.dequantize(torch.float32)
     else:
         weight = module.weight
     bias = None if module.bias is None else module.bias.double()
     return F.linear(x.double(), weight.double(), bias)
 
 
-def lines(found: Sequence[Product], card: str) -> Iterator[str]:
-    """Markdown. Of a card whose peak is known, its share."""
-    peak = next((peak for name, peak in PEAKS.items() if name in card), None)
-    columns = ("ms", "of plain", *(("of FP8 peak",) if peak else ()), "quantizing alone, ms", "error")
-    yield from head("o x k", "rows", "dtype", "product", *columns)
-    plain = {(p.dtype, p.m, p.o, p.k): p.ms for p in found if p.way == PLAIN}
-    for p in found:
-        share = [f"{2 * p.m * p.o * p.k / p.ms / 1e-3 / peak:.0%}"] if peak else []
-        quantizing = "" if p.way == PLAIN else f"{p.quantizing:.3f}"
-        cells = [f"{p.o} x {p.k}", f"{p.m}", str(p.dtype).removeprefix("torch."), p.way, f"{p.ms:.3f}"]
-        yield row(*cells, f"{p.ms / plain[p.dtype, p.m, p.o, p.k]:.2f}", *share, quantizing, f"{p.error:.1e}")
+def format_products(products: Sequence[Product], card: str) -> Iterator[str]:
+    """Yield the lines of a Markdown table.
 
-
-def speeds(found: Sequence[Product], device: torch.device) -> list[Speed]:
-    """Rows of fp4dit/packed/speeds.json. They say nothing of dtypes: what is measured in bf16 goes in."""
-    name, of_16_bits = device_name(device), [p for p in found if p.dtype == torch.bfloat16]
-    ways = {PLAIN: "16-bit"}
-    return [Speed(name, ways.get(p.way, p.way), p.m, p.o, p.k, round(p.ms, 5)) for p in of_16_bits]
+    It has a column for the share of the FP8 peak if the peak of the card is known.
+    """
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in card), None)
+    columns = ["o x k", "rows", "dtype", "product", "ms", "of plain"]
+    if peak:
+        columns.append("of FP8 peak")
+    yield from format_header(*columns, "quantizing alone, ms", "error")
+    plain_ms = {(p.dtype, p.m, p.o, p.k): p.ms for p in products if p.backend == PLAIN}
+    for p in products:
+        dtype = str(p.dtype).removeprefix("torch.")
+        slowdown = p.ms / plain_ms[p.dtype, p.m, p.o, p.k]
+        cells = [f"{p.o} x {p.k}", f"{p.m}", dtype, p.backend, f"{p.ms:.3f}", f"{slowdown:.2f}"]
+        if peak:
+            cells.append(f"{2 * p.m * p.o * p.k / p.ms / 1e-3 / peak:.0%}")
+        quantizing = "" if p.backend == PLAIN else f"{p.quantizing:.3f}"
+        yield format_row(*cells, quantizing, f"{p.error:.1e}")

@@ -1,7 +1,9 @@
-"""How fast weights are quantized and dequantized, beside torchao and ml_dtypes: `python -m benchmarks.quantize`.
+"""Compare the speed of quantization with torchao and ml_dtypes: `python -m benchmarks.quantize`.
 
-GB/s of fp32 read and written (8 bytes a value) on one core, scales included where there are any. The time is the
-core's, median of 5, so that other programs on the machine count for little. All of a line's numbers are of one run.
+Weights are quantized and dequantized. The unit is GB/s of fp32 read and written (8 bytes for each
+value) on one core, scales included where there are any. The time is that of the core, the median
+of 5 runs, so that other programs on the machine hardly matter. All numbers of a line are of one
+run.
 """
 
 import statistics
@@ -11,14 +13,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fp4dit.ams import SharedMantissa
-from fp4dit.blockscales import E8M0, NVFP4
-from fp4dit.formats import floating, fp16, integer, nf4
-from fp4dit.quantizer import Granularity, Quantizer
-from fp4dit.scales import AbsMax, MinMax
+from fp4dit.numerics.block_scales import E8M0Scale, NVFP4Scale
+from fp4dit.numerics.formats import floating, fp16, integer, nf4
+from fp4dit.numerics.quantizer import PerChannel, PerGroup, Quantizer
+from fp4dit.numerics.scale_rules import AbsMax, MinMax
+from fp4dit.numerics.shared_mantissa import SharedMantissa
 
 SHAPE, REPEATS = (4096, 4608), 5
-GROUP, ROW = Granularity("group", 128), Granularity("row")
+GROUP, ROW = PerGroup(128), PerChannel()
 Run = Callable[[Tensor], object]
 
 OURS: dict[str, Run] = {
@@ -32,25 +34,31 @@ OURS: dict[str, Run] = {
     "E3M4 token": Quantizer(floating(3, 4), ROW),
     "NF4 g128": Quantizer(nf4, GROUP, AbsMax(fp16)),
     "E2M3 shared by 3": Quantizer(SharedMantissa(floating(2, 3), 3), ROW),
-    "MXFP4": Quantizer(floating(2, 1), Granularity("group", 32), E8M0()),
-    "NVFP4": Quantizer(floating(2, 1), Granularity("group", 16), NVFP4()),
+    "MXFP4": Quantizer(floating(2, 1), PerGroup(32), E8M0Scale()),
+    "NVFP4": Quantizer(floating(2, 1), PerGroup(16), NVFP4Scale()),
 }
 
 
-def of_ml_dtypes() -> dict[str, Run]:
+def make_ml_dtypes_runs() -> dict[str, Run]:
+    """Return the formats that ml_dtypes can cast to."""
     import ml_dtypes
 
     def cast(dtype: type) -> Run:
         return lambda x: x.numpy().astype(dtype).astype("float32")
 
-    return {"E2M1, no scale": cast(ml_dtypes.float4_e2m1fn), "E2M3, no scale": cast(ml_dtypes.float6_e2m3fn)}
+    return {
+        "E2M1, no scale": cast(ml_dtypes.float4_e2m1fn),
+        "E2M3, no scale": cast(ml_dtypes.float6_e2m3fn),
+    }
 
 
-def of_torch() -> dict[str, Run]:
+def make_torch_runs() -> dict[str, Run]:
+    """Return the formats that torch can cast to."""
     return {"E4M3, no scale": lambda x: x.to(torch.float8_e4m3fn).float()}
 
 
-def of_torchao() -> dict[str, Run]:
+def make_torchao_runs() -> dict[str, Run]:
+    """Return the formats that torchao can quantize to."""
     from torchao.prototype.mx_formats.mx_tensor import MXTensor
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
     from torchao.quantization import quant_primitives as q
@@ -74,8 +82,8 @@ def of_torchao() -> dict[str, Run]:
     }
 
 
-def speed(run: Run, x: Tensor) -> float:
-    """GB/s."""
+def measure_throughput(run: Run, x: Tensor) -> float:
+    """Return the throughput in GB/s."""
     seconds = []
     for _ in range(1 + REPEATS):
         start = time.process_time()
@@ -86,9 +94,14 @@ def speed(run: Run, x: Tensor) -> float:
 
 @torch.no_grad()
 def main() -> None:
+    """Print a line for each format."""
     torch.set_num_threads(1)
     peers: dict[str, dict[str, Run]] = {}
-    for name, load in {"ml_dtypes": of_ml_dtypes, "torch": of_torch, "torchao": of_torchao}.items():
+    for name, load in {
+        "ml_dtypes": make_ml_dtypes_runs,
+        "torch": make_torch_runs,
+        "torchao": make_torchao_runs,
+    }.items():
         try:
             peers[name] = load()
         except ImportError as error:
@@ -96,8 +109,11 @@ def main() -> None:
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) / 50
     print(f"{'GB/s':20}{'fp4dit':>10}" + "".join(f"{name:>12}" for name in peers))
     for name, ours in OURS.items():
-        theirs = [f"{speed(runs[name], x):12.2f}" if name in runs else f"{'-':>12}" for runs in peers.values()]
-        print(f"{name:20}{speed(ours, x):10.2f}" + "".join(theirs), flush=True)
+        theirs = [
+            f"{measure_throughput(runs[name], x):12.2f}" if name in runs else f"{'-':>12}"
+            for runs in peers.values()
+        ]
+        print(f"{name:20}{measure_throughput(ours, x):10.2f}" + "".join(theirs), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,39 +1,69 @@
-"""Several ways to do one thing, timed in turn, so that what else the machine does meets all of them."""
+"""Time calls in turn, so that other load of the machine affects all of them, and print tables."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from benchmarks.adaround import now
+from benchmarks.adaround import synchronized_time
 
-Ways = Mapping[str, Callable[[], object]]
+Calls = Mapping[str, Callable[[], object]]
 
 
-def in_turn(ways: Ways, repeats: int, device: torch.device, calls: int = 1) -> dict[str, list[float]]:
-    """Milliseconds of a call, for each repeat of so many calls; a first round, which also compiles, is not counted.
+def time_in_turn(
+    calls: Calls, repeats: int, device: torch.device, count: int = 1
+) -> dict[str, list[float]]:
+    """Time calls in turn, and return the milliseconds of one call for each repeat, by name.
 
-    On a CPU it is the time of its cores, so that other programs on the machine count for little.
+    A first round, which may compile, is not counted. On a CPU the time is that of its cores, so
+    that other programs on the machine hardly matter.
+
+    Args:
+        count: calls that are timed as one.
     """
-    clock = now if device.type == "cuda" else lambda _: time.process_time()
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    clock = synchronized_time if device.type == "cuda" else lambda _: time.process_time()
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(1 + repeats):
-        for name, way in ways.items():
+        for name, call in calls.items():
             began = clock(device)
-            for _ in range(calls):
-                way()
+            for _ in range(count):
+                call()
             if repeat:
-                found[name].append(1000 * (clock(device) - began) / calls)
-    return found
+                times[name].append(1000 * (clock(device) - began) / count)
+    return times
 
 
-def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
-    return {name: median(own) for name, own in times.items()}
+def compute_medians(times: Mapping[str, list[float]]) -> dict[str, float]:
+    """Return the median of each list."""
+    return {name: median(values) for name, values in times.items()}
 
 
-def resident() -> float:
-    """MiB of this process at most. What getrusage says starts at what its parent had."""
+def peak_memory_mib() -> float:
+    """Return the peak of this process's memory in MiB.
+
+    That of `getrusage` includes the memory that the parent process had.
+    """
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].removesuffix("kB")) / 1024
+
+
+def get_device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or the vector instructions of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return device.type
+
+
+def format_row(*cells: str) -> str:
+    """Return one row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def format_header(*columns: str) -> Iterator[str]:
+    """Yield the two header lines of a Markdown table. All columns but the first are numbers."""
+    yield format_row(*columns)
+    yield "|---|" + "---:|" * (len(columns) - 1)

@@ -1,7 +1,7 @@
-"""`hydra/sweeper=optuna`: jobs that Optuna chooses by what earlier ones scored.
+"""`hydra/sweeper=optuna`: a search in which Optuna chooses each job by the scores of earlier jobs.
 
-Hydra finds sweepers in packages of this name alone, and imports all of them whenever it starts: what takes time to
-import stands where it is needed.
+Hydra looks for sweepers in the package `hydra_plugins` only, and imports all of them whenever it
+starts. Slow imports are therefore inside functions.
 """
 
 from collections.abc import Sequence
@@ -18,80 +18,114 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fp4dit.errors import UserError
+from fp4dit.utils.errors import UserError
 
 Overrides = tuple[str, ...]
 
 
 class OptunaSweeper(Sweeper):
-    """`n_trials` jobs, `n_jobs` of them at a time; what they return is optimized in `direction`, one or several.
+    """Sweeper that runs the trials which Optuna chooses, to optimize the values that jobs return.
 
-    A job that fails is a failed trial, and the search goes on; what was chosen before is not run again. The same seed
-    of the sampler chooses the same trials: a search that was stopped, or is to have more of them, finds those that were
-    made in the store.
+    A job that fails is a failed trial, and the search continues. No combination runs twice. The
+    same seed of the sampler chooses the same trials, so a search that was stopped, or that is
+    repeated with more trials, finds the earlier results in the store.
+
+    Args:
+        n_trials: Number of trials.
+        n_jobs: Number of jobs at a time.
+        direction: `maximize` or `minimize`, or a list with one for each objective; None for the
+            directions of the table's columns.
+        sampler: Config of Optuna's sampler.
+
+    Example:
+        $ python -m pipelines.run -m hydra/sweeper=optuna objective=psnr weight=e2m1_g128,nf4_g128
     """
 
     def __init__(self, n_trials: int, n_jobs: int, direction: Any, sampler: DictConfig) -> None:
-        self.n_trials, self.n_jobs, self.direction, self.sampler = n_trials, n_jobs, direction, sampler
+        self.n_trials, self.n_jobs = n_trials, n_jobs
+        self.direction, self.sampler = direction, sampler
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         self.loader, self.master = hydra_context.config_loader, config
-        self.known: dict[Overrides, JobReturn] = {}
-        self.jobs = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
+        self.jobs_by_overrides: dict[Overrides, JobReturn] = {}
+        plugins = Plugins.instance()
+        self.launcher: Any = plugins.instantiate_launcher(hydra_context, task_function, config)
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
-        """What the job of each trial returned.
+        """Run the search, and return the result of each trial's job.
 
         Raises:
-            UserError: if there is nothing to search, nothing to go by, or Optuna is not installed.
-            Exception: the first job's, if all of them failed.
+            UserError: if there is nothing to search, no objective, or Optuna is not installed.
+            Exception: the error of the first job, if all jobs failed.
         """
         try:
             import optuna
         except ImportError as error:
-            message = "hydra/sweeper=optuna needs Optuna: pip install -c constraints.txt -e '.[search]'"
-            raise UserError(message) from error
-        from pipelines import results, space
+            raise UserError(
+                "hydra/sweeper=optuna needs Optuna: pip install -c constraints.txt -e '.[search]'"
+            ) from error
+        from pipelines.search import space
+        from pipelines.search.study import log_results, parse_goal, record_trial, save_results
 
         if min(self.n_trials, self.n_jobs) < 1:
             raise UserError("hydra.sweeper.n_trials and hydra.sweeper.n_jobs must be at least 1")
-        searched = space.space(OverridesParser.create(self.loader).parse_overrides(arguments))
-        first, *_ = [self.composed(overrides) for overrides in searched.each]  # which shows that all choices exist
-        goal = results.goal(first, self.direction)
+        overrides = OverridesParser.create(self.loader).parse_overrides(arguments)
+        search_space = space.parse_search_space(overrides)
+        # Composing fails if a choice does not exist.
+        first, *_ = [self.compose_trial(trial) for trial in search_space.covering_trials]
+        goal = parse_goal(first, self.direction)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(sampler=instantiate(self.sampler), directions=[*goal.values()])
-        ask = lambda: searched.overrides(study.ask(searched.searched).params)
-        done: list[JobReturn] = []
-        while len(done) < self.n_trials:
-            at_once = self.n_trials if first.dry_run else min(self.n_jobs, self.n_trials - len(done))
-            found = self.launch([ask() for _ in range(at_once)])
+        results: list[JobReturn] = []
+        while len(results) < self.n_trials:
+            count = min(self.n_jobs, self.n_trials - len(results))
             if first.dry_run:
-                return found
-            for number, job in enumerate(found, len(done)):
-                results.tell(study, number, job, goal)
-            done += found
-            results.save(study, done, goal, Path(self.master.hydra.sweep.dir))
-        if all(job.status == JobStatus.FAILED for job in done):
-            _ = done[0].return_value  # which raises
-        results.show(study, goal)
-        return done
+                count = self.n_trials
+            jobs = self.launch_trials(choose_trials(study, search_space, count))
+            if first.dry_run:
+                return jobs
+            for number, job in enumerate(jobs, len(results)):
+                record_trial(study, number, job, goal)
+            results += jobs
+            save_results(study, results, goal, Path(self.master.hydra.sweep.dir))
+        if all(job.status == JobStatus.FAILED for job in results):
+            _ = results[0].return_value  # raises the error of the job
+        log_results(study, goal)
+        return results
 
-    def composed(self, overrides: Overrides) -> DictConfig:
+    def compose_trial(self, overrides: Overrides) -> DictConfig:
+        """Return the config of a trial."""
         return self.loader.load_sweep_config(self.master, list(overrides))
 
-    def launch(self, asked: Sequence[Overrides]) -> list[JobReturn]:
-        """What each returned, of those that are new and of those that were known."""
-        new = [overrides for overrides in dict.fromkeys(asked) if overrides not in self.known]
-        failed = {overrides: job for overrides in new if (job := self.illegal(overrides))}
-        legal = [overrides for overrides in new if overrides not in failed]
-        jobs = self.jobs.launch(legal, initial_job_idx=len(self.known)) if legal else []
-        self.known |= failed | dict(zip(legal, jobs, strict=True))
-        return [self.known[overrides] for overrides in asked]
+    def launch_trials(self, trials: Sequence[Overrides]) -> list[JobReturn]:
+        """Run the trials that are new, and return the result of each trial's job."""
+        valid = []
+        first_number = len(self.jobs_by_overrides)
+        for overrides in dict.fromkeys(trials):
+            if overrides not in self.jobs_by_overrides:
+                if failure := self.find_conflict(overrides):
+                    self.jobs_by_overrides[overrides] = failure
+                else:
+                    valid.append(overrides)
+        jobs = self.launcher.launch(valid, initial_job_idx=first_number) if valid else []
+        self.jobs_by_overrides |= zip(valid, jobs, strict=True)
+        return [self.jobs_by_overrides[overrides] for overrides in trials]
 
-    def illegal(self, overrides: Overrides) -> JobReturn | None:
-        """The failure of choices that do not go together in one config."""
+    def find_conflict(self, overrides: Overrides) -> JobReturn | None:
+        """Return a failed job if the overrides do not go together in one config."""
         try:
-            self.composed(overrides)
+            self.compose_trial(overrides)
         except (HydraException, OmegaConfBaseException) as error:
             return JobReturn(overrides=overrides, status=JobStatus.FAILED, _return_value=error)
         return None
+
+
+def choose_trials(study: Any, search_space: Any, count: int) -> list[Overrides]:
+    """Ask the Optuna study for some trials, and return their overrides."""
+    trials = []
+    for _ in range(count):
+        params = study.ask(search_space.distributions).params
+        trials.append(search_space.trial_overrides(params))
+    return trials

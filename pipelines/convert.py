@@ -1,18 +1,23 @@
-"""A packed transformer in another library's format, or back: `python -m pipelines.convert path=... to=... out=...`"""
+"""Command that converts a packed transformer to another library's format, or back.
+
+python -m pipelines.convert path=/a/pipeline out=/a/new/folder export_format=compressed_tensors
+"""
 
 import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from pipelines.command import command
-from pipelines.resolvers import CONF
+from pipelines.cli.main import run_command
+from pipelines.config.resolvers import CONF
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="convert")
 def main(cfg: DictConfig) -> None:
-    for note in instantiate(cfg.to)(cfg.path, cfg.out):
+    """Convert, and print the notes on the conversion."""
+    convert = instantiate(cfg.export_format)
+    for note in convert(cfg.path, cfg.out):
         print(f"{cfg.out}: {note}")
 
 
 if __name__ == "__main__":
-    command(main)()
+    run_command(main)

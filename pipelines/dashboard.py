@@ -1,4 +1,4 @@
-"""Make a workspace in W&B for what `pipelines.view` logs."""
+"""Make a workspace in W&B that shows the runs which `pipelines.tracking` writes."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -6,15 +6,17 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from fp4dit.errors import UserError
-from fp4dit.rows import Column, Row, expanded
-from pipelines.command import command
-from pipelines.resolvers import CONF
-from pipelines.view import columns
+from fp4dit.tables.rows import ScoredRow, TableColumn, expand_columns
+from fp4dit.utils.errors import UserError
+from pipelines.cli.main import run_command
+from pipelines.config.resolvers import CONF
+from pipelines.results.columns import COST_COLUMNS, load_catalog
 
-COSTS = ("bits_weight", "bits_activation", "checkpoint_bytes")
-ATTRIBUTES = ("Group", "JobType", "Name")  # of a run, as W&B calls them, by which runs can be put together
-SEND = "those that were made offline are sent by: wandb sync outputs/wandb/offline-run-*"
+# Attributes of a run by which runs can be grouped, as W&B calls them.
+ATTRIBUTES = ("Group", "JobType", "Name")
+SYNC_ADVICE = "to send runs that were made offline: wandb sync outputs/wandb/offline-run-*"
+# `pipelines.tracking.run_log.log_score` puts this before the names of numbers in a run's summary.
+SUMMARY_PREFIX = "score/"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="dashboard")
@@ -23,97 +25,154 @@ def main(cfg: DictConfig) -> None:
     if unknown:
         raise UserError(f"group_by={unknown[0]}: choose among {', '.join(ATTRIBUTES)}")
     try:
-        import wandb
         import wandb_workspaces.workspaces  # noqa: F401
     except ImportError as error:
-        raise UserError("wandb-workspaces is not installed: pip install 'fp4dit[dashboards]'") from error
+        raise UserError(
+            "wandb-workspaces is not installed: pip install 'fp4dit[dashboards]'"
+        ) from error
     if cfg.dry_run:
-        print(workspace(cfg, cfg.entity or "nobody", [])._to_model().model_dump_json(by_alias=True, indent=1))
-        return
+        model = build_workspace(cfg, cfg.entity or "nobody", [])._to_model()
+        print(model.model_dump_json(by_alias=True, indent=1))
+    else:
+        print(save_workspace(cfg))
+
+
+def save_workspace(cfg: DictConfig) -> str:
+    """Save the workspace in W&B, and return its address.
+
+    Raises:
+        UserError: if W&B refuses, or there is no run to show.
+    """
+    import wandb
+
     try:
         api = wandb.Api(timeout=30)
         entity = cfg.entity or api.default_entity or ""
-        where = {"group": cfg.group} if cfg.group else {}
-        runs = logged(api.runs(f"{entity}/{cfg.project}", filters=where, lazy=False))
-        made = workspace(cfg, entity, runs).save() if runs else None
+        filters = {"group": cfg.group} if cfg.group else {}
+        runs = read_runs(api.runs(f"{entity}/{cfg.project}", filters=filters, lazy=False))
+        workspace = build_workspace(cfg, entity, runs).save() if runs else None
     except Exception as error:
         raise UserError(
-            f"W&B made no workspace: {error} It needs a login (wandb login) and a project {cfg.project!r} with runs; "
-            f"{SEND}"
+            f"W&B made no workspace: {error} It needs a login (wandb login) and a project "
+            f"{cfg.project!r} with runs; {SYNC_ADVICE}"
         ) from error
-    if made is None:
-        raise UserError(f"no run of {entity}/{cfg.project}{f' is in group {cfg.group!r}' if cfg.group else ''}; {SEND}")
-    print(made.url)
+    if workspace is None:
+        in_group = f" is in group {cfg.group!r}" if cfg.group else ""
+        raise UserError(f"no run of {entity}/{cfg.project}{in_group}; {SYNC_ADVICE}")
+    return workspace.url
 
 
-def logged(runs: Iterable[Any]) -> list[Row]:
-    """The row of the table that each run has as its summary."""
-    prefix = "score/"
-    return [
-        Row(run.name, {key.removeprefix(prefix): v for key, v in run.summary_metrics.items() if key.startswith(prefix)})
-        for run in runs
-    ]
+def read_runs(runs: Iterable[Any]) -> list[ScoredRow]:
+    """Return the table row that is the summary of each run."""
+    rows = []
+    for run in runs:
+        values = {}
+        for key, value in run.summary_metrics.items():
+            if key.startswith(SUMMARY_PREFIX):
+                values[key.removeprefix(SUMMARY_PREFIX)] = value
+        rows.append(ScoredRow(run.name, values))
+    return rows
 
 
-def shown(names: Iterable[str], runs: Sequence[Row]) -> list[Column]:
-    """A column for each number of these names that a run has, or for each of the names if no runs are known."""
-    known = columns()
-    found = expanded([known.get(name, Column(name, name)) for name in names], runs)
-    return [c for c in found if not runs or any(run.values.get(c.name) is not None for run in runs)]
+def columns_with_values(
+    names: Iterable[str], metrics: Any, runs: Sequence[ScoredRow]
+) -> list[TableColumn]:
+    """Return the columns of these names for which some run has a value.
+
+    If no runs are known, all columns are returned.
+    """
+    catalog = load_catalog(metrics)
+    columns = []
+    for name in names:
+        columns.append(catalog.find_column(name) if name in catalog else TableColumn(name, name))
+    with_values = []
+    for column in expand_columns(columns, runs):
+        if not runs or any(run.values.get(column.name) is not None for run in runs):
+            with_values.append(column)
+    return with_values
 
 
-def workspace(cfg: DictConfig, entity: str, runs: Sequence[Row]) -> Any:
-    """Scores, what they cost, where errors arise, images; the columns of the table of runs are those of the papers."""
+def build_workspace(cfg: DictConfig, entity: str, runs: Sequence[ScoredRow]) -> Any:
+    """Return a workspace of charts, and of a table of runs with their scores and costs."""
     import wandb_workspaces.expr as expr
     import wandb_workspaces.workspaces as ws
 
-    scores, costs = shown(cfg.metrics, runs), shown(COSTS, runs)
+    metrics = cfg.metrics
+    scores = columns_with_values(metrics, metrics, runs)
+    costs = columns_with_values(COST_COLUMNS, metrics, runs)
     filters = [expr.Metric("Group") == cfg.group] if cfg.group else []
-    table = ws.RunsetSettings(
+    pinned = [f"summary:{SUMMARY_PREFIX}{column.name}" for column in [*scores, *costs]]
+    runset_settings = ws.RunsetSettings(
         filters=filters,
         groupby=[expr.Metric(name) for name in cfg.group_by],
         order=[expr.Ordering(expr.Metric("Name"), ascending=True)],
-        pinned_columns=["run:displayName", *(f"summary:score/{c.name}" for c in [*scores, *costs])],
+        pinned_columns=["run:displayName", *pinned],
     )
-    settings = ws.WorkspaceSettings(max_runs=40, sort_panels_alphabetically=False)
-    own = sections(scores, costs)
-    return ws.Workspace(entity, cfg.project, cfg.name, sections=own, settings=settings, runset_settings=table)
+    return ws.Workspace(
+        entity,
+        cfg.project,
+        cfg.name,
+        sections=build_sections(scores, costs),
+        settings=ws.WorkspaceSettings(max_runs=40, sort_panels_alphabetically=False),
+        runset_settings=runset_settings,
+    )
 
 
-def sections(scores: Sequence[Column], costs: Sequence[Column]) -> list[Any]:
+def build_sections(scores: Sequence[TableColumn], costs: Sequence[TableColumn]) -> list[Any]:
+    """Return the sections: images, scores, quality against cost, errors, learning curves."""
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
-    summary = lambda column: wr.SummaryMetric(f"score/{column.name}")
-    against = lambda column, cost: wr.ScatterPlot(
-        title=f"{title(column)} by {title(cost)}",
-        x=summary(cost),
-        y=summary(column),
-        legend_template="${run:displayName}",
-    )
-    bars = lambda column: wr.BarPlot(title=title(column), metrics=[f"score/{column.name}"], max_bars_to_show=40)
-    line = lambda title, x, **given: wr.LinePlot(title=title, x=x, title_x=x, max_runs_to_show=40, **given)
+    bars = []
+    for column in scores:
+        bars.append(
+            wr.BarPlot(
+                title=plot_title(column),
+                metrics=[f"{SUMMARY_PREFIX}{column.name}"],
+                max_bars_to_show=40,
+            )
+        )
+    scatter_plots = []
+    for column in scores:
+        for cost in costs:
+            scatter_plots.append(
+                wr.ScatterPlot(
+                    title=f"{plot_title(column)} by {plot_title(cost)}",
+                    x=wr.SummaryMetric(f"{SUMMARY_PREFIX}{cost.name}"),
+                    y=wr.SummaryMetric(f"{SUMMARY_PREFIX}{column.name}"),
+                    legend_template="${run:displayName}",
+                )
+            )
     panels = {
         "Images": [wr.WeavePanelSummaryTable(table_name="images")],
-        "Scores": [bars(column) for column in scores],
-        "Quality against cost": [against(column, cost) for column in scores for cost in costs],
+        "Scores": bars,
+        "Quality against cost": scatter_plots,
         "Where errors arise": [
-            line("Error of blocks", "block", y=["block_error"], log_y=True),
-            line("Signal to noise of activations, mean of layers, dB", "timestep", y=["sqnr_db/mean"]),
-            line("Signal to noise of activations, worst layer, dB", "timestep", y=["sqnr_db/worst"]),
+            _line_plot("Error of blocks", "block", y=["block_error"], log_y=True),
+            _line_plot("SQNR of activations, mean of layers, dB", "timestep", y=["sqnr_db/mean"]),
+            _line_plot("SQNR of activations, worst layer, dB", "timestep", y=["sqnr_db/worst"]),
         ],
         "Learning": [
-            line("Error of each block", "step", metric_regex=".*/error$", log_y=True),
-            line("Indecision of each block", "step", metric_regex=".*/indecision$"),
+            _line_plot("Error of each block", "step", metric_regex=".*/error$", log_y=True),
+            _line_plot("Rounding loss of each block", "step", metric_regex=".*/rounding_loss$"),
         ],
     }
-    return [ws.Section(name, panels=own, is_open=True) for name, own in panels.items()]
+    return [ws.Section(name, panels=charts, is_open=True) for name, charts in panels.items()]
 
 
-def title(column: Column) -> str:
-    """Of the plain number, which is what W&B draws: titles of tables say in what unit a factor puts it."""
+def _line_plot(title: str, x: str, **options: Any) -> Any:
+    import wandb_workspaces.reports.v2 as wr
+
+    return wr.LinePlot(title=title, x=x, title_x=x, max_runs_to_show=40, **options)
+
+
+def plot_title(column: TableColumn) -> str:
+    """Return the title of the stored number, which W&B plots.
+
+    The title of a table's column names the unit that its factor converts to.
+    """
     return column.title if column.factor == 1 else column.name.replace("_", " ")
 
 
 if __name__ == "__main__":
-    command(main)()
+    run_command(main)

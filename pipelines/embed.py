@@ -1,6 +1,7 @@
-"""Embed the prompts of a run once: `python -m pipelines.embed model=... prompts=... out=/a/file.safetensors`.
+"""Embed the prompts of a run: `python -m pipelines.embed model=... prompts=... out=FILE`.
 
-With `model.embeddings=/a/file.safetensors` the run then needs no text encoder, neither its memory nor its weights.
+With `model.embeddings=FILE` the run then needs neither the memory nor the weights of a text
+encoder.
 """
 
 import logging
@@ -10,11 +11,11 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from fp4dit import embeddings
-from fp4dit.prompts import texts
-from pipelines.command import command
-from pipelines.resolvers import CONF, require
-from pipelines.runtime import Runtime
+from fp4dit.data.embeddings import embed_prompts
+from fp4dit.data.prompts import get_texts
+from pipelines.cli.main import run_command
+from pipelines.config.resolvers import CONF, check_files_exist
+from pipelines.runtime.trainer import Runtime
 
 log = logging.getLogger(__name__)
 
@@ -22,15 +23,16 @@ log = logging.getLogger(__name__)
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="embed")
 def main(cfg: DictConfig) -> None:
     for role in ("calibration", "evaluation"):
-        require(cfg.prompts[role], OmegaConf.select(cfg, f"prompts.sources.{role}"))
-    calibration, evaluation = (instantiate(node, _convert_="all") for node in (cfg.calibration, cfg.prompts.evaluation))
-    prompts = calibration.drawn + texts(evaluation(cfg.prompts.count))
-    device = Runtime(cfg.trainer).device  # which may not be here, as is to be known before a model is loaded
+        check_files_exist(cfg.prompts[role], OmegaConf.select(cfg, f"prompts.sources.{role}"))
+    calibration = instantiate(cfg.calibration, _convert_="all")
+    evaluation = instantiate(cfg.prompts.evaluation, _convert_="all")
+    prompts = calibration.prompt_texts + get_texts(evaluation(cfg.prompts.count))
+    device = Runtime(cfg.trainer).device  # fails here, before a model is loaded, if missing
     pipeline = instantiate(cfg.model).load()
     pipeline.to(device)
-    count = embeddings.write(pipeline.embed, prompts, Path(cfg.out))
+    count = embed_prompts(pipeline.encode_prompts, prompts, Path(cfg.out))
     log.info("%s: %s texts", cfg.out, count)
 
 
 if __name__ == "__main__":
-    command(main)()
+    run_command(main)

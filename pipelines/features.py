@@ -1,6 +1,6 @@
-"""Features of a folder of real images, once: `python -m pipelines.features images=/a/folder metrics=fid out=/a/file`.
+"""Save the features of real images: `python -m pipelines.features images=DIR metrics=fid out=FILE`.
 
-A run is then given `metrics.fid.reference_path=/a/file`, and none of the images.
+A run with `metrics.fid.reference_path=FILE` then does not need the images.
 """
 
 import logging
@@ -10,11 +10,11 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from fp4dit.errors import UserError
-from fp4dit.metrics.reference import collect
-from pipelines.command import command
-from pipelines.resolvers import CONF, present
-from pipelines.runtime import Runtime
+from fp4dit.metrics.real_features import collect_features
+from fp4dit.utils.errors import UserError
+from pipelines.cli.main import run_command
+from pipelines.config.resolvers import CONF, select_available_metrics
+from pipelines.runtime.trainer import Runtime
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +24,20 @@ def main(cfg: DictConfig) -> None:
     folder = Path(cfg.images)
     if not folder.is_dir():
         raise UserError(f"images={cfg.images}: there is no such folder")
-    extractors = {instantiate(m.extractor) for m in present(cfg.metrics).values() if "extractor" in m}
+    extractors = set()
+    for metric in select_available_metrics(cfg.metrics).values():
+        if "extractor" in metric:
+            extractors.add(instantiate(metric.extractor))
     if len(extractors) != 1:
-        raise UserError("give one metric of a set, or some that share a network and a filter: metrics=fid")
+        raise UserError(
+            "give one metric of image sets, or several that share a network and a filter, such as "
+            "metrics=fid"
+        )
     [extractor] = extractors
-    known = collect(folder, cfg.name or folder.name, extractor, Runtime(cfg.trainer).device, Path(cfg.out))
-    log.info("%s: %s of %d images of %s", cfg.out, known.extractor, known.count, known.name)
+    name, device = cfg.name or folder.name, Runtime(cfg.trainer).device
+    info = collect_features(folder, name, extractor, device, Path(cfg.out))
+    log.info("%s: %s of %d images of %s", cfg.out, info.extractor, info.count, info.name)
 
 
 if __name__ == "__main__":
-    command(main)()
+    run_command(main)

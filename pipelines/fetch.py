@@ -1,36 +1,44 @@
-"""Download the weights that metrics need: `python -m pipelines.fetch metrics=paper`, one after another."""
+"""Download the weights that metrics need: `python -m pipelines.fetch metrics=paper`."""
 
 import hydra
 from omegaconf import DictConfig
 
-from fp4dit.errors import UserError
-from fp4dit.weights import advice, fetch, find
-from pipelines.command import command
-from pipelines.resolvers import CONF, paths
+from fp4dit.utils.errors import UserError
+from fp4dit.utils.hub import describe_source, fetch_weights, find_weights
+from pipelines.cli.main import run_command
+from pipelines.config.resolvers import CONF, find_paths
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="fetch")
 def main(cfg: DictConfig) -> None:
-    failed, needs = [], wanted(cfg.metrics)
-    for spec, names in needs.items():
-        print(f"{', '.join(names)}: {spec}", flush=True)  # first, for what follows may take long
+    failed, metrics_by_spec = [], map_weights_to_metrics(cfg.metrics)
+    for spec, metrics in metrics_by_spec.items():
+        print(f"{', '.join(metrics)}: {spec}", flush=True)  # before the download, which may be long
         try:
-            print(f"  {(find(spec) or f'not here: {advice(spec)}') if cfg.dry_run else fetch(spec)}", flush=True)
+            place = locate_weights(spec) if cfg.dry_run else fetch_weights(spec)
+            print(f"  {place}", flush=True)
         except UserError as error:
             print(f"  {error}", flush=True)
             failed.append(spec)
     if failed:
-        raise UserError(f"{len(failed)} of {len(needs)} could not be fetched: {', '.join(failed)}")
+        raise UserError(
+            f"{len(failed)} of {len(metrics_by_spec)} could not be fetched: {', '.join(failed)}"
+        )
 
 
-def wanted(metrics: DictConfig) -> dict[str, list[str]]:
-    """Each of the weights once, and the metrics that need it."""
-    found: dict[str, list[str]] = {}
+def locate_weights(spec: str) -> str:
+    """Return where weights are, or where they come from and belong."""
+    return str(find_weights(spec) or f"not here: {describe_source(spec)}")
+
+
+def map_weights_to_metrics(metrics: DictConfig) -> dict[str, list[str]]:
+    """Return the names of the metrics that need each file or folder of weights."""
+    metrics_by_spec: dict[str, list[str]] = {}
     for name, node in metrics.items():
-        for _, spec in paths(node):
-            found.setdefault(spec, []).append(str(name))
-    return found
+        for _, spec in find_paths(node):
+            metrics_by_spec.setdefault(spec, []).append(str(name))
+    return metrics_by_spec
 
 
 if __name__ == "__main__":
-    command(main)()
+    run_command(main)

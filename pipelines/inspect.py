@@ -1,91 +1,77 @@
-"""Print what a run would do to each layer, and roughly what its stages would take here, without loading a weight."""
+"""Print what a run does to each layer, and estimate its stages, without loading a weight."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
-from fp4dit import policy
-from fp4dit.errors import UserError
-from fp4dit.estimate import SHARE, Estimator, activations
-from fp4dit.footprint import footprint
-from fp4dit.machine import Machine
+from fp4dit.estimate.stages import MODEL_SPEED_SHARE, audit_activation_shapes
 from fp4dit.models.base import Pipeline
-from fp4dit.policy import Entry, Rule
-from fp4dit.store import Store
-from pipelines.command import command
-from pipelines.disjoint import check_disjoint
-from pipelines.listing import expected, listed, warnings
-from pipelines.plan import check, pending, plan
-from pipelines.resolvers import CONF
-from pipelines.runtime import Runtime
-from pipelines.units import size
+from fp4dit.quantization.audit import LayerAudit, audit_layer, audit_weights
+from fp4dit.quantization.rules import Rule, find_layers
+from fp4dit.store.store import Store
+from fp4dit.utils.errors import UserError
+from pipelines.cli.costs import format_costs, list_cost_warnings, make_estimator
+from pipelines.cli.layer_table import format_layer_table, format_totals
+from pipelines.cli.main import run_command
+from pipelines.config.resolvers import CONF
+from pipelines.planning.checks import check_prompts_disjoint
+from pipelines.planning.executor import check_stage, list_pending_stages
+from pipelines.planning.plan import make_plan
 
-LAYERS = ("alike", "all")
+LAYERS = ("merged", "all")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="inspect")
 def main(cfg: DictConfig) -> None:
+    """Print the layers and the estimates, and warn of what does not fit this machine."""
     if cfg.layers not in LAYERS:
         raise UserError(f"layers={cfg.layers}: choose one of {', '.join(LAYERS)}")
-    steps, store = plan(cfg), Store(Path(cfg.outputs) / "store")
-    todo = [step.name for step in pending(steps, cfg.targets, store)]
-    stages = {name: step.make() for name, step in steps.items() if "model" in step.config}
-    drawing = stages[steps["score"].needs["images"]]
-    skeleton = drawing.model.skeleton()
-    check_disjoint(cfg, steps)
-    for name, stage in stages.items():
-        check(name, stage)
-    weights, own = audit(skeleton, drawing.weight), footprint(skeleton, drawing.weight)
-    inputs, at = activations(own.seen, drawing.activation), estimator(cfg, drawing)
-    print(*listed(skeleton, list(own.seen), weights, inputs, cfg.layers == "all"), sep="\n")
-    print("", *totals(skeleton, weights, inputs), "", sep="\n")
-    costs = {name: stages[name].cost(at) for name in todo if name in stages}
+    stages, store = make_plan(cfg), Store(Path(cfg.outputs) / "store")
+    pending = [stage.name for stage in list_pending_stages(stages, cfg.targets, store)]
+    check_prompts_disjoint(cfg, stages)
+    stage_objects: dict[str, Any] = {}
+    for name, planned in stages.items():
+        if "model" in planned.config:
+            stage_objects[name] = planned.instantiate_stage()
+            check_stage(name, stage_objects[name])
+    generate = stage_objects[stages["score"].needs["images"]]
+    skeleton = generate.model.build_on_meta()
+    estimator = make_estimator(cfg, generate)
+    shapes = estimator.footprint.activation_shapes
+    weights = audit_layers(skeleton, generate.weight)
+    inputs = audit_activation_shapes(shapes, generate.activation)
+    merge = cfg.layers == "merged"
+    print(*format_layer_table(skeleton, list(shapes), weights, inputs, merge), sep="\n")
+    print("", *format_totals(skeleton, weights, inputs), "", sep="\n")
+    costs = {}
+    for name in pending:
+        if name not in stage_objects:
+            continue
+        if cost := stage_objects[name].estimate_cost(lambda: estimator):
+            costs[name] = cost
     print(
-        f"Estimated, roughly, for one device here ({at.machine.device}) at {at.speed / 1e9:.0f} GFLOP/s, which is "
-        f"{SHARE} of what a product of {at.dtype} matrices reaches. Not counted: text encoders and autoencoders.",
-        *expected(list(steps), todo, costs),
+        f"Rough estimates for one device of this machine ({estimator.machine.device}) at "
+        f"{estimator.flops_per_second / 1e9:.0f} GFLOP/s, which is {MODEL_SPEED_SHARE} of the "
+        f"speed of a {estimator.dtype} matrix product. Text encoders and autoencoders are not "
+        "counted.",
+        *format_costs(list(stages), pending, costs),
         sep="\n",
     )
-    for text in warnings(costs, at.machine, at.budget, cfg.outputs):
+    for text in list_cost_warnings(costs, estimator.machine, estimator.budget, cfg.outputs):
         print(f"warning: {text}", file=sys.stderr)
 
 
-def estimator(cfg: DictConfig, drawing: Any) -> Estimator:
-    """For the model that the stage `drawing` draws with, here."""
-    skeleton = drawing.model.skeleton()
-    dtype: Any = skeleton.dit.dtype
-    machine = Machine.here(device(Runtime.of(cfg)), dtype, Path(cfg.outputs))
-    return Estimator(footprint(skeleton, drawing.weight), machine, 1e9 * cfg.memory_budget_gb, dtype)
-
-
-def audit(skeleton: Pipeline, rules: Sequence[Rule]) -> list[Entry]:
-    """Of full precision too, which has no rules."""
+def audit_layers(skeleton: Pipeline, rules: Sequence[Rule]) -> list[LayerAudit]:
+    """Audit the weights of a model; without rules, all of them are in full precision."""
     if rules:
-        return policy.check_weights(skeleton.dit, rules)
-    return [policy.entry(name, layer, None) for name, layer in policy.layers(skeleton.dit).items()]
-
-
-def totals(skeleton: Pipeline, weights: Sequence[Entry], inputs: Sequence[Entry]) -> Iterator[str]:
-    packed, whole = (policy.checkpoint_bytes(skeleton.dit, entries) for entries in (weights, []))
-    quantized = sum(e.format != "fp16" for e in weights)
-    bits = policy.effective_bits(inputs) if inputs else 16.0
-    yield f"layers       {quantized} of {len(weights)} quantized: {policy.effective_bits(weights):.2f} bits per weight"
-    yield f"activations  {len(inputs)} quantized: {bits:.2f} bits per value"
-    yield f"checkpoint   {size(packed)}; {size(whole)} in 16 bits"
-
-
-def device(runtime: Runtime) -> Any:
-    """The torch.device to estimate for: the CPU, with a warning, where what is asked for is not."""
-    try:
-        return runtime.device
-    except UserError as error:
-        print(f"warning: {error}. Estimated for the CPU", file=sys.stderr)
-        return Runtime({"accelerator": "cpu", "devices": 1}).device
+        return audit_weights(skeleton.transformer, rules)
+    layers = find_layers(skeleton.transformer)
+    return [audit_layer(name, layer, None) for name, layer in layers.items()]
 
 
 if __name__ == "__main__":
-    command(main)()
+    run_command(main)

@@ -1,13 +1,16 @@
-"""Train the model that ships: `python -m pipelines.pretrain part=all`, or part by part."""
+"""Train a world's model: `python -m pipelines.pretrain part=all`, or part by part."""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two processes share a small machine
+# Set before torch is imported. A data-parallel part runs two processes, and more threads than one
+# in each would compete for the cores of a small machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -16,26 +19,26 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from fp4dit.errors import UserError
-from fp4dit.models.shapes.data import Noise
-from fp4dit.resume import Keep, TensorIO, found
-from pipelines.command import command
-from pipelines.missing import ENVIRONMENT
-from pipelines.resolvers import CONF
-from pipelines.training import Losses, Stop
+from fp4dit.pretraining.data import SeedNoise
+from fp4dit.utils.errors import UserError
+from fp4dit.utils.resumable import SafetensorsIO, TimedCheckpoint, load_checkpoint
+from pipelines.cli.main import run_command
+from pipelines.config.resolvers import CONF
+from pipelines.results.missing import ENVIRONMENT
+from pipelines.runtime.callbacks import LossLog, StopOnSignal
 
-TRAINED = ("autoencoder", "decoder", "text", "clip", "transformer")
-PARTS = (*TRAINED, "export", "evaluate")
+TRAINABLE = ("autoencoder", "decoder", "text", "clip", "oracle", "transformer")
+PARTS = (*TRAINABLE, "export", "evaluate")  # a world without a trained oracle has no part oracle
 
 
-def train(cfg: DictConfig) -> None:
-    """Up to `steps` batches, from the last checkpoint on, then save what the next parts need."""
+def train_part(cfg: DictConfig) -> None:
+    """Train a part up to `steps` batches, from its last checkpoint on, and save the result."""
     node, folder = cfg[cfg.part], Path(cfg.folder) / cfg.part
     last = folder / "last.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     L.seed_everything(cfg.seed, verbose=False)
-    task, stop = instantiate(node.task, _convert_="all"), Stop()
-    losses = Losses(folder / "loss.csv", node.steps, cfg.part)
+    task, stop = instantiate(node.task, _convert_="all"), StopOnSignal()
+    losses = LossLog(folder / "loss.csv", node.steps, cfg.part)
     trainer = L.Trainer(
         accelerator=cfg.accelerator,
         precision=cfg.precision,
@@ -45,14 +48,14 @@ def train(cfg: DictConfig) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Keep(last, 60.0 * cfg.minutes), stop, losses, Noise(cfg.seed)],
-        plugins=[TensorIO()],
+        callbacks=[TimedCheckpoint(last, 60.0 * cfg.minutes), stop, losses, SeedNoise(cfg.seed)],
+        plugins=[SafetensorsIO()],
         **node.trainer,
     )
-    trainer.fit(task, instantiate(node.data), ckpt_path=last if found(last) else None)
+    trainer.fit(task, instantiate(node.data), ckpt_path=last if load_checkpoint(last) else None)
     trainer.save_checkpoint(last)
     if trainer.is_global_zero and stop.stopped:
-        print(f"stopped; the same command goes on from {last}")
+        print(f"stopped. The same command continues from {last}")
     elif trainer.is_global_zero and "save" in node:
         instantiate(node.save, _partial_=True)(task, folder)
     trainer.strategy.barrier()
@@ -60,14 +63,18 @@ def train(cfg: DictConfig) -> None:
         sys.exit(128 + signal.SIGTERM)
 
 
-def run_all() -> None:
-    """Each part in its own process: a data-parallel part starts copies of the command that called it.
+def run_all(parts: Sequence[str]) -> None:
+    """Run each part in its own process, because a data-parallel part starts copies of its command.
 
-    New weights get a new card, unless the user says otherwise.
+    The model card of the new weights is written too, unless an override says otherwise.
     """
-    given = ["evaluate.card=true", *(o for o in HydraConfig.get().overrides.task if not o.startswith("part="))]
-    for part in PARTS:
-        child = subprocess.Popen([sys.executable, "-m", "pipelines.pretrain", f"part={part}", *given], env=ENVIRONMENT)
+    overrides = ["evaluate.card=true"]
+    for override in HydraConfig.get().overrides.task:
+        if not override.startswith("part="):
+            overrides.append(override)
+    for part in parts:
+        command_line = [sys.executable, "-m", "pipelines.pretrain", f"part={part}", *overrides]
+        child = subprocess.Popen(command_line, env=ENVIRONMENT)
         signal.signal(signal.SIGTERM, lambda *_, child=child: child.terminate())
         if child.wait():
             sys.exit(child.returncode)
@@ -75,15 +82,16 @@ def run_all() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="pretrain")
 def main(cfg: DictConfig) -> None:
-    if cfg.part not in (*PARTS, "all"):
-        raise UserError(f"there is no part {cfg.part!r}: choose {', '.join(PARTS)} or all")
+    parts = [part for part in PARTS if part in cfg]
+    if cfg.part not in (*parts, "all"):
+        raise UserError(f"there is no part {cfg.part!r}: choose {', '.join(parts)} or all")
     if cfg.part == "all":
-        run_all()
-    elif cfg.part in TRAINED:
-        train(cfg)
+        run_all(parts)
+    elif cfg.part in TRAINABLE:
+        train_part(cfg)
     else:
         instantiate(cfg[cfg.part], _convert_="all")
 
 
 if __name__ == "__main__":
-    command(main)()
+    run_command(main)

@@ -1,8 +1,7 @@
-"""Write a table as one HTML page, from the store alone."""
+"""Write a table as one HTML page, from the results in the store."""
 
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,142 +10,202 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from fp4dit.provenance import commit, versions
-from fp4dit.report.album import Album, Limits
-from fp4dit.report.material import Material, Stage
-from fp4dit.report.page import page
-from fp4dit.report.plots import COSTS
-from fp4dit.rows import Column
-from fp4dit.store import Store, whole
-from fp4dit.tables import Table
-from pipelines.command import command
-from pipelines.missing import line, make
-from pipelines.plan import Step
-from pipelines.resolvers import CONF
-from pipelines.rows import Asked, Entry, asked
-from pipelines.table import chosen, given, tabulated
-from pipelines.units import size
-from pipelines.view import read_csv, read_json, read_losses
+from fp4dit.report.images import ImageLimits, ReportImages
+from fp4dit.report.page import render_page
+from fp4dit.report.row_data import RowData, StageStatus
+from fp4dit.store.store import Store
+from fp4dit.tables.rows import TableColumn
+from fp4dit.tables.table import Table
+from fp4dit.utils.files import atomic_write, read_json
+from fp4dit.utils.formatting import format_bytes
+from fp4dit.utils.provenance import read_git_commit, read_package_versions
+from pipelines.cli.main import run_command
+from pipelines.config.resolvers import CONF
+from pipelines.planning.plan import PlannedStage
+from pipelines.results.columns import COST_COLUMNS, load_catalog
+from pipelines.results.missing import format_command, run_jobs
+from pipelines.results.rows import PlannedRun, TableRow, plan_table_rows
+from pipelines.results.stage_files import (
+    read_loss_curve,
+    read_optional_csv,
+    read_optional_json,
+)
+from pipelines.table import build_table, cli_overrides, select_table_columns
 
-# What a page is made of, and which files of it are read; of those that are not named here, all.
-READ = {
+# The files of a stage that the page needs. It needs all files of a stage that is not listed.
+FILES_READ = {
     "reconstruct": ("curve.csv", "blocks.json"),
     "activate": ("sqnr.csv",),
     "histograms": ("histograms.json",),
-    "trained": ("loss.csv",),
-    "plain": ("loss.csv",),
+    "train": ("loss.csv",),
+    "train_baseline": ("loss.csv",),
 }
-UNREAD = ("capture", "export")
+# The page reads nothing of these stages, so that it does not matter if their results are missing.
+STAGES_NOT_SHOWN = ("capture", "export")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")
 def main(cfg: DictConfig) -> None:
+    """Write the page to `outputs/reports`."""
     store, name = Store(Path(cfg.outputs) / "store"), HydraConfig.get().runtime.choices["table"]
-    limits = Limits(**cfg.report)
-    rows, columns = asked(cfg, name), chosen(cfg, name)
-    lacking = [full for row in rows if (full := completed(shown(row), store)) is not None]
-    failed = make(lacking, cfg.jobs, Path(cfg.outputs) / "runs") if cfg.run_missing else []
-    table = tabulated(cfg, rows, columns, store)
-    materials = [material(row, store) for row in rows]
+    limits = ImageLimits(**cfg.report)
+    rows = plan_table_rows(cfg, name)
+    columns = select_table_columns(cfg, name, rows)
+    incomplete = []
+    for row in rows:
+        if run := plan_missing_stages(displayed_run(row), store):
+            incomplete.append(run)
+    failed = run_jobs(incomplete, cfg.jobs, Path(cfg.outputs) / "runs") if cfg.run_missing else []
+    table = build_table(cfg, rows, columns, store)
+    row_data = [collect_row_data(row, store) for row in rows]
+    num_incomplete = sum(bool(data.fill_command) for data in row_data)
+    fill_command = ""
+    if num_incomplete:
+        fill_command = format_command("report", *cli_overrides(), "run_missing=true", "jobs=2")
     out = Path(cfg.outputs) / "reports" / f"{name}.html"
-    with whole(out) as part, open(part, "w", encoding="utf-8") as file:
-        album = Album(materials, limits, **worst_by(table))
-        again = line("report", *given(), "run_missing=true", "jobs=2") if any(m.fill for m in materials) else ""
-        file.writelines(page(name, table, materials, album, costs(cfg), again, made(store, rows)))
-    print(f"{out} ({size(out.stat().st_size)})")
-    incomplete = [m for m in materials if m.fill]
-    if incomplete:
-        print(f"It lacks something of {len(incomplete)} of {len(rows)} rows. To make all of it:\n  {again}")
+    with atomic_write(out) as part, open(part, "w", encoding="utf-8") as file:
+        images = ReportImages(row_data, limits, **choose_order_metric(table))
+        costs, origin = make_cost_columns(cfg), describe_origin(store, rows)
+        file.writelines(render_page(name, table, row_data, images, costs, fill_command, origin))
+    print(f"{out} ({format_bytes(out.stat().st_size)})")
+    if num_incomplete:
+        print(
+            f"The page lacks results of {num_incomplete} of {len(rows)} rows. This command makes "
+            f"them:\n  {fill_command}"
+        )
     if failed:
-        sys.exit(f"error: {len(failed)} of {len(rows)} rows failed: {'; '.join(failed)}. Why stands above.")
+        sys.exit(
+            f"error: {len(failed)} of {len(rows)} rows failed: {'; '.join(failed)}. See the log "
+            "above for the errors."
+        )
 
 
-def shown(row: Asked) -> Entry:
-    """Of several seeds the first is looked at."""
-    return next(iter(row.entries.values()))
+def displayed_run(row: TableRow) -> PlannedRun:
+    """Return the run whose images and layers are shown: that of the first seed."""
+    return next(iter(row.runs.values()))
 
 
-def needed(entry: Entry) -> list[Step]:
-    """The stages of which a page shows something."""
-    return [step for step in entry.steps.values() if step.name not in UNREAD]
+def displayed_stages(run: PlannedRun) -> list[PlannedStage]:
+    """Return the stages of which the page shows something."""
+    return [stage for stage in run.stages.values() if stage.name not in STAGES_NOT_SHOWN]
 
 
-def completed(entry: Entry, store: Store) -> Entry | None:
-    """The run that makes what is missing of an entry; None if nothing is."""
-    todo = [step.name for step in needed(entry) if there(step, store) is None]
-    if entry.steps and not todo:
+def plan_missing_stages(run: PlannedRun, store: Store) -> PlannedRun | None:
+    """Return the run that makes the missing stages, or None if no stage is missing."""
+    missing = [stage.name for stage in displayed_stages(run) if find_stage(stage, store) is None]
+    if run.stages and not missing:
         return None
-    targets = [f"targets=[{','.join(todo)}]"] if todo else []
-    return replace(entry, arguments=[*entry.arguments, *targets])
+    targets = [f"targets=[{','.join(missing)}]"] if missing else []
+    return replace(run, overrides=[*run.overrides, *targets])
 
 
-def there(step: Step, store: Store) -> Path | None:
-    files = ("manifest.json",) if step.name in UNREAD else READ.get(step.name, ())
-    return store.find(step.name, step.key, *files)
+def find_stage(step: PlannedStage, store: Store) -> Path | None:
+    """Return the folder of a stage if the files that the page reads are intact."""
+    default = ("manifest.json",) if step.name in STAGES_NOT_SHOWN else ()
+    return store.find_entry(step.name, step.key, *FILES_READ.get(step.name, default))
 
 
-def state(step: Step, store: Store) -> str:
-    if there(step, store):
+def describe_state(step: PlannedStage, store: Store) -> str:
+    """Return in words whether the result of a stage is in the store."""
+    if find_stage(step, store):
         return "in the store"
-    if store.path(step.name, step.key).exists():
+    if store.get_path(step.name, step.key).exists():
         return "damaged"
-    older = sorted(versions_of(step, store))
-    return f"missing; of version {older[-1]} there is one, this is {step.identity['version']}" if older else "missing"
+    versions = sorted(find_other_versions(step, store))
+    if not versions:
+        return "missing"
+    version = step.identity["version"]
+    return f"missing; version {versions[-1]} is stored, and this is version {version}"
 
 
-def versions_of(step: Step, store: Store) -> set[int]:
-    """Other versions of a stage that was given the same."""
-    found = set()
+def find_other_versions(step: PlannedStage, store: Store) -> set[int]:
+    """Return the versions of the stored results that differ from a stage in nothing else."""
+    versions = set()
     for path in (store.root / step.name).glob("*/manifest.json"):
         try:
-            config = json.loads(path.read_text())["config"]
+            identity = read_json(path)["config"]
         except (OSError, ValueError, KeyError):
             continue
-        if {key: value for key, value in config.items() if key not in ("version", "content")} == step.config:
-            found.add(config.get("version"))
-    return found - {step.identity.get("version"), None}
+        version = identity.pop("version", None)
+        identity.pop("content", None)
+        if identity == step.config:
+            versions.add(version)
+    return versions - {step.identity.get("version"), None}
 
 
-def material(row: Asked, store: Store) -> Material:
-    entry = shown(row)
-    fill = completed(entry, store)
-    of = lambda role: entry.find(entry.steps["score"].needs[role], store) if entry.steps else None
-    folder = {name: there(entry.steps[name], store) if name in entry.steps else None for name in READ}
-    losses = read_losses(folder["trained"] if "trained" in entry.steps else folder["plain"])
-    return Material(
-        entry.row(store, row.bare),
-        line("run", *entry.arguments),
-        OmegaConf.to_yaml({step.name: dict(step.config) for step in entry.steps.values()}),
-        [Stage(step.name, step.key, state(step, store)) for step in entry.steps.values()],
-        line("run", *fill.arguments) if fill else "",
-        entry.plan.problem,
-        of("images"),
-        of("reference"),
-        read_csv(folder["activate"], "sqnr.csv"),
-        read_csv(folder["reconstruct"], "curve.csv") or [{**line, "error": line["loss"]} for line in losses],
-        read_json(folder["reconstruct"], "blocks.json") or (),
-        read_json(folder["histograms"], "histograms.json"),
+def collect_row_data(row: TableRow, store: Store) -> RowData:
+    """Read what the page shows of a row."""
+    run = displayed_run(row)
+    missing = plan_missing_stages(run, store)
+    folders: dict[str, Path | None] = {}
+    for name in FILES_READ:
+        folders[name] = find_stage(run.stages[name], store) if name in run.stages else None
+    stages = [
+        StageStatus(stage.name, stage.key, describe_state(stage, store))
+        for stage in run.stages.values()
+    ]
+    return RowData(
+        scored=run.load_row(store, row.empty_row),
+        command=format_command("run", *run.overrides),
+        config=OmegaConf.to_yaml({name: dict(stage.config) for name, stage in run.stages.items()}),
+        stages=stages,
+        fill_command=format_command("run", *missing.overrides) if missing else "",
+        problem=run.plan.problem,
+        images=find_role("images", run, store),
+        reference=find_role("reference", run, store),
+        sqnr=read_optional_csv(folders["activate"], "sqnr.csv"),
+        curve=read_curve(run, folders),
+        blocks=read_optional_json(folders["reconstruct"], "blocks.json") or (),
+        histograms=read_optional_json(folders["histograms"], "histograms.json"),
     )
 
 
-def worst_by(table: Table) -> dict[str, Any]:
-    """By what of too many images the worst are chosen."""
-    found = next((c for c in sorted(table.columns, key=lambda c: not c.compares) if c.interval and c.better), None)
-    return {"worst_by": found.name, "higher_is_better": found.better == "higher"} if found else {}
+def find_role(role: str, run: PlannedRun, store: Store) -> Path | None:
+    """Return the folder of the stage that plays a role for the scores, such as `images`."""
+    return run.find_result(run.stages["score"].needs[role], store) if run.stages else None
 
 
-def costs(cfg: DictConfig) -> dict[str, Column]:
-    known: Any = {**cfg.others, **cfg.columns}
-    return {name: Column(name, **known[name]) for name in COSTS if name in known}
+def read_curve(run: PlannedRun, folders: Mapping[str, Path | None]) -> list[dict[str, str]]:
+    """Read the errors while rounding is learned, or the losses of a training run."""
+    if errors := read_optional_csv(folders["reconstruct"], "curve.csv"):
+        return errors
+    losses = read_loss_curve(folders["train" if "train" in run.stages else "train_baseline"])
+    return [{**line, "error": line["loss"]} for line in losses]
 
 
-def made(store: Store, rows: Sequence[Asked]) -> str:
-    """When, and by which code."""
-    scores = [folder for row in rows for e in row.entries.values() if (folder := e.find("score", store))]
-    days = sorted(json.loads((folder / "manifest.json").read_text())["created"][:10] for folder in scores)
-    when = f"Scored {days[0]}{f' to {days[-1]}' if days[-1] != days[0] else ''}. " if days else ""
-    return f"{when}Page by FP4DiT {versions().get('fp4dit', '')}, {commit() or 'no commit known'}."
+def choose_order_metric(table: Table) -> dict[str, Any]:
+    """Return the metric that chooses the worst images, as arguments of `ReportImages`.
+
+    It is the first metric that compares with full precision, or else the first metric.
+    """
+    columns = [column for column in table.columns if column.per_image and column.better]
+    if not columns:
+        return {}
+    column = min(columns, key=lambda column: not column.compares_to_reference)
+    return {"worst_by": column.name, "higher_is_better": column.better == "higher"}
+
+
+def make_cost_columns(cfg: DictConfig) -> dict[str, TableColumn]:
+    """Return the columns against which quality is plotted."""
+    catalog = load_catalog(numbers=cfg.columns)
+    return {name: catalog.find_column(name) for name in COST_COLUMNS if name in catalog}
+
+
+def describe_origin(store: Store, rows: Sequence[TableRow]) -> str:
+    """Return when the rows were scored, and by which code the page is written."""
+    days = []
+    for row in rows:
+        for run in row.runs.values():
+            if folder := run.find_result("score", store):
+                manifest = read_json(folder / "manifest.json")
+                days.append(manifest["created"][:10])
+    scored = ""
+    if days:
+        first, last = min(days), max(days)
+        scored = f"Scored {first}{f' to {last}' if last != first else ''}. "
+    code = f"{read_package_versions().get('fp4dit', '')}, {read_git_commit() or 'no commit known'}"
+    return f"{scored}Page by FP4DiT {code}."
 
 
 if __name__ == "__main__":
-    command(main)()
+    run_command(main)

@@ -1,5 +1,6 @@
-"""The store as a whole: what is in it, whether it is intact, what can go, and moving it between machines."""
+"""Show, explain, check, tidy or move the results in the store: `python -m pipelines.store ls`."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,116 +9,174 @@ import hydra
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from fp4dit import archive
-from fp4dit.errors import UserError
-from fp4dit.locks import held, holder
-from fp4dit.store import Store
-from fp4dit.stored import Stored
-from pipelines.command import command
-from pipelines.garbage import collect
-from pipelines.made import told
-from pipelines.naming import named, stages
-from pipelines.resolvers import CONF, nearest
-from pipelines.units import aligned, size
+from fp4dit.store.archive import export_entries, import_entries
+from fp4dit.store.entries import StoreEntry
+from fp4dit.store.locks import is_locked, read_holder
+from fp4dit.store.store import Store
+from fp4dit.utils.errors import UserError
+from fp4dit.utils.formatting import align_columns, format_bytes
+from pipelines.cli.main import run_command
+from pipelines.config.resolvers import CONF, suggest_names
+from pipelines.results.describe import summarize_entries
+from pipelines.results.explain import explain_results
+from pipelines.results.gc import collect_garbage
+from pipelines.results.select import list_stage_names, select_entries
+
+OVERRIDE = re.compile(r"[+~]{0,2}[\w.@/-]+=")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="store")
 def main(cfg: DictConfig) -> None:
-    if cfg.do not in DO:
-        raise UserError(f"there is no {cfg.do!r}; {nearest(cfg.do, list(DO))}")
-    DO[cfg.do](cfg, Store(Path(cfg.outputs) / "store", f"store {cfg.do}"))
+    if cfg.do not in ACTIONS:
+        raise UserError(f"there is no {cfg.do!r}; {suggest_names(cfg.do, list(ACTIONS))}")
+    ACTIONS[cfg.do](cfg, Store(Path(cfg.outputs) / "store", f"store {cfg.do}"))
 
 
-def ls(cfg: DictConfig, store: Store) -> None:
-    """By stage: key, size, when and how it was made."""
-    found = named(cfg.what, cfg, store)
-    for stage in dict.fromkeys(one.stage for one in found):
-        its = [one for one in found if one.stage == stage]
-        print(f"{stage}: {len(its)} of {size(total(its)) or '0 MB'}", *(f"  {line}" for line in lines(its)), sep="\n")
-    print(f"{len(found)} entries of {size(total(found)) or '0 MB'} in {store.root}")
+def list_store(cfg: DictConfig, store: Store) -> None:
+    """Print key, size, day, duration and command of each entry, by stage."""
+    entries = select_entries(cfg.what, cfg, store)
+    for stage in dict.fromkeys(entry.stage for entry in entries):
+        members = [entry for entry in entries if entry.stage == stage]
+        print(f"{stage}: {len(members)} of {format_size(members)}")
+        for line in format_store_entries(members):
+            print(f"  {line}")
+    print(f"{len(entries)} entries of {format_size(entries)} in {store.root}")
 
 
-def lines(its: Sequence[Stored]) -> list[str]:
-    how = told(its)
-    return aligned([(one.key, size(one.bytes), *(state(one) if one.is_draft else how[one.key])) for one in its])
+def format_store_entries(entries: Sequence[StoreEntry]) -> list[str]:
+    """Return a line for each entry of a stage."""
+    summaries = summarize_entries(entries)
+    lines = []
+    for entry in entries:
+        summary = summarize_draft(entry) if entry.is_draft else summaries[entry.key]
+        lines.append((entry.key, format_bytes(entry.num_bytes), *summary))
+    return align_columns(lines)
 
 
-def state(draft: Stored) -> tuple[str, str, str]:
-    who = holder(draft.lock) if held(draft.lock) else None
-    return "draft", "", f"being made by {who}" if who else "of a job that ended early; the next goes on there"
+def summarize_draft(draft: StoreEntry) -> tuple[str, str, str]:
+    """Return what stands in the columns of day, duration and command of a draft."""
+    holder = read_holder(draft.lock_path) if is_locked(draft.lock_path) else None
+    if holder is None:
+        return "draft", "", "of a job that ended early; the next job continues it"
+    return "draft", "", f"being made by {holder}"
 
 
-def total(found: Sequence[Stored]) -> int:
-    return sum(one.bytes for one in found)
+def sum_bytes(entries: Sequence[StoreEntry]) -> int:
+    """Return the number of bytes of some entries."""
+    return sum(entry.num_bytes for entry in entries)
 
 
-def verify(cfg: DictConfig, store: Store) -> None:
-    found = [one for one in named(cfg.what, cfg, store) if not one.is_draft]
+def format_size(entries: Sequence[StoreEntry]) -> str:
+    """Return the size of some entries as text."""
+    return format_bytes(sum_bytes(entries)) or "0 MB"
+
+
+def select_finished(cfg: DictConfig, store: Store) -> list[StoreEntry]:
+    """Return the entries that the command names, without drafts."""
+    return [entry for entry in select_entries(cfg.what, cfg, store) if not entry.is_draft]
+
+
+def verify_entries(cfg: DictConfig, store: Store) -> None:
+    """Read every file, and print that all are intact.
+
+    Raises:
+        UserError: with the names of damaged files.
+    """
+    entries = select_finished(cfg, store)
     damaged = []
-    with progress("verify", found) as bar:
-        for one in found:
-            bad = store.damaged(one.path)
-            damaged += [f"{one.name}/{name}" for name in bad]
-            bar.update(one.bytes)
+    with make_progress_bar("verify", entries) as bar:
+        for entry in entries:
+            for name in store.find_damaged_files(entry.path):
+                damaged.append(f"{entry.name}/{name}")
+            bar.update(entry.num_bytes)
     if damaged:
-        raise UserError(
-            "\n".join(
-                [f"{len(damaged)} damaged:", *damaged, "The run that needs one makes it again: give its command."]
-            )
-        )
-    print(f"{len(found)} entries of {size(total(found)) or '0 MB'} are intact")
+        lines = [f"{len(damaged)} damaged:", *damaged]
+        lines.append("The run that needs one makes it again: give its command.")
+        raise UserError("\n".join(lines))
+    print(f"{len(entries)} entries of {format_size(entries)} are intact")
 
 
-def progress(label: str, found: Sequence[Stored]) -> tqdm:
-    every = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(desc=label, total=total(found), unit="B", unit_scale=True, mininterval=every, delay=every)
+def make_progress_bar(label: str, entries: Sequence[StoreEntry]) -> tqdm:
+    """Return a progress bar over the bytes of some entries."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        desc=label,
+        total=sum_bytes(entries),
+        unit="B",
+        unit_scale=True,
+        mininterval=interval,
+        delay=interval,
+    )
 
 
-def export(cfg: DictConfig, store: Store) -> None:
-    found = [one for one in named(cfg.what, cfg, store) if not one.is_draft]
+def export_archive(cfg: DictConfig, store: Store) -> None:
+    """Write an archive of the entries that the command names.
+
+    Raises:
+        UserError: if there is no path for the archive, or nothing to write.
+    """
+    entries = select_finished(cfg, store)
     if not cfg.out:
-        raise UserError("where to? Give out=file.tar")
-    if not found:
+        raise UserError("the archive needs a path. Give out=file.tar")
+    if not entries:
         raise UserError(f"there is nothing of that in {store.root}")
-    with progress("export", found) as bar:
-        archive.export(found, store, Path(cfg.out), bar.update)
-    print(f"{cfg.out}: {len(found)} entries of {size(total(found))}")
+    with make_progress_bar("export", entries) as bar:
+        export_entries(entries, store, Path(cfg.out), bar.update)
+    print(f"{cfg.out}: {len(entries)} entries of {format_size(entries)}")
 
 
-def load(cfg: DictConfig, store: Store) -> None:
+def import_archives(cfg: DictConfig, store: Store) -> None:
+    """Add the entries of archives to the store.
+
+    Raises:
+        UserError: if no archive is named, one does not exist, or one is refused.
+    """
     if not cfg.what:
-        raise UserError("which archive? Give its name: python -m pipelines.store import file.tar")
+        raise UserError("import needs an archive: python -m pipelines.store import file.tar")
     for name in cfg.what:
         if not Path(name).is_file():
             raise UserError(f"there is no file at {name}")
-        found = archive.load(Path(name), store, stages())
-        for entry, new in found.items():
-            print(f"{entry}  {'added' if new else 'was there'}")
+        for entry, is_new in import_entries(Path(name), store, list_stage_names()).items():
+            print(f"{entry}  {'added' if is_new else 'was there'}")
 
 
-DO: Mapping[str, Callable[[DictConfig, Store], None]] = {
-    "ls": ls,
-    "verify": verify,
-    "gc": collect,
-    "export": export,
-    "import": load,
+ACTIONS: Mapping[str, Callable[[DictConfig, Store], None]] = {
+    "ls": list_store,
+    "explain": explain_results,
+    "verify": verify_entries,
+    "gc": collect_garbage,
+    "export": export_archive,
+    "import": import_archives,
 }
 
 
-def worded(arguments: Sequence[str]) -> Iterator[str]:
-    """As Hydra takes them: of words without = the first is what to do, the others are what to do it with."""
-    plain = [given for given in arguments if "=" not in given and not given.startswith("-")]
-    yield from (given for given in arguments if given not in plain)
-    if plain:
-        yield f"do={plain[0]}"
-    if plain[1:]:
-        yield "what=[" + ",".join(f"'{quoted(word)}'" for word in plain[1:]) + "]"
+def convert_words(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the arguments in the form that Hydra accepts.
+
+    Of the arguments that are neither overrides nor options, the first is the value of `do`, and the
+    others are the list `what`.
+
+    >>> list(convert_words(["ls", "capture", "outputs=results"]))
+    ['outputs=results', 'do=ls', "what=['capture']"]
+    """
+    words = []
+    for argument in arguments:
+        if argument.startswith("-") or OVERRIDE.match(argument):
+            yield argument
+        else:
+            words.append(argument)
+    if words:
+        yield f"do={words[0]}"
+    if words[1:]:
+        quoted = [f"'{escape_quotes(word)}'" for word in words[1:]]
+        yield f"what=[{','.join(quoted)}]"
 
 
-def quoted(word: str) -> str:
+def escape_quotes(word: str) -> str:
+    """Escape the quotes of a word for Hydra, which leaves a word without quotes as it is."""
     return word.replace("\\", "\\\\").replace("'", "\\'") if "'" in word else word
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = worded(sys.argv[1:])
-    command(main)()
+    sys.argv[1:] = convert_words(sys.argv[1:])
+    run_command(main)

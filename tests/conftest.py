@@ -1,4 +1,4 @@
-"""What every test runs with: one thread, no network, no W&B account."""
+"""Settings and fixtures of all tests: one thread, no network, no W&B account."""
 
 import copy
 import os
@@ -16,17 +16,18 @@ from hypothesis import settings
 from omegaconf import DictConfig
 
 import pipelines.run
-from pipelines.command import command
-from pipelines.resolvers import CONF, register
+from pipelines.cli.main import run_command
+from pipelines.config.resolvers import CONF, register_resolvers
 
-settings.register_profile("untimed", deadline=None)  # how long an example takes is no matter of right or wrong
+# An example may take any time.
+settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 
 TOY = ["stages=toy", f"hydra.searchpath=[file://{Path(__file__).parent}/conf]"]
 
 if TYPE_CHECKING:
-    from fp4dit.models.pixart import PixArt, PixArtPipeline
+    from fp4dit.models.pixart import PixArt, PixArtAdapter
 
 T = TypeVar("T")
 Compose = Callable[..., DictConfig]
@@ -34,24 +35,24 @@ Run = Callable[..., int]
 ROOT = Path(__file__).parents[1]
 
 
-def until(found: Callable[[], T], seconds: float = 120.0) -> T:
-    """What is found, as soon as it is."""
+def wait_until(condition: Callable[[], T], seconds: float = 120.0) -> T:
+    """Wait until the condition is true, and return its value."""
     end = time.monotonic() + seconds
-    while not (value := found()):
-        assert time.monotonic() < end, "waited in vain"
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not true after {seconds:.0f} s"
         time.sleep(0.02)
     return value
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Shapes are checked at every call, which takes long where whole models run; others check the same functions."""
+    """Check shapes at every call, except in tests marked `unchecked`, which run whole models."""
     jaxtyping.config.update("jaxtyping_disable", item.get_closest_marker("unchecked") is not None)
 
 
 @pytest.fixture
 def composed(tmp_path: Path) -> Iterator[Compose]:
-    """Composes conf/run.yaml with its outputs under tmp_path."""
-    register()
+    """A function that composes conf/run.yaml, with its outputs under tmp_path."""
+    register_resolvers()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield lambda *overrides: compose("run", [*overrides, f"outputs={tmp_path}"])
@@ -60,16 +61,18 @@ def composed(tmp_path: Path) -> Iterator[Compose]:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command in this process and returns its exit code."""
+    """A function that runs a command in this process, and returns its exit code."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.chdir(ROOT)
 
     def call(*arguments: str, main: Callable = pipelines.run.main, outputs: bool = True) -> int:
         GlobalHydra.instance().clear()
         os.environ["HYDRA_FULL_ERROR"] = "0"
-        monkeypatch.setattr(sys, "argv", ["command", *arguments, *([f"outputs={tmp_path}"] if outputs else [])])
+        monkeypatch.setattr(
+            sys, "argv", ["command", *arguments, *([f"outputs={tmp_path}"] if outputs else [])]
+        )
         try:
-            command(main)()
+            run_command(main)
         except SystemExit as stop:
             if isinstance(stop.code, str):
                 print(stop.code, file=sys.stderr)
@@ -82,7 +85,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A folder that looks like a diffusers pipeline, as far as its identity goes."""
+    """A folder that has the identity of a diffusers pipeline, but no usable weights."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model_index.json").write_text("{}")
@@ -92,8 +95,10 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def pixart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random PixArt in diffusers' layout."""
-    from tests import tiny  # here, because most tests of orchestration do without torch
+    """The folder of a tiny random PixArt in the layout of diffusers."""
+    from tests.helpers import (
+        tiny,  # imported here because most tests of orchestration need no torch
+    )
 
     folder = tmp_path_factory.mktemp("pixart")
     tiny.save(folder)
@@ -108,13 +113,13 @@ def source(pixart_folder: Path) -> "PixArt":
 
 
 @pytest.fixture(scope="session")
-def loaded(pixart_folder: Path) -> "PixArtPipeline":
+def loaded(pixart_folder: Path) -> "PixArtAdapter":
     from fp4dit.models.pixart import PixArt
 
     return PixArt(str(pixart_folder), tokens=20).load()
 
 
 @pytest.fixture
-def pipeline(loaded: "PixArtPipeline") -> "PixArtPipeline":
-    """A fresh copy, which a test may quantize."""
+def pipeline(loaded: "PixArtAdapter") -> "PixArtAdapter":
+    """A copy of the tiny PixArt, which a test may quantize."""
     return copy.deepcopy(loaded)

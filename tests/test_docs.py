@@ -1,4 +1,4 @@
-"""What the documentation shows runs, and does what it says."""
+"""The code and the commands that the documentation shows work."""
 
 import re
 import shlex
@@ -9,18 +9,20 @@ import pytest
 from accelerate import init_empty_weights
 from diffusers import SD3Transformer2DModel
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 
-from fp4dit.errors import UserError
-from tests import tiny
+from fp4dit.utils.errors import UserError
+from pipelines.config.resolvers import list_options
+from tests.conftest import ROOT
+from tests.helpers import tiny
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "your_model.md").read_text()
 ADAPTER, CHECK = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.fixture
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The check, of a transformer of published size, and beside it the adapter that it imports."""
+    """Write the adapter as a module; return the check of it on a model of published size."""
     (tmp_path / "my_models.py").write_text(ADAPTER)
     monkeypatch.syspath_prepend(tmp_path)
     with init_empty_weights():
@@ -32,11 +34,14 @@ def test_the_adapter_passes_the_check(check: str):
     exec(check, {})
 
 
-def test_the_check_would_have_found_a_mistake(check: str):
+def test_the_check_finds_a_mistake(check: str):
     wrong = {}
-    exec(ADAPTER.replace('(s["timestep"], s["pooled"])', '(s["timestep"] + 1, s["pooled"])'), wrong)
+    exec(ADAPTER.replace('arguments["timestep"]', 'arguments["timestep"] + 1'), wrong)
     with pytest.raises(UserError, match="time_text_embed of SD3Transformer2DModel, called alone"):
-        exec(check.replace("from my_models import SD3Adapter", ""), {"SD3Adapter": wrong["SD3Adapter"]})
+        exec(
+            check.replace("from my_models import SD3Adapter", ""),
+            {"SD3Adapter": wrong["SD3Adapter"]},
+        )
 
 
 def test_the_adapter_draws(check: str, tmp_path: Path):
@@ -47,20 +52,54 @@ def test_the_adapter_draws(check: str, tmp_path: Path):
     assert pipeline.sample(tiny.PROMPTS[:2], [1, 2], 1, 4.5).shape[:2] == (2, 3)
 
 
-def commands(text: str) -> list[str]:
-    """The arguments of each command of ours that is shown, to the end of its line or of the code that it is part of."""
-    return re.findall(r"python -m pipelines\.\w+((?:\\\n|[^`\n#;&|])*)", text)
-
-
-SHOWN = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("conf/**/*.yaml"), *ROOT.glob("benchmarks/*.md")]
+SHOWN = [
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("conf/**/*.yaml"),
+    *ROOT.glob("benchmarks/*.md"),
+]
 RECIPES = ["make", "--always-make", "--dry-run", "demo", "table", "TABLE=demo"]
 
 
-def test_commands_that_are_shown_can_be_read():
-    """By Hydra, which wants quotes around an override that is part of another one's value."""
-    recipes = subprocess.run(RECIPES, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    found = [shown for text in (recipes, *(path.read_text() for path in SHOWN)) for shown in commands(text)]
-    assert len(found) > 100
-    for shown in found:
-        given = [word for word in shlex.split(shown) if re.match(r"[+~]*[\w./@]+=", word)]
-        OverridesParser.create().parse_overrides(given)
+def find_overrides(text: str) -> list[list[str]]:
+    """Return the overrides of each command of ours in a text.
+
+    A command ends at the end of its line, or of the code that it is a part of.
+    """
+    commands = []
+    for arguments in re.findall(r"python -m pipelines\.\w+((?:\\\n|[^`\n#;&|])*)", text):
+        words = shlex.split(arguments)
+        commands.append([word for word in words if re.match(r"[+~]*[\w./@]+=", word)])
+    return commands
+
+
+@pytest.fixture(scope="module")
+def shown_overrides() -> list[list[str]]:
+    """The overrides of all commands that the documentation, the configs and the Makefile show."""
+    make = subprocess.run(RECIPES, cwd=ROOT, capture_output=True, text=True, check=True)
+    commands = find_overrides(make.stdout)
+    for path in SHOWN:
+        commands += find_overrides(path.read_text())
+    return commands
+
+
+def test_shown_commands_can_be_parsed(shown_overrides: list[list[str]]):
+    """Hydra wants quotes around an override that is a part of another one's value."""
+    assert len(shown_overrides) > 100
+    for overrides in shown_overrides:
+        OverridesParser.create().parse_overrides(overrides)
+
+
+def test_shown_commands_name_options_that_exist(shown_overrides: list[list[str]]):
+    unknown = set()
+    for overrides in shown_overrides:
+        for override in OverridesParser.create().parse_overrides(overrides):
+            is_hydras = override.key_or_group.startswith("hydra/")
+            options = [] if is_hydras else list_options(override.key_or_group)
+            value = override.value()
+            if isinstance(value, ChoiceSweep):
+                value = value.list
+            for name in value if isinstance(value, list) else [value]:
+                if options and str(name) not in options and "glob" not in override.input_line:
+                    unknown.add(f"{override.key_or_group}={name}")
+    assert unknown == {"table=NAME"}  # stands for any table

@@ -1,4 +1,7 @@
-"""Inception-v3 as FID is defined by, with the weights that torch-fidelity converted from TensorFlow's."""
+"""Inception-v3, the network that defines FID.
+
+torch-fidelity converted the weights from TensorFlow.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,36 +14,58 @@ from PIL import Image
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from fp4dit.calls import removed
-from fp4dit.errors import UserError
 from fp4dit.metrics.base import Images
-from fp4dit.metrics.checkpoint import tensors
-from fp4dit.weights import need
+from fp4dit.metrics.loading import load_tensors
+from fp4dit.utils.calls import remove_hooks
+from fp4dit.utils.errors import UserError
+from fp4dit.utils.hub import require_weights
 
-SIZE = 299
+SIZE = 299  # pixels of a side of the network's input
 Pixels = UInt8[Tensor, "n 3 _ _"]
 
 
-def eight_bits(images: Images) -> Pixels:
-    """As they were drawn. The network resizes them to its size as TensorFlow 1 does."""
+def to_uint8(images: Images) -> Pixels:
+    """Round images to 8 bits. The network itself resizes them, as TensorFlow 1 does."""
     return (255 * images).round().to(torch.uint8)
 
 
-def by_pillow(images: Images) -> Pixels:
-    """Each channel in floating point, then to 8 bits, which the network reads; it finds nothing left to resize."""
-    pixels = [Image.fromarray(np.asarray(channel)) for channel in eight_bits(images).flatten(0, 1).float().cpu()]
-    resized = [np.asarray(channel.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for channel in pixels]
-    found = torch.from_numpy(np.stack(resized)).unflatten(0, images.shape[:2])
-    return found.clamp(0, 255).round().to(images.device, torch.uint8)
+def resize_with_pillow(images: Images) -> Pixels:
+    """Resize images to the network's input size with Pillow's bicubic filter.
+
+    Each channel is resized in floating point and then rounded to 8 bits. The network has nothing
+    left to resize.
+    """
+    resized = []
+    for channel in to_uint8(images).flatten(0, 1).float().cpu():
+        picture = Image.fromarray(np.asarray(channel))
+        resized.append(np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
+    stacked = torch.from_numpy(np.stack(resized)).unflatten(0, images.shape[:2])
+    return stacked.clamp(0, 255).round().to(images.device, torch.uint8)
 
 
-FILTERS: dict[str, Callable[[Images], Pixels]] = {"tf1-bilinear": eight_bits, "pil-bicubic": by_pillow}
+FILTERS: dict[str, Callable[[Images], Pixels]] = {
+    "tf1-bilinear": to_uint8,
+    "pil-bicubic": resize_with_pillow,
+}
 
 
 @dataclass(frozen=True)
-class Inception:
-    """`resize` is how images get to its 299 pixels: `tf1-bilinear` as in TensorFlow 1, by which FID was defined, or
-    `pil-bicubic`, which does not alias (arXiv:2104.11222). `path` is torch-fidelity's checkpoint."""
+class InceptionFeatures:
+    """Feature extractor: Inception-v3 of 2015.
+
+    Args:
+        path: torch-fidelity's checkpoint, as `fp4dit.utils.hub` finds it.
+        resize: Filter that resizes images to 299 pixels: `tf1-bilinear` as in TensorFlow 1, which
+            FID was defined with, or `pil-bicubic`, which does not alias (arXiv:2104.11222).
+
+    Raises:
+        UserError: if `resize` is neither.
+
+    Example:
+        >>> extractor = InceptionFeatures("/path/of/weights-inception-2015-12-05.pth")
+        >>> extractor.load()(images)["pool"].shape  # 8 images
+        torch.Size([8, 2048])
+    """
 
     path: str
     resize: str = "tf1-bilinear"
@@ -54,31 +79,48 @@ class Inception:
         return f"inception-{self.resize}"
 
     def load(self) -> nn.Module:
-        return Network(opened(self.path), FILTERS[self.resize])
+        return InceptionNetwork(load_inception(self.path), FILTERS[self.resize])
 
 
-class Network(nn.Module):
-    """Answers with the layers `pool`, `logits` (without their bias, as torch-fidelity has them) and `spatial`."""
+class InceptionNetwork(nn.Module):
+    """Inception-v3 with the layers `pool`, `logits` and `spatial`.
 
-    def __init__(self, inception: FeatureExtractorInceptionV3, resize: Callable[[Images], Pixels]) -> None:
+    `logits` are without their bias, as in torch-fidelity. `spatial` are the first 7 channels of the
+    layer that TensorFlow calls mixed_6/conv.
+    """
+
+    def __init__(
+        self, inception: FeatureExtractorInceptionV3, resize: Callable[[Images], Pixels]
+    ) -> None:
         super().__init__()
         self.inception, self.resize = inception, resize
 
     @torch.no_grad()
     def forward(self, images: Images) -> dict[str, Float[Tensor, "n d"]]:
-        found: list[Tensor] = []
-        note: Any = lambda _m, _given, out: found.append(out)
-        with removed([self.inception.Mixed_6d.branch1x1.register_forward_hook(note)]):
+        outputs: list[Tensor] = []
+
+        def keep_output(_module: Any, _inputs: Any, output: Tensor) -> None:
+            outputs.append(output)
+
+        layer = self.inception.Mixed_6d.branch1x1
+        with remove_hooks([layer.register_forward_hook(keep_output)]):
             pool, logits = self.inception(self.resize(images))
-        spatial = found[0][:, :7].flatten(1).float()  # of what TensorFlow calls mixed_6/conv
+        spatial = outputs[0][:, :7].flatten(1).float()
         return {"pool": pool, "logits": logits, "spatial": spatial}
 
 
-def opened(path: str) -> FeatureExtractorInceptionV3:
-    """Raises UserError if it is another model's checkpoint, or none."""
-    place = need(path)
-    tensors(place)  # which lets nothing but tensors in, while the network's own way to read a file would run it
+def load_inception(path: str) -> FeatureExtractorInceptionV3:
+    """Load torch-fidelity's checkpoint.
+
+    Raises:
+        UserError: if the file is another model's checkpoint, or no checkpoint.
+    """
+    file = require_weights(path)
+    # This refuses everything but tensors. The network's own way of reading a file would run code.
+    load_tensors(file)
     try:
-        return FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(place))
+        return FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(file))
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no checkpoint of torch-fidelity's Inception: {str(error)[:300]}") from error
+        raise UserError(
+            f"{path} is not a checkpoint of torch-fidelity's Inception: {str(error)[:300]}"
+        ) from error

@@ -1,4 +1,4 @@
-"""PickScore: which image of a prompt people would pick (arXiv:2305.01569)."""
+"""PickScore (arXiv:2305.01569): a model of which image of a prompt people prefer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,57 +11,84 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from fp4dit.errors import UserError
-from fp4dit.metrics.base import Images, PerImage
-from fp4dit.metrics.towers import Towers, brief, preprocessing
-from fp4dit.weights import need
+from fp4dit.metrics.base import Images, PerImageMetric
+from fp4dit.metrics.clip_backbone import CLIPBackbone, make_preprocess, shorten_error
+from fp4dit.utils.errors import UserError
+from fp4dit.utils.hub import require_weights
 
 
-class PickScore(PerImage):
-    """exp(logit scale) cos, the score of the paper, about 20; some tables divide it by 100, or leave the scale out.
+class PickScore(PerImageMetric):
+    """exp(logit scale) cos(image, prompt), as in the paper: about 20.
 
-    `path` is a folder in transformers' layout, the tokenizer's is its tokenizer.json; `fp4dit.weights` finds both.
+    Some tables divide it by 100, or leave out the scale.
+
+    Args:
+        path: Folder in transformers' layout, as `fp4dit.utils.hub` finds it.
+        tokenizer: `path` of the model's tokenizer.json.
+
+    Example:
+        >>> metric = PickScore("/path/of/a/folder", {"path": "/path/of/tokenizer.json"})
+        >>> metric.score(images, images, ["a cat", "a dog"])
+        tensor([21.3, 20.8])
     """
 
-    higher_is_better = True
+    title, digits, higher_is_better = "PickScore", 2, True
 
     def __init__(self, path: str, tokenizer: Mapping[str, str]) -> None:
         super().__init__()
-        model = load(path)
-        image, length = model.config.vision_config, model.config.text_config.max_position_embeddings
+        model = load_pickscore(path)
+        vision, text = model.config.vision_config, model.config.text_config
         self.scale = model.logit_scale.detach().exp().item()
-        words = Words(tokenizer["path"])
-        self.towers = Towers(AsOpenClip(model), preprocessing(PreprocessCfg(image.image_size)), words, length)
-        size = f"{image.num_hidden_layers} layers, width {image.hidden_size}, patch {image.patch_size}"
+        self.backbone = CLIPBackbone(
+            OpenClipAdapter(model),
+            make_preprocess(PreprocessCfg(vision.image_size)),
+            CLIPTokenizer(tokenizer["path"]),
+            text.max_position_embeddings,
+        )
+        size = (
+            f"{vision.num_hidden_layers} layers, width {vision.hidden_size}, "
+            f"patch {vision.patch_size}, {vision.image_size} pixels"
+        )
         self.about = (
-            f"PickScore, exp(logit scale) cos, of {path} in transformers {transformers.__version__}: ViT ({size}, "
-            f"{image.image_size} pixels); shortest side to its size, bicubic, centre crop"
+            f"PickScore, exp(logit scale) cos, of {path} in transformers "
+            f"{transformers.__version__}: ViT ({size}); shortest side to its size, bicubic, "
+            "centre crop"
         )
 
-    def score(self, images: Images, reference: Images, prompts: Sequence[str]) -> Float[Tensor, " n"]:
-        return self.scale * self.towers.agreement(images, prompts)
+    def score(
+        self, images: Images, reference: Images, prompts: Sequence[str]
+    ) -> Float[Tensor, " n"]:
+        return self.scale * self.backbone.cosine_similarity(images, prompts)
 
-    def note(self, prompts: Sequence[str]) -> str:
-        return self.towers.note(prompts)
+    def describe_cut_prompts(self, prompts: Sequence[str]) -> str:
+        return self.backbone.describe_cut_prompts(prompts)
 
 
-def load(path: str) -> Any:
-    """In fp32. Raises UserError if it is not such a folder, or its weights are broken or another model's."""
-    folder = str(need(path))
+def load_pickscore(path: str) -> Any:
+    """Load a CLIP of transformers in fp32.
+
+    Raises:
+        UserError: if the folder is not such a model, or its weights are broken or another model's.
+    """
+    folder = str(require_weights(path))
     try:
         loaded: Any = CLIPModel.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # a broken file makes transformers raise almost anything
-        raise UserError(f"{path} is no CLIP in transformers' layout: {brief(error)}") from error
-    model, found = loaded
-    if lacking := sorted(found["missing_keys"]):
-        raise UserError(f"{path} is no CLIP of transformers: it lacks {lacking[0]} ({len(lacking)} in all)")
+        raise UserError(
+            f"{path} is not a CLIP in transformers' layout: {shorten_error(error)}"
+        ) from error
+    model, loading_info = loaded
+    if missing := sorted(loading_info["missing_keys"]):
+        raise UserError(
+            f"{path} is not a CLIP of transformers: it lacks {missing[0]} ({len(missing)} in all)"
+        )
     return model
 
 
-class AsOpenClip(nn.Module):
-    """A CLIP of transformers, asked as open_clip's are."""
+class OpenClipAdapter(nn.Module):
+    """A CLIP of transformers with the interface of open_clip's."""
 
     def __init__(self, model: CLIPModel) -> None:
         super().__init__()
@@ -75,19 +102,30 @@ class AsOpenClip(nn.Module):
         return self.model.get_text_features(tokens).pooler_output
 
 
-class Words:
-    """The tokenizer of a tokenizer.json, asked as open_clip's are. What stands behind the end mark, CLIP does not read,
-    so padding is more of it."""
+class CLIPTokenizer:
+    """Tokenizer of a tokenizer.json with the interface of open_clip's.
+
+    It pads with the end token, because CLIP reads nothing after the first one.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
 
     def __init__(self, path: str) -> None:
-        file = str(need(path))
+        file = str(require_weights(path))
         try:
             self.tokenizer = Tokenizer.from_file(file)
         except Exception as error:  # tokenizers has no class of its own for a broken file
-            raise UserError(f"{path} cannot be read as a tokenizer.json: {brief(error)}") from error
+            raise UserError(
+                f"{path} cannot be read as a tokenizer.json: {shorten_error(error)}"
+            ) from error
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
 
     def __call__(self, prompts: list[str], length: int) -> Int[Tensor, "n length"]:
-        found = [encoding.ids for encoding in self.tokenizer.encode_batch(prompts)]
-        return torch.tensor([(ids[: length - 1] + ids[-1:] * length)[:length] for ids in found])
+        rows = []
+        for encoding in self.tokenizer.encode_batch(prompts):
+            end_token = encoding.ids[-1:]
+            ids = encoding.ids[: length - 1] + end_token * length
+            rows.append(ids[:length])
+        return torch.tensor(rows)

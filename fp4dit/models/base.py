@@ -1,4 +1,7 @@
-"""What this project needs of a text-to-image model."""
+"""Interfaces of a text-to-image model: `PipelineSource` finds and loads it, `Pipeline` runs it.
+
+Diffusers pipelines inherit from `PretrainedSource` and `TransformerAdapter`, which implement them.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,60 +11,117 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fp4dit.calls import Call
-from fp4dit.stream import State, Unit
+from fp4dit.models.blocks import ActivationState, Unit
+from fp4dit.utils.calls import Call
 
 
 @runtime_checkable
 class Pipeline(Protocol):
-    """A pipeline whose transformer `dit` can be run whole (`sample`) and unit by unit (`begin`, `units`)."""
+    """Text-to-image pipeline whose transformer can also be run unit by unit.
 
-    dit: nn.Module
+    Attributes:
+        transformer: The diffusion transformer, which is the only part that is quantized.
+        device: The device of the pipeline.
+        options: Keyword arguments of diffusers' pipeline beside prompts, steps and guidance.
+
+    Example:
+        >>> pipeline = PixArt("outputs/pixart").load()
+        >>> images = pipeline.sample(["a red square"], seeds=[0], steps=20, guidance=4.5)
+        >>> state = pipeline.initial_state(call)  # a recorded call of the transformer
+        >>> for unit in pipeline.units():
+        ...     output = unit.make_call(state)(pipeline.transformer.get_submodule(unit.module))
+        ...     state |= zip(unit.outputs, flatten_outputs(output))
+    """
+
+    transformer: nn.Module
     device: torch.device
-    options: Mapping[str, Any]  # what diffusers' pipeline is called with to draw, beside prompts, steps and guidance
+    options: Mapping[str, Any]
 
-    def to(self, device: torch.device | str) -> None: ...
+    def to(self, device: torch.device | str) -> None:
+        """Move the pipeline to a device."""
+        ...
+
     def sample(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
     ) -> Float[Tensor, "n 3 h w"]:
-        """Images in [0, 1]. Each prompt's noise comes from its own seed alone."""
+        """Draw one image for each prompt.
+
+        Args:
+            prompts: One text, or the name of one class, for each image.
+            seeds: The seed of each image. The noise of an image depends on no other seed.
+            steps: The number of denoising steps.
+            guidance: The scale of classifier-free guidance.
+
+        Returns:
+            Images with values in [0, 1].
+        """
         ...
 
-    def subjects(self, prompts: Sequence[str]) -> Sequence[str | int]:
-        """What diffusers' pipeline is given for them."""
+    def pipeline_inputs(self, prompts: Sequence[str]) -> Sequence[str | int]:
+        """Return the first argument of diffusers' pipeline: texts, or numbers of classes."""
         ...
 
-    def blank(self, n: int) -> Call:
-        """A call of `dit` for n samples as `sample` makes it, on the meta device and so without content."""
+    def meta_call(self, n: int) -> Call:
+        """Return a call of the transformer with `n` samples, as `sample` makes it.
+
+        Its tensors are on the meta device: they have a shape and a dtype, and no content.
+        """
         ...
 
-    def begin(self, call: Call) -> State:
-        """The tensors of one call of `dit`, a row for each of its samples."""
+    def initial_state(self, call: Call) -> ActivationState:
+        """Return the tensors of a call of the transformer, each with one row per sample.
+
+        The key `timestep` is required, with one number per row: `calibration.capture`,
+        `rounding.reconstruction` and `rounding.finetune` read it. The key `prompt` is reserved,
+        because `calibration.capture` adds it. The transformer's `forward` needs an argument named
+        `timestep`, which `quantization.timestep` and `models.nan_guard` read.
+        """
         ...
 
     def units(self) -> list[Unit]:
-        """All of `dit` that can be quantized, in execution order."""
+        """Return all parts of the transformer that can be quantized, in execution order."""
         ...
 
     def save(self, folder: Path, base: str) -> None:
-        """As a folder that diffusers loads, which says that it was made from `base`."""
+        """Save the pipeline as a folder that diffusers loads.
+
+        Args:
+            folder: The folder to write to.
+            base: The name of the original model, which the configs of the folder mention.
+        """
         ...
 
 
 @runtime_checkable
-class Source(Protocol):
-    """Where a pipeline is: light, so that a plan can hold it."""
+class PipelineSource(Protocol):
+    """Location of a pipeline, and the way to load it.
 
-    def load(self) -> Pipeline: ...
+    A source is light, so that a plan can hold it without loading a weight.
+    """
+
+    def load(self) -> Pipeline:
+        """Load the pipeline with its weights."""
+        ...
+
     def check(self, prompts: Sequence[str]) -> None:
-        """Raises UserError if it is known before loading that one of them cannot be drawn, or that the transformer is
-        quantized already."""
+        """Check, before loading, that the model is not quantized and can draw the prompts.
+
+        Raises:
+            UserError: if a prompt cannot be drawn, or if the transformer is quantized already.
+        """
         ...
 
     def check_text_encoder(self) -> None:
-        """Raises UserError if it is known before loading that there is no text encoder to be quantized."""
+        """Check, before loading, that there is a text encoder to quantize.
+
+        Raises:
+            UserError: if there is none.
+        """
         ...
 
-    def skeleton(self) -> Pipeline:
-        """The transformer on the meta device: all but `to` and `sample`."""
+    def build_on_meta(self) -> Pipeline:
+        """Build the pipeline on the meta device, without weights.
+
+        The result can do everything but `to` and `sample`.
+        """
         ...

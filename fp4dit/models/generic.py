@@ -1,4 +1,7 @@
-"""Any diffusers pipeline whose transformer has a list of blocks: its units are found by watching it."""
+"""Adapter of any diffusers pipeline whose transformer has a list of blocks.
+
+The units are not written down: `fp4dit.models.tracing` finds them in a recorded call.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,91 +15,129 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fp4dit.calls import Call, removed
-from fp4dit.errors import UserError
-from fp4dit.models.check import verify
-from fp4dit.models.checkpoint import Adapter, Checkpoint
-from fp4dit.models.trace import Arguments, Reached, watch
-from fp4dit.stream import State, Unit
+from fp4dit.models.adapter import TransformerAdapter
+from fp4dit.models.blocks import ActivationState, Unit
+from fp4dit.models.pretrained import PretrainedSource
+from fp4dit.models.testing import verify_adapter
+from fp4dit.models.traced_arguments import RowShape, TracedArguments
+from fp4dit.models.tracing import PartReached, trace_call
+from fp4dit.utils.calls import Call, remove_hooks
+from fp4dit.utils.errors import UserError
+
+# The prompts of the recorded call. Three is an odd number of samples, which is unlikely to equal
+# another dimension.
+TRACE_PROMPTS = ("a", "b", "c")
+TRACE_GUIDANCE = 4.5
 
 
 @dataclass(frozen=True)
-class Generic(Checkpoint):
-    """Where the pipeline is and how to load it. `options` are what else it is called with, as `height`."""
+class Generic(PretrainedSource):
+    """Any diffusers pipeline, in a folder or on the Hugging Face hub.
+
+    Args:
+        options: Keyword arguments of the pipeline, such as `height`.
+
+    Example:
+        >>> pipeline = Generic("/my/sd3", options={"height": 512, "width": 512}).load()
+    """
 
     options: Mapping[str, Any] = field(default_factory=dict)
 
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (DiffusionPipeline,)
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raises UserError, too, if the pipeline names no such option: what others some take, they do without."""
+        """Check, before loading, that the model is not quantized and that it knows all options.
+
+        Raises:
+            UserError: if the pipeline has no parameter of an option's name. An option that
+                disappears in `**kwargs` is an error, too.
+        """
         super().check(prompts)
-        index: Any = DiffusionPipeline.load_config(self.whole())
-        name = index["_class_name"]
-        known = list(signature(getattr(diffusers, name).__call__).parameters)[1:]
-        for option in sorted(self.options.keys() - known):
-            close = get_close_matches(option, known)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
-            raise UserError(f"model.options.{option}: a {name} is called with no such option; {hint}")
+        index: Any = DiffusionPipeline.load_config(self.pipeline_path())
+        class_name = index["_class_name"]
+        parameters = list(signature(getattr(diffusers, class_name).__call__).parameters)[1:]
+        for option in sorted(self.options.keys() - parameters):
+            close = get_close_matches(option, parameters)
+            hint = f"there are {', '.join(parameters)}"
+            if close:
+                hint = f"did you mean {' or '.join(close)}?"
+            raise UserError(f"model.options.{option}: {class_name} has no such option; {hint}")
 
-    def around(self, dit: ModelMixin, pipe: DiffusionPipeline | None = None) -> "GenericPipeline":
-        return GenericPipeline(dit, self.options, self.load, pipe)
+    def make_adapter(
+        self, transformer: ModelMixin, pipe: DiffusionPipeline | None = None
+    ) -> "GenericAdapter":
+        return GenericAdapter(transformer, self.options, self.load, pipe)
 
 
-class GenericPipeline(Adapter):
-    """A transformer as a chain of what it is found to run. On the meta device that takes loading the whole with `load`,
-    for only a pipeline knows what it calls its transformer with."""
+class GenericAdapter(TransformerAdapter):
+    """Adapter that finds the units of a transformer by tracing one call.
 
-    PROMPTS = ("a", "b", "c")  # an odd number of samples, which no other size is likely to equal
+    Args:
+        transformer: The transformer.
+        options: Keyword arguments of the pipeline.
+        load: Loads the pipeline with its weights. A transformer on the meta device needs it to be
+            traced, because only a pipeline knows the arguments of its transformer.
+        pipe: The pipeline around the transformer.
+    """
 
     def __init__(
         self,
-        dit: ModelMixin,
+        transformer: ModelMixin,
         options: Mapping[str, Any],
         load: Callable[[], Any],
         pipe: DiffusionPipeline | None = None,
     ) -> None:
-        super().__init__(dit, pipe)
+        super().__init__(transformer, pipe)
         self.options, self.load = options, load
-        self.arguments: Arguments | None = None
-        self.chain: list[Unit] | None = None
+        self.arguments: TracedArguments | None = None
+        self.cached_units: list[Unit] | None = None
 
-    def blank(self, n: int) -> Call:
+    def meta_call(self, n: int) -> Call:
+        def make_meta_rows(shape: RowShape) -> Tensor:
+            return shape.make_zeros(n, torch.device("meta"))
+
         self.units()
         assert self.arguments is not None
-        return self.arguments.call(lambda shape: shape.blank(n, torch.device("meta")))
+        return self.arguments.make_call(make_meta_rows)
 
-    def begin(self, call: Call) -> State:
-        self.arguments = self.arguments or Arguments.of(self.dit, call)
-        return self.arguments.state(self.dit, call)
+    def initial_state(self, call: Call) -> ActivationState:
+        self.arguments = self.arguments or TracedArguments.from_call(self.transformer, call)
+        return self.arguments.read_state(self.transformer, call)
 
     def units(self) -> list[Unit]:
-        """The first time, the transformer is run on a few samples, twice: to see what it does, and to check that.
+        """Return the units of the transformer.
+
+        The first time, the transformer runs twice on a few samples: once to trace the call, and
+        once to verify that the units compute the same.
 
         Raises:
-            UserError: if it cannot be taken apart; the message names what stands in the way.
+            UserError: if a part prevents that the transformer is split into units.
         """
-        if self.chain is None:
-            call = self.first_call()
-            trace = watch(self.dit, call)
-            self.arguments, self.chain = trace.arguments, trace.units(self.dit)
+        if self.cached_units is None:
+            call = self.record_first_call()
+            trace = trace_call(self.transformer, call)
+            self.arguments, self.cached_units = trace.arguments, trace.make_units(self.transformer)
             if self.device.type != "meta":
-                verify(self, call)
-        return self.chain
+                verify_adapter(self, call)
+        return self.cached_units
 
-    def first_call(self) -> Call:
-        """What the sampler calls the transformer with at its first step."""
+    def record_first_call(self) -> Call:
+        """Return the call of the transformer at the first denoising step of the pipeline."""
         if self.pipe is None:
-            call = self.load().first_call()
-            emptied = lambda x: x.to("meta") if isinstance(x, Tensor) else x
-            return Call(tree_map(emptied, call.args), tree_map(emptied, call.kwargs))
+            call = self.load().record_first_call()
+            return Call(tree_map(to_meta, call.args), tree_map(to_meta, call.kwargs))
 
         def stop(_: Any, args: tuple, kwargs: dict) -> None:
-            raise Reached(Call(args, kwargs))
+            raise PartReached(Call(args, kwargs))
 
-        with removed([self.dit.register_forward_pre_hook(stop, with_kwargs=True)]):
+        with remove_hooks([self.transformer.register_forward_pre_hook(stop, with_kwargs=True)]):
             try:
-                self.sample(self.PROMPTS, range(len(self.PROMPTS)), 1, 4.5)
-            except Reached as reached:
+                self.sample(TRACE_PROMPTS, range(len(TRACE_PROMPTS)), 1, TRACE_GUIDANCE)
+            except PartReached as reached:
                 return reached.call
         raise UserError(f"{type(self.pipe).__name__} draws without calling its transformer")
+
+
+def to_meta(value: Any) -> Any:
+    """Move a tensor to the meta device; return anything else unchanged."""
+    return value.to("meta") if isinstance(value, Tensor) else value

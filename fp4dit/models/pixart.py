@@ -1,6 +1,6 @@
-"""PixArt-alpha and PixArt-Sigma, from any folder or hub id that diffusers loads."""
+"""Adapter of PixArt-alpha (arXiv:2310.00426) and PixArt-Sigma (arXiv:2403.04692)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -9,65 +9,104 @@ from diffusers import DiffusionPipeline, ModelMixin, PixArtAlphaPipeline, PixArt
 from jaxtyping import Float
 from torch import Tensor, int64
 
-from fp4dit.calls import Call
-from fp4dit.embeddings import MAKE, Embeddings, Texts
-from fp4dit.errors import UserError
-from fp4dit.models.checkpoint import Adapter, Checkpoint
-from fp4dit.stream import Rows, State, Unit
+from fp4dit.data.embeddings import INSTRUCTIONS, EncodedPrompts, PromptEmbeddings
+from fp4dit.models.adapter import TransformerAdapter
+from fp4dit.models.blocks import ActivationState, ReadOnlyState, Unit, make_simple_unit
+from fp4dit.models.pretrained import PretrainedSource
+from fp4dit.utils.calls import Call
+from fp4dit.utils.errors import UserError
+
+# Added to the attention scores of padding tokens, as diffusers does.
+PADDING_BIAS = -10000.0
 
 
 @dataclass(frozen=True)
-class PixArt(Checkpoint):
-    """Where a PixArt is and how to load it. `tokens` is the length that prompts are padded to.
+class PixArt(PretrainedSource):
+    """PixArt pipeline in a folder or on the Hugging Face hub.
 
-    With a file of `embeddings` it draws the texts in there, and its text encoder is not loaded.
+    Args:
+        tokens: The number of tokens that prompts are padded to.
+        embeddings: A file of prompt embeddings, which replaces the text encoder. The pipeline can
+            then draw the prompts of the file only.
+
+    Example:
+        >>> source = PixArt("PixArt-alpha/PixArt-XL-2-1024-MS", dtype="float16", tokens=120)
+        >>> images = source.load().sample(["a red square"], seeds=[0], steps=20, guidance=4.5)
     """
 
     tokens: int = 300
     embeddings: str | None = field(default=None, kw_only=True)
 
-    pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (PixArtAlphaPipeline, PixArtSigmaPipeline)
+    pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (
+        PixArtAlphaPipeline,
+        PixArtSigmaPipeline,
+    )
 
-    def around(self, dit: ModelMixin, pipe: DiffusionPipeline | None = None) -> "PixArtPipeline":
-        return PixArtPipeline(dit, self.tokens, pipe, Embeddings(self.embeddings) if self.embeddings else None)
+    @property
+    def draws_from_embeddings(self) -> bool:
+        return bool(self.embeddings)
 
-    def open(self, **parts: Any) -> DiffusionPipeline:
-        """Raises UserError, too, if the pipeline has no text encoder, and there are no embeddings."""
+    def make_adapter(
+        self, transformer: ModelMixin, pipe: DiffusionPipeline | None = None
+    ) -> "PixArtAdapter":
+        embeddings = PromptEmbeddings(self.embeddings) if self.embeddings else None
+        return PixArtAdapter(transformer, self.tokens, pipe, embeddings)
+
+    def load_pipeline(self, **components: Any) -> DiffusionPipeline:
+        """Load diffusers' pipeline, without its text encoder if there are embeddings.
+
+        Raises:
+            UserError: if there is neither a text encoder nor a file of embeddings, or as the base
+                class does.
+        """
         if self.embeddings:
-            return super().open(**{"text_encoder": None, "tokenizer": None, **parts})
-        pipe = super().open(**parts)
+            return super().load_pipeline(**{"text_encoder": None, "tokenizer": None, **components})
+        pipe = super().load_pipeline(**components)
         if pipe.components["text_encoder"] is None:
-            raise UserError(f"{self.path} has no text encoder: give model.embeddings=/a/file.safetensors, and {MAKE}")
+            raise UserError(
+                f"{self.path} has no text encoder: give model.embeddings=/a/file.safetensors, and "
+                f"{INSTRUCTIONS}"
+            )
         return pipe
 
     def check(self, prompts: Sequence[str]) -> None:
         super().check(prompts)
         if self.embeddings:
-            Embeddings(self.embeddings).check(prompts)
+            PromptEmbeddings(self.embeddings).check_prompts(prompts)
 
     def check_text_encoder(self) -> None:
-        """Raises UserError, too, if embeddings take its place."""
         if self.embeddings:
             raise UserError(
-                "with model.embeddings no text encoder is loaded that could be quantized: use text_encoder=none, or do "
-                "without the embeddings"
+                "with model.embeddings no text encoder is loaded that could be quantized: use "
+                "text_encoder=none, or do not use embeddings"
             )
         super().check_text_encoder()
 
 
-class PixArtPipeline(Adapter):
-    """A PixArt as a chain of units: its embeddings, its blocks, its output layer."""
+class PixArtAdapter(TransformerAdapter):
+    """Adapter that splits a PixArt into its embeddings, its blocks and its output layer.
+
+    Args:
+        transformer: The transformer.
+        tokens: The number of tokens that prompts are padded to.
+        pipe: The pipeline around the transformer.
+        embeddings: Prompt embeddings, which replace the text encoder.
+    """
 
     def __init__(
         self,
-        dit: ModelMixin,
+        transformer: ModelMixin,
         tokens: int,
         pipe: DiffusionPipeline | None = None,
-        embeddings: Embeddings | None = None,
+        embeddings: PromptEmbeddings | None = None,
     ) -> None:
-        super().__init__(dit, pipe)
+        super().__init__(transformer, pipe)
         self.tokens, self.embeddings = tokens, embeddings
-        self.options = {"max_sequence_length": tokens, "use_resolution_binning": False, "clean_caption": False}
+        self.options: Mapping[str, Any] = {
+            "max_sequence_length": tokens,
+            "use_resolution_binning": False,
+            "clean_caption": False,
+        }
 
     def sample(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
@@ -75,75 +114,87 @@ class PixArtPipeline(Adapter):
         if self.embeddings is None:
             return super().sample(prompts, seeds, steps, guidance)
         options = dict(self.options)
-        for kind, texts in {"": prompts, "negative_": [""] * len(prompts)}.items():
-            embeds, mask = self.embeddings.of(texts)
-            options |= {f"{kind}prompt_embeds": embeds, f"{kind}prompt_attention_mask": mask.to(self.device)}
-        return self.draw(None, seeds, steps, guidance, negative_prompt=None, **options)
+        # The empty prompt is the negative one, from which guidance leads away.
+        for prefix, texts in {"": prompts, "negative_": [""] * len(prompts)}.items():
+            embeds, mask = self.embeddings.select(texts)
+            options[f"{prefix}prompt_embeds"] = embeds
+            options[f"{prefix}prompt_attention_mask"] = mask.to(self.device)
+        return self.run_pipeline(None, seeds, steps, guidance, negative_prompt=None, **options)
 
     @torch.no_grad()
-    def embed(self, prompts: Sequence[str]) -> Texts:
-        """What the text encoder makes of them."""
-        alone = {"do_classifier_free_guidance": False, "clean_caption": False}
+    def encode_prompts(self, prompts: Sequence[str]) -> EncodedPrompts:
+        """Return the outputs of the text encoder, and the mask that is 0 at padding tokens."""
         embeds, mask, *_ = self.pipe.encode_prompt(
-            list(prompts), device=self.device, max_sequence_length=self.tokens, **alone
+            list(prompts),
+            device=self.device,
+            max_sequence_length=self.tokens,
+            do_classifier_free_guidance=False,
+            clean_caption=False,
         )
         return embeds, mask
 
-    def blank(self, n: int) -> Call:
-        config = self.dit.config
-        sized = config.sample_size == 128  # by which diffusers knows the models that are told the image's size
-        given = {
-            "encoder_hidden_states": self.empty(n, self.tokens, config.caption_channels),
-            "encoder_attention_mask": self.empty(n, self.tokens, dtype=int64),
-            "timestep": self.empty(n, dtype=int64),
+    def meta_call(self, n: int) -> Call:
+        config = self.transformer.config
+        # Diffusers recognizes the models that are conditioned on the image's size in this way.
+        has_size_condition = config.sample_size == 128
+        kwargs = {
+            "encoder_hidden_states": self.make_meta_tensor(n, self.tokens, config.caption_channels),
+            "encoder_attention_mask": self.make_meta_tensor(n, self.tokens, dtype=int64),
+            "timestep": self.make_meta_tensor(n, dtype=int64),
             "added_cond_kwargs": {
-                "resolution": self.empty(n, 2) if sized else None,
-                "aspect_ratio": self.empty(n, 1) if sized else None,
+                "resolution": self.make_meta_tensor(n, 2) if has_size_condition else None,
+                "aspect_ratio": self.make_meta_tensor(n, 1) if has_size_condition else None,
             },
             "return_dict": False,
         }
-        return Call((self.latent(n),), given)
+        return Call((self.make_meta_latent(n),), kwargs)
 
-    def begin(self, call: Call) -> State:
-        given = call.named(self.dit)
-        latent, mask = given["hidden_states"], given["encoder_attention_mask"]
-        conditions = {k: v for k, v in (given["added_cond_kwargs"] or {}).items() if v is not None}
+    def initial_state(self, call: Call) -> ActivationState:
+        arguments = call.bind_arguments(self.transformer)
+        latent, mask = arguments["hidden_states"], arguments["encoder_attention_mask"]
         state = {
             "latent": latent,
-            "timestep": given["timestep"].expand(len(latent)),
-            "text": given["encoder_hidden_states"],
-            "bias": ((1 - mask.to(latent.dtype)) * -10000.0).unsqueeze(1),
+            "timestep": arguments["timestep"].expand(len(latent)),
+            "text": arguments["encoder_hidden_states"],
+            "bias": ((1 - mask.to(latent.dtype)) * PADDING_BIAS).unsqueeze(1),
         }
-        return state | conditions
+        for name, value in (arguments["added_cond_kwargs"] or {}).items():
+            if value is not None:
+                state[name] = value
+        return state
 
     def units(self) -> list[Unit]:
-        dit, dtype = self.dit, self.dit.dtype
+        transformer, dtype = self.transformer, self.transformer.dtype
 
-        def embed_time(s: Rows) -> Call:
-            conditions = {name: s.get(name) for name in ("resolution", "aspect_ratio")}
-            return Call((s["timestep"], conditions), {"batch_size": len(s["timestep"]), "hidden_dtype": dtype})
+        def make_time_call(state: ReadOnlyState) -> Call:
+            conditions = {name: state.get(name) for name in ("resolution", "aspect_ratio")}
+            kwargs = {"batch_size": len(state["timestep"]), "hidden_dtype": dtype}
+            return Call((state["timestep"], conditions), kwargs)
 
-        block_reads = ("hidden", "text", "bias", "modulation")
+        def make_output_call(state: ReadOnlyState) -> Call:
+            table = transformer.scale_shift_table[None]
+            shift, scale = (table + state["time"][:, None]).chunk(2, dim=1)
+            return Call((transformer.norm_out(state["hidden"]) * (1 + scale) + shift,), {})
 
-        def block(s: Rows) -> Call:
-            given = {
-                "encoder_hidden_states": s["text"],
-                "encoder_attention_mask": s["bias"],
-                "timestep": s["modulation"],
-            }
-            return Call((s["hidden"],), given)
-
-        def project(s: Rows) -> Call:
-            shift, scale = (dit.scale_shift_table[None] + s["time"][:, None]).chunk(2, dim=1)
-            return Call((dit.norm_out(s["hidden"]) * (1 + scale) + shift,), {})
-
+        time_inputs = ("timestep", "resolution", "aspect_ratio")
+        block_inputs = ("hidden", "text", "bias", "modulation")
         return [
-            Unit("pos_embed", ("latent",), lambda s: Call((s["latent"],), {}), ("hidden",)),
-            Unit("adaln_single", ("timestep", "resolution", "aspect_ratio"), embed_time, ("modulation", "time")),
-            Unit("caption_projection", ("text",), lambda s: Call((s["text"],), {}), ("text",)),
+            make_simple_unit("pos_embed", ("latent",), ("hidden",)),
+            Unit("adaln_single", time_inputs, make_time_call, ("modulation", "time")),
+            make_simple_unit("caption_projection", ("text",), ("text",)),
             *(
-                Unit(f"transformer_blocks.{i}", block_reads, block, ("hidden",))
-                for i in range(len(dit.transformer_blocks))
+                Unit(f"transformer_blocks.{i}", block_inputs, make_block_call, ("hidden",))
+                for i in range(len(transformer.transformer_blocks))
             ),
-            Unit("proj_out", ("hidden", "time"), project, ("hidden",)),
+            Unit("proj_out", ("hidden", "time"), make_output_call, ("hidden",)),
         ]
+
+
+def make_block_call(state: ReadOnlyState) -> Call:
+    """Make the call of a transformer block."""
+    kwargs = {
+        "encoder_hidden_states": state["text"],
+        "encoder_attention_mask": state["bias"],
+        "timestep": state["modulation"],
+    }
+    return Call((state["hidden"],), kwargs)

@@ -1,1 +1,5 @@
-"""Weights of 4, 6 and 8 bits as they lie in memory and in files, and products with them."""
+"""Packed checkpoints: real 4-bit weights, loaded and run by stock diffusers.
+
+`encoding` is the file format, `nn` the layers and kernels that run it, and `integrations` connects
+both to diffusers, transformers and other quantization libraries.
+"""

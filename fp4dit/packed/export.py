@@ -1,4 +1,4 @@
-"""From a quantized pipeline to one whose transformer, and perhaps text encoder, is packed."""
+"""Pack the transformer of a quantized pipeline, and quantize and pack its text encoder."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,110 +10,174 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fp4dit import policy
-from fp4dit.errors import UserError
-from fp4dit.packed import hub, text
-from fp4dit.packed.description import described
-from fp4dit.packed.layer import PackedLinear, pack_
-from fp4dit.policy import Entry, Rule
+from fp4dit.packed.integrations import diffusers, transformers
+from fp4dit.packed.model import describe_model
+from fp4dit.packed.nn.linear import PackedLinear, pack_layers_
+from fp4dit.quantization.apply import quantize_weights_
+from fp4dit.quantization.audit import LayerAudit, audit_layer, checkpoint_bytes
+from fp4dit.quantization.rules import Rule, assign_rules, find_layers
+from fp4dit.utils.errors import UserError
 
 
-def pack_transformer_(dit: ModelMixin, weight: Mapping[str, Rule], activation: Mapping[str, Rule]) -> None:
-    """Pack a transformer that these rules quantized, by layer and by activation, in place; it saves itself as that.
+def pack_transformer_(
+    dit: ModelMixin, weight: Mapping[str, Rule], activation: Mapping[str, Rule]
+) -> None:
+    """Pack a quantized transformer in place, so that `save_pretrained` saves it as packed model.
+
+    Args:
+        weight: the rules that quantized its weights, by layer.
+        activation: the rules that quantize its activations, by activation.
 
     Raises:
         UserError: if a weight cannot be packed.
     """
-    hub.attach(dit, described(pack_(dit), weight, activation))
+    diffusers.attach_diffusers_config_(dit, describe_model(pack_layers_(dit), weight, activation))
 
 
 @dataclass(frozen=True)
-class TextEncoder:
-    """What was done to the text encoder that is the component `name`. `bytes` are its tensors as they lie, `bytes16` as
-    they would in 16 bits, and `error` is that of its last hidden states on `prompts` prompts, relative."""
+class TextEncoderReport:
+    """Report on a packed text encoder.
+
+    Args:
+        name: its name among the components of the pipeline.
+        kind: the name of its class.
+        layers: the audit of its layers.
+        bytes: its size.
+        bytes16: its size with all tensors in 16 bits.
+        error: the relative error of its last hidden states.
+        prompts: the number of prompts that the error is measured on.
+    """
 
     name: str
     kind: str
-    layers: Sequence[Entry]
+    layers: Sequence[LayerAudit]
     bytes: int
     bytes16: int
     error: float
     prompts: int
 
 
-def pack_text_encoder_(pipe: DiffusionPipeline, rules: Sequence[Rule], prompts: Sequence[str]) -> TextEncoder:
-    """`quantize_text_encoder_`, and what that did.
+def pack_text_encoder_(
+    pipe: DiffusionPipeline, rules: Sequence[Rule], prompts: Sequence[str]
+) -> TextEncoderReport:
+    """Quantize and pack the largest text encoder of a pipeline, in place.
+
+    Returns:
+        A report with the error on `prompts`.
 
     Raises:
-        UserError: as that.
+        UserError: see `quantize_text_encoder_`.
     """
-    name, encoder = largest_encoder(pipe)
-    bytes16, before = policy.checkpoint_bytes(encoder, []), hidden_states(pipe, name, prompts)
+    name, encoder = find_largest_encoder(pipe)
+    bytes16 = checkpoint_bytes(encoder, [])
+    before = compute_hidden_states(pipe, name, prompts)
     layers = quantize_text_encoder_(pipe, rules)
-    error = (hidden_states(pipe, name, prompts) - before).norm() / before.norm()
-    return TextEncoder(name, type(encoder).__name__, layers, size(encoder), bytes16, error.item(), len(prompts))
+    error = (compute_hidden_states(pipe, name, prompts) - before).norm() / before.norm()
+    return TextEncoderReport(
+        name=name,
+        kind=type(encoder).__name__,
+        layers=layers,
+        bytes=count_state_bytes(encoder),
+        bytes16=bytes16,
+        error=error.item(),
+        prompts=len(prompts),
+    )
 
 
-def quantize_text_encoder_(pipe: DiffusionPipeline, rules: Sequence[Rule]) -> list[Entry]:
-    """Round the linear layers in the blocks of a pipeline's largest text encoder to nearest, as the rules say, and pack
-    each before the next is touched, in place; an audit of them. The encoder then saves itself as packed.
+def quantize_text_encoder_(pipe: DiffusionPipeline, rules: Sequence[Rule]) -> list[LayerAudit]:
+    """Quantize the linear layers in the blocks of a pipeline's largest text encoder, in place.
+
+    Weights are rounded to nearest, and each layer is packed before the next one is touched.
+    `save_pretrained` then saves the encoder as packed model.
+
+    Returns:
+        The audit of the layers.
 
     Raises:
-        UserError: if there is no text encoder, a rule is idle, needs calibration or does not fit, or nothing would be
-            quantized. Nothing is changed then.
+        UserError: if there is no text encoder, if a rule matches nothing, needs calibration or does
+            not fit a layer, or if nothing would be quantized. Nothing is changed then.
     """
-    check_rules(rules)
-    _, encoder = largest_encoder(pipe)
-    names = in_blocks(encoder)
-    chosen = policy.assign(names, rules)
-    audit = [policy.entry(name, encoder.get_submodule(name), chosen.get(name)) for name in names]
-    quantized = {name: rule for name, rule in chosen.items() if rule.quantizer}
+    check_text_encoder_rules(rules)
+    _, encoder = find_largest_encoder(pipe)
+    names = list_block_layers(encoder)
+    rule_of = assign_rules(names, rules)
+    audit = []
+    for name in names:
+        audit.append(audit_layer(name, encoder.get_submodule(name), rule_of.get(name)))
+    quantized = {name: rule for name, rule in rule_of.items() if rule.quantizer}
     if not quantized:
-        raise UserError("no layer of the text encoder is quantized: give a rule a quantizer, or use text_encoder=none")
+        raise UserError(
+            "no layer of the text encoder is quantized: give a rule a quantizer, or use "
+            "text_encoder=none"
+        )
     layers: dict[str, PackedLinear] = {}
     for name, rule in quantized.items():
-        policy.quantize_weights_(encoder, {name: rule})[name].prepare().freeze()
-        layers |= pack_(encoder)
-    text.attach(encoder, described(layers, quantized, {}))
+        quantize_weights_(encoder, {name: rule})[name].prepare().commit_weight()
+        layers |= pack_layers_(encoder)
+    transformers.attach_transformers_config_(encoder, describe_model(layers, quantized, {}))
     return audit
 
 
-def check_rules(rules: Sequence[Rule]) -> None:
-    """Raises UserError if a rule asks for what a text encoder cannot have."""
+def check_text_encoder_rules(rules: Sequence[Rule]) -> None:
+    """Raise UserError if a rule has something that a text encoder cannot have."""
     for rule in rules:
-        if rule.transforms or rule.ranges:
+        if rule.transforms or rule.timestep_boundaries:
             raise UserError(
-                f"the text_encoder rule {rule.match!r} has transforms or ranges of timesteps: a text encoder is not "
-                "calibrated and has no timesteps, its weights are rounded to nearest as they are"
+                f"the text_encoder rule {rule.match!r} has transforms or ranges of timesteps: a "
+                "text encoder is not calibrated and has no timesteps, its weights are rounded to "
+                "nearest as they are"
             )
 
 
-def largest_encoder(pipe: DiffusionPipeline) -> tuple[str, PreTrainedModel]:
-    """By parameters, with its name among the components. Raises UserError if there is none."""
+def find_largest_encoder(pipe: DiffusionPipeline) -> tuple[str, PreTrainedModel]:
+    """Return the text encoder with the most parameters, and its name among the components.
+
+    Raises:
+        UserError: if there is no text encoder.
+    """
     components: Mapping[str, Any] = pipe.components
-    found = {name: part for name, part in components.items() if name.startswith("text_encoder") and part is not None}
-    if not found:
+    largest, most = None, -1
+    for name, component in components.items():
+        if not name.startswith("text_encoder") or component is None:
+            continue
+        parameters = sum(p.numel() for p in component.parameters())
+        if parameters > most:
+            largest, most = (name, component), parameters
+    if largest is None:
         raise UserError(
-            f"this {type(pipe).__name__} has no text encoder that could be quantized: use text_encoder=none"
+            f"this {type(pipe).__name__} has no text encoder that could be quantized: use "
+            "text_encoder=none"
         )
-    name = max(found, key=lambda name: sum(p.numel() for p in found[name].parameters()))
-    return name, found[name]
+    return largest
 
 
-def in_blocks(model: nn.Module) -> list[str]:
-    """The names of the linear layers in lists of blocks: neither poolers nor projections of what comes out."""
-    return [name for name in policy.layers(model) if any(part.isdigit() for part in name.split("."))]
+def list_block_layers(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers in lists of blocks.
+
+    Poolers and output projections are not among them.
+    """
+    names = []
+    for name in find_layers(model):
+        if any(map(str.isdigit, name.split("."))):
+            names.append(name)
+    return names
 
 
 @torch.no_grad()
-def hidden_states(pipe: DiffusionPipeline, name: str, prompts: Sequence[str]) -> Float[Tensor, "tokens width"]:
-    """The last ones that the text encoder of this name has for these prompts, padding left out, in fp32."""
-    encoder, tokenizer = (pipe.components[name.replace("text_encoder", part)] for part in ("text_encoder", "tokenizer"))
-    tokens = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(encoder.device)
+def compute_hidden_states(
+    pipe: DiffusionPipeline, name: str, prompts: Sequence[str]
+) -> Float[Tensor, "tokens width"]:
+    """Return the last hidden states of a text encoder for prompts, without padding, in fp32."""
+    encoder = pipe.components[name]
+    tokenizer = pipe.components[name.replace("text_encoder", "tokenizer")]
+    tokens = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
+    tokens = tokens.to(encoder.device)
     mask = tokens["attention_mask"]
-    return encoder(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state[mask.bool()].float()
+    output = encoder(input_ids=tokens["input_ids"], attention_mask=mask)
+    return output.last_hidden_state[mask.bool()].float()
 
 
-def size(module: nn.Module) -> int:
-    """Bytes of all that is saved of it: what two names share, once."""
-    return sum({id(value): value.nbytes for value in module.state_dict(keep_vars=True).values()}.values())
+def count_state_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module's state dict. A tensor with several names counts once."""
+    sizes = {id(value): value.nbytes for value in module.state_dict(keep_vars=True).values()}
+    return sum(sizes.values())

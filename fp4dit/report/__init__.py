@@ -1,1 +1,4 @@
-"""A table as one HTML page: its numbers, its images side by side, and what its layers lose."""
+"""HTML reports: images side by side, plots and tables in one page.
+
+`fp4dit.report.page.render_page` writes the page, and `assets/` holds its HTML, CSS and JavaScript.
+"""

@@ -1,4 +1,4 @@
-"""The data of a report's plots, as JSON can hold it."""
+"""Data of a report's plots, in the form that its JavaScript reads."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
@@ -6,74 +6,102 @@ from typing import Any
 
 import numpy as np
 
-from fp4dit.report.material import Material
-from fp4dit.rows import Column
-from fp4dit.tables import Table
-
-COSTS = ("bit_operations", "bits_weight", "bits_activation", "checkpoint_bytes", "calibration_seconds")
+from fp4dit.report.row_data import RowData
+from fp4dit.tables.rows import TableColumn
+from fp4dit.tables.table import Table
 
 
-def pareto(costs: Sequence[float | int], values: Sequence[float | int]) -> list[int]:
-    """Which points no other beats: none costs at most as much and is worth at least as much, one of both truly. By
-    ascending cost; what counts is that `values` are large."""
-    order = sorted(range(len(costs)), key=lambda i: (costs[i], -values[i]))
+def find_pareto_front(costs: Sequence[float | int], values: Sequence[float | int]) -> list[int]:
+    """Return the indices of the points that no other point beats, by ascending cost.
+
+    A point beats another if it costs at most as much, its value is at least as large, and at least
+    one of the two differs.
+    """
+    by_cost = sorted(range(len(costs)), key=lambda i: (costs[i], -values[i]))
     front: list[int] = []
-    for i in order:
-        if not front or values[i] > values[front[-1]] or (costs[i], values[i]) == (costs[front[-1]], values[front[-1]]):
+    for i in by_cost:
+        if not front:
+            front.append(i)
+            continue
+        last = front[-1]
+        if values[i] > values[last] or (costs[i], values[i]) == (costs[last], values[last]):
             front.append(i)
     return front
 
 
-def fronts(table: Table, costs: Mapping[str, Column]) -> Iterator[dict[str, Any]]:
-    """Each quality that rows are compared by, against each cost in which they differ."""
-    for quality in (c for c in table.columns if c.better and (c.interval or c.of_set)):
-        for cost in (costs[name] for name in COSTS if name in costs):
-            points = [point for i in range(len(table.rows)) if (point := placed(table, i, quality, cost))]
-            if len({point["x"] for point in points}) > 1:
-                sign = -1 if quality.better == "lower" else 1
-                best = pareto([point["x"] for point in points], [sign * point["y"] for point in points])
-                named = {"quality": quality.name, "quality_title": quality.title}
-                yield {**named, "cost": cost.name, "cost_title": cost.title, "points": points, "front": best}
+def make_front_plots(table: Table, costs: Mapping[str, TableColumn]) -> Iterator[dict[str, Any]]:
+    """Yield a plot of each quality that rows are compared by against each cost that differs."""
+    for quality in table.columns:
+        if not quality.better or not (quality.per_image or quality.per_set):
+            continue
+        sign = -1 if quality.better == "lower" else 1
+        for cost in costs.values():
+            points = []
+            for i in range(len(table.rows)):
+                if point := make_front_point(table, i, quality, cost):
+                    points.append(point)
+            x = [point["x"] for point in points]
+            if len(set(x)) > 1:
+                yield {
+                    "quality": quality.name,
+                    "quality_title": quality.title,
+                    "cost": cost.name,
+                    "cost_title": cost.title,
+                    "points": points,
+                    "front": find_pareto_front(x, [sign * point["y"] for point in points]),
+                }
 
 
-def placed(table: Table, i: int, quality: Column, cost: Column) -> dict[str, Any] | None:
+def make_front_point(
+    table: Table, i: int, quality: TableColumn, cost: TableColumn
+) -> dict[str, Any] | None:
+    """Return the point of a row with its interval, or None if it lacks one of the two numbers."""
     values = table.rows[i].values
     x, y = values.get(cost.name), values.get(quality.name)
     if x is None or y is None or not isfinite(y):
         return None
-    ends = (values.get(f"{quality.name}_{end}") for end in ("low", "high"))
-    low, high = (y if end is None else end for end in ends)
-    scaled = {"y": y, "low": low, "high": high}
-    return {"row": i, "x": x * cost.factor} | {name: value * quality.factor for name, value in scaled.items()}
+    point: dict[str, Any] = {"row": i, "x": x * cost.factor, "y": y * quality.factor}
+    for end in ("low", "high"):
+        value = values.get(f"{quality.name}_{end}")
+        point[end] = (y if value is None else value) * quality.factor
+    return point
 
 
-def sqnr(material: Material) -> dict[str, Any] | None:
-    """Layers by timesteps; None where nothing was lost, or nothing measured."""
-    if not material.sqnr:
+def make_sqnr_plot(row: RowData) -> dict[str, Any] | None:
+    """Return the decibels of each layer (row) at each timestep (column).
+
+    A value is None if the layer was not measured at that timestep, or if its error was 0. The plot
+    is None if nothing was measured.
+    """
+    if not row.sqnr:
         return None
-    layers = list(dict.fromkeys(line["layer"] for line in material.sqnr))
-    timesteps = sorted({float(line["timestep"]) for line in material.sqnr}, reverse=True)
-    found = {(line["layer"], float(line["timestep"])): float(line["sqnr_db"]) for line in material.sqnr}
-    values = [
-        [round(v, 1) if isfinite(v := found.get((name, t), np.inf)) else None for t in timesteps] for name in layers
-    ]
+    decibels = {}
+    for line in row.sqnr:
+        decibels[line["layer"], float(line["timestep"])] = float(line["sqnr_db"])
+    layers = list(dict.fromkeys(layer for layer, _ in decibels))
+    timesteps = sorted({timestep for _, timestep in decibels}, reverse=True)
+    values = []
+    for layer in layers:
+        layer_decibels = [decibels.get((layer, timestep), np.inf) for timestep in timesteps]
+        values.append([round(v, 1) if isfinite(v) else None for v in layer_decibels])
     return {"layers": layers, "timesteps": timesteps, "values": values}
 
 
-def span(materials: Sequence[Material]) -> list[float]:
-    """Between which decibels almost all of all rows lie, so that they share their colours."""
-    found = [v for m in materials for line in m.sqnr if isfinite(v := float(line["sqnr_db"]))]
-    return np.percentile(found, [1, 99]).round(1).tolist() if found else [0.0, 1.0]
+def find_sqnr_range(rows: Sequence[RowData]) -> list[float]:
+    """Return the ends of the color scale of all rows: 98 % of the SQNR values lie between them."""
+    decibels = []
+    for row in rows:
+        for line in row.sqnr:
+            if isfinite(value := float(line["sqnr_db"])):
+                decibels.append(value)
+    return np.percentile(decibels, [1, 99]).round(1).tolist() if decibels else [0.0, 1.0]
 
 
-def curves(material: Material) -> list[dict[str, Any]]:
-    units = dict.fromkeys(line["unit"] for line in material.curve)
-    lines = {unit: [line for line in material.curve if line["unit"] == unit] for unit in units}
-    return [
-        {
-            "unit": unit,
-            "step": [int(p["step"]) for p in points],
-            "error": [float(f"{float(p['error']):.4g}") for p in points],
-        }
-        for unit, points in lines.items()
-    ]
+def make_learning_curves(row: RowData) -> list[dict[str, Any]]:
+    """Return the error of each unit by step, with four significant digits."""
+    curves: dict[str, dict[str, Any]] = {}
+    for line in row.curve:
+        curve = curves.setdefault(line["unit"], {"unit": line["unit"], "step": [], "error": []})
+        curve["step"].append(int(line["step"]))
+        curve["error"].append(float(f"{float(line['error']):.4g}"))
+    return list(curves.values())

@@ -1,4 +1,4 @@
-"""A real Chromium, which must start, and pages to open in it."""
+"""Fixtures that start Chromium and open pages in it."""
 
 import os
 import shutil
@@ -21,24 +21,35 @@ ROWS = ["Full precision", "FP4DiT", "FP4 <b id=\"run\">nearest</b> & 'co' 🙂",
 Open = Callable[..., Page]
 
 
-def run(module: str, outputs: Path, *arguments: str) -> str:
+def run_command(module: str, outputs: Path, *arguments: str) -> str:
+    """Run a command of the project, and return what it prints."""
     searchpath = f"hydra.searchpath=[file://{ROOT}/tests/conf]"
-    command = [sys.executable, "-m", f"pipelines.{module}", *arguments, searchpath, f"outputs={outputs}"]
+    command = [
+        sys.executable,
+        "-m",
+        f"pipelines.{module}",
+        *arguments,
+        searchpath,
+        f"outputs={outputs}",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
 
 
 @pytest.fixture(scope="session")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a small table of the shipped model, whose last row was never run, and the third has no histograms."""
+    """Write the page of a small table of the shipped model.
+
+    Its last row was never run, and its third row has no histograms.
+    """
     outputs = tmp_path_factory.mktemp("outputs")
     small = OmegaConf.load(ROOT / "tests" / "conf" / "table" / "small.yaml")
     full, fp4dit, nearest, _ = ([*small.base, *row.overrides] for row in small.rows)
     for row in (full, [*fp4dit, "targets=[score,histograms]"], nearest):
-        run("run", outputs, *row)
-    run("report", outputs, "table=small")
+        run_command("run", outputs, *row)
+    run_command("report", outputs, "table=small")
     return outputs / "reports" / "small.html"
 
 
@@ -47,27 +58,39 @@ def browser() -> Iterator[Browser]:
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
     assert chromium, "there is no Chromium: make test-browser installs it"
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        yield found
-        found.close()
+        chromium_browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield chromium_browser
+        chromium_browser.close()
 
 
 @pytest.fixture
-def opened(browser: Browser) -> Iterator[Open]:
-    """Opens a page. After the test: the console had nothing to say, and nothing was asked of anybody else."""
-    heard: list[str] = []
+def open_page(browser: Browser) -> Iterator[Open]:
+    """A function that opens a page.
+
+    Afterwards the console must be empty, and nothing may have been requested from a network.
+    """
+    console_messages: list[str] = []
     pages: list[Page] = []
 
-    def go(path: Path, **given) -> Page:
-        page = browser.new_page(**{"viewport": {"width": 1280, "height": 900}, **given})
-        page.on("console", lambda message: heard.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: heard.append(f"error: {error}"))
-        page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else heard.append(f"asked {r.url}"))
+    def open_file(path: Path, **options) -> Page:
+        page = browser.new_page(**{"viewport": {"width": 1280, "height": 900}, **options})
+        page.on(
+            "console", lambda message: console_messages.append(f"{message.type}: {message.text}")
+        )
+        page.on("pageerror", lambda error: console_messages.append(f"error: {error}"))
+        page.on(
+            "request",
+            lambda r: (
+                None
+                if r.url.startswith(("file:", "data:"))
+                else console_messages.append(f"request of {r.url}")
+            ),
+        )
         page.goto(path.as_uri())
         pages.append(page)
         return page
 
-    yield go
+    yield open_file
     for page in pages:
         page.close()
-    assert not heard
+    assert not console_messages

@@ -1,4 +1,4 @@
-"""A report as a reader has it: in a real browser."""
+"""Reports work in a real browser."""
 
 import json
 import time
@@ -8,45 +8,49 @@ import pytest
 from PIL import Image, ImageChops
 from playwright.sync_api import Page, expect
 
-from fp4dit.report.album import Album
-from fp4dit.report.material import Material
-from fp4dit.report.page import page as written
-from fp4dit.rows import Column, row
-from fp4dit.tables import Table
+from fp4dit.report.images import ReportImages
+from fp4dit.report.page import render_page
+from fp4dit.report.row_data import RowData
+from fp4dit.tables.rows import TableColumn, make_scored_row
+from fp4dit.tables.table import Table
 from tests.browser.conftest import ROWS, Open
 
 SECTIONS = ("tradeoff", "images", "layers", "blocks", "values")
 HOSTILE = "</script><img src=x onerror=\"document.title='run'\"> 'quoted' \"twice\" & 🙂"
 
 
-def names(page: Page) -> list[str]:
+def list_row_names(page: Page) -> list[str]:
     return page.locator("tbody th button").all_text_contents()
 
 
-def look(page: Page, section: str) -> None:
-    page.evaluate("id => document.getElementById(id).scrollIntoView({behavior: 'instant'})", section)
+def scroll_to(page: Page, section: str) -> None:
+    page.evaluate(
+        "id => document.getElementById(id).scrollIntoView({behavior: 'instant'})", section
+    )
 
 
-def picture(page: Page, selector: str, path: Path) -> Image.Image:
+def take_screenshot(page: Page, selector: str, path: Path) -> Image.Image:
     page.locator(selector).first.screenshot(path=path)
     return Image.open(path).convert("RGB")
 
 
-def test_names_are_shown_and_not_run(opened: Open, report: Path):
-    page = opened(report)
-    assert names(page) == ROWS
+def test_names_are_shown_and_not_run(open_page: Open, report: Path):
+    page = open_page(report)
+    assert list_row_names(page) == ROWS
     assert page.locator("#run").count() == 0
     assert page.locator("#table-title").text_content() == "Not complete: 3 of 4 rows"
 
 
-def test_titles_sort_and_missing_numbers_stay_last(opened: Open, report: Path):
-    page = opened(report)
+def test_titles_sort_and_missing_numbers_stay_last(open_page: Open, report: Path):
+    page = open_page(report)
     psnr = page.get_by_role("button", name="PSNR, dB", exact=True)
     column = page.locator("thead th").filter(has_text="PSNR, dB")
 
     def numbers() -> list[str]:
         cells = page.locator("tbody tr:not(.group)").all()
-        return [cell.locator("td").first.locator("b, span").first.text_content() or "" for cell in cells]
+        return [
+            cell.locator("td").first.locator("b, span").first.text_content() or "" for cell in cells
+        ]
 
     psnr.click()
     expect(column).to_have_attribute("aria-sort", "descending")
@@ -58,16 +62,16 @@ def test_titles_sort_and_missing_numbers_stay_last(opened: Open, report: Path):
     assert numbers() == [down[1], down[0], "–", "–"]
     psnr.click()
     assert column.get_attribute("aria-sort") is None
-    assert names(page) == ROWS
+    assert list_row_names(page) == ROWS
     assert page.locator("tr.group th").all_text_contents() == ["W4A8", "W4A4"]
 
 
-def test_rows_and_prompts_are_filtered(opened: Open, report: Path):
-    page = opened(report)
+def test_rows_and_prompts_are_filtered(open_page: Open, report: Path):
+    page = open_page(report)
     page.locator("#rows-filter").fill("w4a8 FP4DIT")
-    assert names(page) == ["FP4DiT"]
+    assert list_row_names(page) == ["FP4DiT"]
     expect(page.locator("#rows-shown")).to_have_text("1 of 4 rows")
-    look(page, "images")
+    scroll_to(page, "images")
     expect(page.locator(".card")).to_have_count(6)
     first = page.locator(".card h3").first.text_content() or ""
     page.locator("#prompts-filter").fill(first)
@@ -77,8 +81,8 @@ def test_rows_and_prompts_are_filtered(opened: Open, report: Path):
     expect(page.locator("#prompts-shown")).to_have_text("0 of 0 prompts")
 
 
-def test_a_row_opens_its_command_its_config_and_its_stages(opened: Open, report: Path):
-    page = opened(report)
+def test_a_row_opens_its_command_its_config_and_its_stages(open_page: Open, report: Path):
+    page = open_page(report)
     button = page.locator("tbody th button").nth(1)
     button.focus()
     page.keyboard.press("Enter")
@@ -92,25 +96,28 @@ def test_a_row_opens_its_command_its_config_and_its_stages(opened: Open, report:
     expect(detail).to_have_count(0)
 
 
-def test_what_is_missing_names_the_command_that_makes_it(opened: Open, report: Path):
-    page = opened(report)
+def test_missing_results_come_with_their_command(open_page: Open, report: Path):
+    page = open_page(report)
     assert "run_missing=true" in (page.locator("#empty pre").text_content() or "")
     page.locator("tbody th button").nth(3).click()
     command = page.locator("tr.detail pre.command").first.text_content() or ""
     assert "activation=e2m1_token" in command
     assert "score" in command.split("targets=")[1]
-    look(page, "values")
+    scroll_to(page, "values")
     page.locator("#values .method").select_option("2")
     notice = page.locator("#weight .notice")
     expect(notice).to_contain_text("no histograms in the store")
     expect(notice.locator("pre")).to_contain_text("targets=[histograms]")
     page.locator("#values .method").select_option("3")
-    expect(page.locator("#cards .notice")).to_contain_text("has no images beside full precision in the store")
+    expect(page.locator("#cards .notice")).to_contain_text(
+        "has no images beside full precision in the store"
+    )
 
 
-def test_the_slider_shows_one_image_to_the_left_and_the_other_to_the_right(opened: Open, report: Path, tmp_path: Path):
-    page = opened(report)
-    look(page, "images")
+def test_the_slider_divides_the_two_images(open_page: Open, report: Path, tmp_path: Path):
+    """Check that one image is shown to the left of the slider, and the other to the right."""
+    page = open_page(report)
+    scroll_to(page, "images")
     page.locator("#images .method").select_option("2")
     page.locator("#cards .compare span").first.evaluate(
         "() => document.querySelectorAll('.compare span').forEach(e => e.remove())"
@@ -119,10 +126,10 @@ def test_the_slider_shows_one_image_to_the_left_and_the_other_to_the_right(opene
     slider.focus()
     page.keyboard.press("Home")
     assert slider.input_value() == "0"
-    made = picture(page, "#cards .compare", tmp_path / "made.png")
+    after = take_screenshot(page, "#cards .compare", tmp_path / "after.png")
     page.keyboard.press("End")
-    before = picture(page, "#cards .compare", tmp_path / "before.png")
-    assert ImageChops.difference(made, before).getbbox()
+    before = take_screenshot(page, "#cards .compare", tmp_path / "before.png")
+    assert ImageChops.difference(after, before).getbbox()
     page.keyboard.press("ArrowLeft")
     assert slider.input_value() == "99"
     box = page.locator("#cards .compare").first.bounding_box()
@@ -132,48 +139,61 @@ def test_the_slider_shows_one_image_to_the_left_and_the_other_to_the_right(opene
     page.mouse.move(box["x"] + box["width"] / 4, box["y"] + 40, steps=4)
     page.mouse.up()
     assert int(slider.input_value()) == pytest.approx(25, abs=1)
-    both = picture(page, "#cards .compare", tmp_path / "both.png")
+    both = take_screenshot(page, "#cards .compare", tmp_path / "both.png")
     width, height = both.size
     inside = 6  # of the border, its round corners and the dividing line
-    for image, left, right in ((before, inside, width // 4 - inside), (made, width // 4 + inside, width - inside)):
+    for image, left, right in (
+        (before, inside, width // 4 - inside),
+        (after, width // 4 + inside, width - inside),
+    ):
         part = (left, inside, right, height - inside)
         assert ImageChops.difference(both.crop(part), image.crop(part)).getbbox() is None
 
 
-def test_the_difference_is_dark_where_the_images_agree(opened: Open, report: Path, tmp_path: Path):
-    page = opened(report)
-    look(page, "images")
+def test_the_difference_is_dark_where_the_images_agree(
+    open_page: Open, report: Path, tmp_path: Path
+):
+    page = open_page(report)
+    scroll_to(page, "images")
     page.locator("#view").select_option("difference")
     page.locator("#gain").select_option("1")
-    shown = picture(page, "#cards .compare", tmp_path / "difference.png")
+    shown = take_screenshot(page, "#cards .compare", tmp_path / "difference.png")
     page.locator("#view").select_option("side")
-    pair = picture(page, "#cards .compare", tmp_path / "pair.png")
-    brightness = lambda image: sum(image.convert("L").resize((1, 1), Image.Resampling.BOX).getdata())
+    pair = take_screenshot(page, "#cards .compare", tmp_path / "pair.png")
+
+    def brightness(image: Image.Image) -> int:
+        return sum(image.convert("L").resize((1, 1), Image.Resampling.BOX).getdata())
+
     assert sum(shown.convert("L").histogram()[1:]) > 0
     assert brightness(shown) < brightness(pair) / 4
     assert pair.width > 1.5 * shown.width
 
 
-def test_worst_images_come_first(opened: Open, report: Path):
-    page = opened(report)
-    look(page, "images")
+def test_worst_images_come_first(open_page: Open, report: Path):
+    page = open_page(report)
+    scroll_to(page, "images")
     page.locator("#images .method").select_option("1")
     texts = page.locator(".card .meta").all_text_contents()
-    found = [float(text.split("PSNR, dB ")[1].split(" ")[0]) for text in texts]
-    assert len(found) == 6
-    assert found == sorted(found)
+    scores = [float(text.split("PSNR, dB ")[1].split(" ")[0]) for text in texts]
+    assert len(scores) == 6
+    assert scores == sorted(scores)
 
 
-def test_plots_are_drawn_and_a_layer_of_the_heat_map_shows_its_values(opened: Open, report: Path):
-    page = opened(report)
+def test_plots_are_drawn_and_a_layer_can_be_chosen(open_page: Open, report: Path):
+    """A click on a layer of the heat map shows its values."""
+    page = open_page(report)
     for section in SECTIONS:
-        look(page, section)
+        scroll_to(page, section)
     page.locator("#values .method").select_option("1")
     for plot in ("front", "sqnr", "errors", "curves", "weight", "activation"):
         expect(page.locator(f"#{plot} .main-svg").first).to_be_visible()
     data = json.loads(page.locator("#layers-1").text_content() or "")
     name = data["sqnr"]["layers"][12]
-    page.evaluate("name => document.getElementById('sqnr').emit('plotly_click', {points: [{customdata: name}]})", name)
+    page.evaluate(
+        "name => document.getElementById('sqnr')"
+        ".emit('plotly_click', {points: [{customdata: name}]})",
+        name,
+    )
     expect(page.locator("#layer")).to_have_value(name)
     assert page.locator("#weight .barlayer path").count() > 10
     lines = page.locator("#weight .shapelayer path")
@@ -181,10 +201,10 @@ def test_plots_are_drawn_and_a_layer_of_the_heat_map_shows_its_values(opened: Op
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_is_readable_in_both_schemes(opened: Open, report: Path, scheme: str):
-    page = opened(report, color_scheme=scheme)
+def test_text_is_readable_in_both_schemes(open_page: Open, report: Path, scheme: str):
+    page = open_page(report, color_scheme=scheme)
     for section in SECTIONS:
-        look(page, section)
+        scroll_to(page, section)
 
     def luminance(selector: str, what: str) -> float:
         style = page.locator(selector).first.evaluate(f"e => getComputedStyle(e).{what}")
@@ -194,7 +214,12 @@ def test_text_is_readable_in_both_schemes(opened: Open, report: Path, scheme: st
 
     paper = luminance("body", "backgroundColor")
     assert (paper < 0.1) == (scheme == "dark")
-    for selector, what in (("h1", "color"), (".hint", "color"), ("#front .xtick text", "fill"), ("nav a", "color")):
+    for selector, what in (
+        ("h1", "color"),
+        (".hint", "color"),
+        ("#front .xtick text", "fill"),
+        ("nav a", "color"),
+    ):
         ink = luminance(selector, what)
         contrast = (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05)
         assert contrast >= 4.5, selector  # WCAG 2.2, AA
@@ -202,10 +227,10 @@ def test_text_is_readable_in_both_schemes(opened: Open, report: Path, scheme: st
     assert (luminance("body", "backgroundColor") < 0.1) == (scheme == "light")
 
 
-def test_a_phone_shows_all_of_it(opened: Open, report: Path):
-    page = opened(report, viewport={"width": 360, "height": 740}, has_touch=True)
+def test_a_phone_shows_all_of_it(open_page: Open, report: Path):
+    page = open_page(report, viewport={"width": 360, "height": 740}, has_touch=True)
     for section in SECTIONS:
-        look(page, section)
+        scroll_to(page, section)
         page.wait_for_timeout(200)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     box = page.locator("#cards .compare").first.bounding_box()
@@ -213,19 +238,19 @@ def test_a_phone_shows_all_of_it(opened: Open, report: Path):
     assert box["width"] > 300
     page.locator("#cards .compare").first.scroll_into_view_if_needed()
     page.locator("#cards .compare").first.tap(position={"x": 90, "y": 100})
-    at = page.locator("#cards input[type=range]").first.input_value()
-    assert int(at) == pytest.approx(100 * 90 / box["width"], abs=1)
+    position = page.locator("#cards input[type=range]").first.input_value()
+    assert int(position) == pytest.approx(100 * 90 / box["width"], abs=1)
 
 
-def large(folder: Path) -> Path:
-    """A page of 20 rows by 64 prompts of 256 x 256 pixels, with a prompt that would like to be run."""
-    drawn = [{"prompt": HOSTILE if i == 0 else f"prompt {i}", "seed": i} for i in range(64)]
+def write_large_page(folder: Path) -> Path:
+    """Write a page of 20 rows by 64 prompts of 256 x 256 pixels, one of them with a script."""
+    entries = [{"prompt": HOSTILE if i == 0 else f"prompt {i}", "seed": i} for i in range(64)]
     noise = [Image.effect_noise((256, 256), 40 + k).convert("RGB") for k in range(21)]
-    materials, rows = [], []
+    row_data, rows = [], []
     for k in range(21):
         images = folder / str(k) / "images"
         images.mkdir(parents=True)
-        (images.parent / "images.json").write_text(json.dumps(drawn))
+        (images.parent / "images.json").write_text(json.dumps(entries))
         for i in range(64):
             noise[(k + i) % 21].rotate(i).save(images / f"{i:05}.png", compress_level=1)
     for k in range(1, 21):
@@ -237,27 +262,39 @@ def large(folder: Path) -> Path:
             "scalars": {"bits_weight": 4 + k / 9},
             "per_image": {"psnr": scores},
         }
-        rows.append(row(f"Method {k}", metrics, drawn))
-        materials.append(Material(rows[-1], "python", images=folder / str(k), reference=folder / "0"))
-    columns = [Column("psnr", "PSNR, dB", interval=True, better="higher"), Column("bits_weight", "Bits W")]
+        rows.append(make_scored_row(f"Method {k}", metrics, entries))
+        row_data.append(RowData(rows[-1], "python", images=folder / str(k), reference=folder / "0"))
+    columns = [
+        TableColumn("psnr", "PSNR, dB", per_image=True, better="higher"),
+        TableColumn("bits_weight", "Bits W"),
+    ]
     table = Table(rows, columns)
-    pieces = written("large", table, materials, Album(materials, worst_by="psnr"), {"bits_weight": columns[1]})
+    pieces = render_page(
+        "large",
+        table,
+        row_data,
+        ReportImages(row_data, worst_by="psnr"),
+        {"bits_weight": columns[1]},
+    )
     path = folder / "large.html"
     path.write_text("".join(pieces), encoding="utf-8")
     return path
 
 
-def test_twenty_rows_of_64_prompts_open_within_two_seconds_and_a_prompt_is_not_run(opened: Open, tmp_path: Path):
-    path = large(tmp_path)
+def test_a_large_page_opens_within_two_seconds(open_page: Open, tmp_path: Path):
+    """Open 20 rows of 64 prompts, one of which must not be run as a script."""
+    path = write_large_page(tmp_path)
     assert path.stat().st_size > 20e6
     start = time.perf_counter()
-    page = opened(path)
+    page = open_page(path)
     expect(page.locator("tbody tr")).to_have_count(20)
     print(f"opened {path.stat().st_size / 1e6:.0f} MB in {time.perf_counter() - start:.2f} s")
     painted = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
-    interactive = page.evaluate("performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd")
+    interactive = page.evaluate(
+        "performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd"
+    )
     assert max(painted, interactive) < 2000
-    look(page, "images")
+    scroll_to(page, "images")
     expect(page.locator(".card")).to_have_count(12)
     page.locator("#prompts-filter").fill("onerror")
     assert page.locator(".card h3").all_text_contents() == [HOSTILE]

@@ -1,12 +1,14 @@
+"""A network of virtual machines with a store on NFS."""
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import until
-from tests.machines.machine import Machine, machines
+from tests.conftest import wait_until
+from tests.machines.machine import Machine, start_machines
 
-# The lock of a machine that is gone is free after a lease, which is 90 s unless it is said.
+# The lock of a lost machine becomes free after a lease, which is 90 s by default.
 SERVE = """
 mkdir -p /export && mount -t tmpfs export /export && chmod 777 /export
 modprobe nfsd && mount -t nfsd nfsd /proc/fs/nfsd
@@ -21,19 +23,22 @@ Network = Callable[..., list[Machine]]
 
 @pytest.fixture
 def network(tmp_path: Path) -> Iterator[Network]:
-    """Starts machines of these names. All but the first see its /export as /shared."""
-    made: list[Machine] = []
+    """A function that starts machines of these names.
+
+    The first is an NFS server; the others mount its /export as /shared.
+    """
+    started: list[Machine] = []
 
     def start(*names: str) -> list[Machine]:
-        made.extend(machines(tmp_path, names))
-        for machine in made:
-            until((machine.folder / "up").exists, 600)
-        server, *others = made
+        started.extend(start_machines(tmp_path, names))
+        for machine in started:
+            wait_until((machine.folder / "up").exists, 600)
+        server, *others = started
         server.run(SERVE)
         for other in others:
             other.run(MOUNT, 100)
-        return made
+        return started
 
     yield start
-    for machine in made:
+    for machine in started:
         machine.cut_off()

@@ -1,20 +1,20 @@
-const picture = (block, index) => (block === null ? null : data(block)?.[index] ?? null);
+const getImage = (block, index) => (block === null ? null : readData(block)?.[index] ?? null);
 
-function image(source, given) {
-  const found = make("img", { decoding: "async", draggable: false, ...given, src: `data:image/webp;base64,${source}` });
-  found.onload = () => found.closest(".card")?.classList.toggle("tiny", found.naturalWidth < 160);
-  return found;
+function makeImage(source, attributes) {
+  const element = makeElement("img", { decoding: "async", draggable: false, ...attributes, src: `data:image/webp;base64,${source}` });
+  element.onload = () => element.closest(".card")?.classList.toggle("tiny", element.naturalWidth < 160);
+  return element;
 }
 
-function compare(i, index) {
+function makeComparison(i, index) {
   const row = rows[i];
-  const [before, after] = [picture(row.reference, index), picture(row.images, index)];
-  if (before === null || after === null) return make("div", { className: "compare", textContent: "not drawn" });
-  const label = `${prompts[index].text}: full precision to the left, ${full(row)} to the right`;
-  const slider = make("input", { type: "range", min: 0, max: 100, value: 50, aria: { label } });
-  const box = make("div", { className: "compare" },
-    make("div", { className: "stack" }, image(before, { alt: "" }), image(after, { alt: "", className: "made" })), slider,
-    make("span", { className: "left", textContent: "Full precision" }), make("span", { className: "right", textContent: full(row) }));
+  const [before, after] = [getImage(row.reference, index), getImage(row.images, index)];
+  if (before === null || after === null) return makeElement("div", { className: "compare", textContent: "not drawn" });
+  const label = `${prompts[index].text}: full precision to the left, ${rowTitle(row)} to the right`;
+  const slider = makeElement("input", { type: "range", min: 0, max: 100, value: 50, aria: { label } });
+  const box = makeElement("div", { className: "compare" },
+    makeElement("div", { className: "stack" }, makeImage(before, { alt: "" }), makeImage(after, { alt: "", className: "quantized" })), slider,
+    makeElement("span", { className: "left", textContent: "Full precision" }), makeElement("span", { className: "right", textContent: rowTitle(row) }));
   const show = () => box.style.setProperty("--at", `${slider.value}%`);
   const follow = (event) => {
     const { left, width } = box.getBoundingClientRect();
@@ -28,36 +28,36 @@ function compare(i, index) {
   return box;
 }
 
-const scored = (row, index) => report.metrics.flatMap(({ name, title, digits, factor }) => {
+const formatScores = (row, index) => report.metrics.flatMap(({ name, title, digits, factor }) => {
   const value = row.scores[name]?.[index] ?? null;
   return value === null ? [] : [`${title} ${(value * factor).toFixed(digits)}`];
 });
 
-function thumb(i, index) {
+function makeThumbnail(i, index) {
   const row = rows[i];
-  const source = picture(row.images, index);
+  const source = getImage(row.images, index);
   if (source === null) return null;
-  const button = make("button", { type: "button", className: "thumb", title: scored(row, index).join("\n"), aria: { pressed: String(i === state.row) } },
-    make("span", { className: "frame" }, image(source, { alt: "" })), full(row),
-    make("small", { textContent: scored(row, index)[0] ?? "" }));
-  button.onclick = () => (row.images === row.reference ? null : choose(i));
+  const button = makeElement("button", { type: "button", className: "thumb", title: formatScores(row, index).join("\n"), aria: { pressed: String(i === state.row) } },
+    makeElement("span", { className: "frame" }, makeImage(source, { alt: "" })), rowTitle(row),
+    makeElement("small", { textContent: formatScores(row, index)[0] ?? "" }));
+  button.onclick = () => (row.images === row.reference ? null : chooseRow(i));
   return button;
 }
 
-function card(index) {
+function makeCard(index) {
   const { text, seed, group } = prompts[index];
-  const about = [seed === null ? null : `seed ${seed}`, group, ...scored(rows[state.row], index)].filter(Boolean).join(" · ");
-  const strip = make("div", { className: "strip" }, ...rows.map((_, i) => thumb(i, index)));
-  return make("article", { className: "card", data: { index } }, compare(state.row, index),
-    make("div", { className: "about" }, make("h3", { textContent: text }), make("p", { className: "meta", textContent: about }), strip));
+  const about = [seed === null ? null : `seed ${seed}`, group, ...formatScores(rows[state.row], index)].filter(Boolean).join(" · ");
+  const strip = makeElement("div", { className: "strip" }, ...rows.map((_, i) => makeThumbnail(i, index)));
+  return makeElement("article", { className: "card", data: { index } }, makeComparison(state.row, index),
+    makeElement("div", { className: "about" }, makeElement("h3", { textContent: text }), makeElement("p", { className: "meta", textContent: about }), strip));
 }
 
-// What a row has not, and how to make it: where its run has such a stage, or cannot be planned yet.
-function absent(i, what, stage) {
+// Says what a row lacks. Shows the command that makes it if the run has the stage, or is not planned yet.
+function makeNotice(i, what, stage) {
   const row = rows[i];
-  const made = row?.fill && (!row.stages.length || row.stages.some(({ name }) => name === stage));
-  const text = made ? `${full(row)} has no ${what} in the store. To make it:` : `There is no ${what} of ${row ? full(row) : "any row"}.`;
-  return make("div", { className: "notice" }, make("p", { textContent: text }), made ? command(row.fill) : null);
+  const canMake = row?.fill_command && (!row.stages.length || row.stages.some(({ name }) => name === stage));
+  const text = canMake ? `${rowTitle(row)} has no ${what} in the store. Command:` : `There is no ${what} of ${row ? rowTitle(row) : "any row"}.`;
+  return makeElement("div", { className: "notice" }, makeElement("p", { textContent: text }), canMake ? makeCommandBox(row.fill_command) : null);
 }
 
 function drawImages() {
@@ -65,11 +65,11 @@ function drawImages() {
   const query = $("prompts-filter").value.trim();
   const metric = report.metrics.find(({ name }) => name === $("order").value);
   const values = (metric && row?.scores[metric.name]) || [];
-  let order = prompts.map((_, i) => i).filter((i) => picture(row?.images ?? null, i) !== null && contains(prompts[i].text, query));
+  let order = prompts.map((_, i) => i).filter((i) => getImage(row?.images ?? null, i) !== null && containsWords(prompts[i].text, query));
   const sign = metric?.better === "lower" ? -1 : 1;
   if (metric) order.sort((a, b) => (values[b] === null) - (values[a] === null) || sign * (values[a] - values[b]) || a - b);
   const shown = order.slice(0, state.shown);
-  $("cards").replaceChildren(...(order.length || query ? shown.map(card) : [absent(state.row, "images beside full precision", "generate")]));
+  $("cards").replaceChildren(...(order.length || query ? shown.map(makeCard) : [makeNotice(state.row, "images beside full precision", "generate")]));
   $("prompts-shown").textContent = `${shown.length} of ${order.length} prompts`;
   $("more").hidden = shown.length === order.length;
 }

@@ -1,11 +1,12 @@
-"""Makes the files beside it: what the code of image-reward 1.5 answers, at a small size and with random weights.
+"""Make the files beside this one: outputs of image-reward 1.5, small and with random weights.
 
-    pip install --target LIBS --no-deps transformers==4.30.2 tokenizers==0.13.3 huggingface-hub==0.16.4 timm==0.6.13 \
-        fairscale==0.4.13
+    pip install --target LIBS --no-deps transformers==4.30.2 tokenizers==0.13.3 \
+        huggingface-hub==0.16.4 timm==0.6.13 fairscale==0.4.13
     pip download --no-deps image-reward==1.5 && unzip -d PACKAGE image_reward-1.5-py3-none-any.whl
     PYTHONPATH=LIBS:PACKAGE python tests/data/image_reward/make.py
 
-Nothing of this project runs here. Weights are random fp16 numbers, and all is computed from them in fp32.
+No code of this project runs here. Weights are random fp16 numbers, and outputs are computed in
+fp32.
 """
 
 import importlib.util
@@ -39,24 +40,42 @@ PROMPTS = [
 ]
 
 
-def bare(name: str) -> None:
-    """A package whose modules can be imported without its __init__, which asks for diffusers, datasets and CLIP."""
+def skip_init(name: str) -> None:
+    """Import a package without its __init__, which needs diffusers, datasets and CLIP."""
     package = types.ModuleType(name)
     package.__path__ = list(importlib.util.find_spec(name).submodule_search_locations)
     sys.modules[name] = package
 
 
-def vocabulary() -> Path:
+def write_vocabulary() -> Path:
+    """Write the vocabulary of a small tokenizer."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    words = ["red", "blue", "circle", "square", "left", "of", "the", "photo", "real", "##ness", "##s", "##ed", "un"]
+    words = [
+        "red",
+        "blue",
+        "circle",
+        "square",
+        "left",
+        "of",
+        "the",
+        "photo",
+        "real",
+        "##ness",
+        "##s",
+        "##ed",
+        "un",
+    ]
     single = [*letters, *"!,.;-'红", *(f"##{letter}" for letter in letters)]
     file = HERE / "vocab.txt"
-    file.write_text("\n".join(dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *single, *words])) + "\n")
+    file.write_text(
+        "\n".join(dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *single, *words]))
+        + "\n"
+    )
     return file
 
 
-def tokenizer(file: Path) -> BertTokenizer:
-    """The slow one that the package uses, with its additions; the fast one's file is kept for us."""
+def build_tokenizer(file: Path) -> BertTokenizer:
+    """Return the package's slow tokenizer with special tokens, and write the fast one's file."""
     BertTokenizerFast(str(file)).backend_tokenizer.save(str(HERE / "tokenizer.json"))
     slow = BertTokenizer(str(file))
     slow.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
@@ -64,13 +83,15 @@ def tokenizer(file: Path) -> BertTokenizer:
     return slow
 
 
-def small(words: BertTokenizer) -> torch.nn.Module:
-    """The package's model with its parts made smaller where it makes them, and random weights."""
+def build_small_model(words: BertTokenizer) -> torch.nn.Module:
+    """Return the package's model with smaller parts and random weights."""
     import ImageReward.ImageReward as top
     import ImageReward.models.BLIP.blip_pretrain as blip
     from ImageReward.models.BLIP.vit import VisionTransformer
 
-    encoder = VisionTransformer(PIXELS, 16, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, drop_path_rate=0.1)
+    encoder = VisionTransformer(
+        PIXELS, 16, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, drop_path_rate=0.1
+    )
     blip.create_vit = lambda *_: (encoder, WIDTH)
     blip.init_tokenizer = lambda: words
     head, transform = top.MLP, top._transform
@@ -83,21 +104,32 @@ def small(words: BertTokenizer) -> torch.nn.Module:
     for name, value in model.named_parameters():
         spread = value[0].numel() ** -0.5 if value.ndim in (2, 4) and "embed" not in name else 0.5
         noise = spread * torch.randn(value.shape, generator=random)
-        value.data = (noise + (value.ndim == 1 and "norm" in name.lower() and "weight" in name)).half().float()
+        is_norm_weight = value.ndim == 1 and "norm" in name.lower() and "weight" in name
+        value.data = (noise + is_norm_weight).half().float()
     return model
 
 
 @torch.no_grad()
-def answers(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of each image the patches after every block; of prompt k with image k mod 3 its ids, and the tokens after every
-    layer; of all pairs the score."""
+def compute_outputs(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the package's outputs.
+
+    Returns:
+        vision: The patches of each image after every block.
+        ids, mask: The tokens of each prompt.
+        text: The states of prompt k with image k mod 3 after every layer.
+        scores: The score of each pair of an image and a prompt.
+    """
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     blocks = []
     for block in model.blip.visual_encoder.blocks:
-        block.register_forward_hook(lambda _, __, answer: blocks.append(answer))
-    patches = model.blip.visual_encoder(torch.stack([model.preprocess(picture) for picture in pictures]))
+        block.register_forward_hook(lambda _, __, output: blocks.append(output))
+    patches = model.blip.visual_encoder(
+        torch.stack([model.preprocess(picture) for picture in pictures])
+    )
     vision = torch.stack([*blocks, patches])
-    read = model.blip.tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+    read = model.blip.tokenizer(
+        PROMPTS, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
+    )
     attended = patches[torch.arange(len(PROMPTS)) % len(images)]
     text = model.blip.text_encoder(
         read.input_ids,
@@ -107,22 +139,32 @@ def answers(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Ten
         output_hidden_states=True,
         return_dict=True,
     )
-    scores = torch.tensor([[model.score(prompt, picture) for prompt in PROMPTS] for picture in pictures])
+    scores = torch.tensor(
+        [[model.score(prompt, picture) for prompt in PROMPTS] for picture in pictures]
+    )
     ids = {"ids": read.input_ids, "mask": read.attention_mask}
     return ids | {"vision": vision, "text": torch.stack(text.hidden_states), "scores": scores}
 
 
 def main() -> None:
-    model = small(tokenizer(vocabulary()))
+    model = build_small_model(build_tokenizer(write_vocabulary()))
     images = torch.randint(256, (3, 3, 6, 6), generator=torch.Generator().manual_seed(1)).float()
-    images = torch.nn.functional.interpolate(images, (PIXELS, PIXELS), mode="bilinear").round().byte()
-    found = answers(model, images)
-    print(found["scores"])
+    images = (
+        torch.nn.functional.interpolate(images, (PIXELS, PIXELS), mode="bilinear").round().byte()
+    )
+    outputs = compute_outputs(model, images)
+    print(outputs["scores"])
     state = {n: v.half() if v.is_floating_point() else v for n, v in model.state_dict().items()}
-    save_file({name: value.contiguous() for name, value in state.items()}, HERE / "weights.safetensors")
-    save_file({"images": images, **found}, HERE / "answers.safetensors", {"prompts": json.dumps(PROMPTS)})
+    save_file(
+        {name: value.contiguous() for name, value in state.items()}, HERE / "weights.safetensors"
+    )
+    save_file(
+        {"images": images, **outputs},
+        HERE / "answers.safetensors",
+        {"prompts": json.dumps(PROMPTS)},
+    )
 
 
-bare("ImageReward")
-bare("ImageReward.models")
+skip_init("ImageReward")
+skip_init("ImageReward.models")
 main()

@@ -1,0 +1,247 @@
+"""Calibrate static activation quantizers, and measure the error of each activation."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fp4dit.models.base import Pipeline
+from fp4dit.models.blocks import ActivationState, flatten_outputs
+from fp4dit.quantization.audit import LayerAudit
+from fp4dit.quantization.fake_quant import FakeQuantize, TimestepFakeQuantize
+from fp4dit.quantization.rules import Rule
+from fp4dit.quantization.timestep import set_timestep
+from fp4dit.utils.calls import remove_hooks
+from fp4dit.utils.errors import UserError
+from fp4dit.utils.safetensors_io import save_tensors
+
+# A function of the name, the input and the output of a quantizer. It returns a tensor to use as the
+# output instead, or None.
+ActivationHook = Callable[[str, Tensor, Tensor], Tensor | None]
+
+
+@contextmanager
+def hook_activations(
+    activations: Mapping[str, FakeQuantize], hook: ActivationHook
+) -> Iterator[None]:
+    """Call `hook` for every activation that is quantized inside the `with` statement."""
+
+    def call_hook(name: str, _module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Any:
+        return hook(name, args[0], out)
+
+    handles = []
+    for name, module in activations.items():
+        handles.append(module.register_forward_hook(partial(call_hook, name)))
+    with remove_hooks(handles):
+        yield
+
+
+class ReplayTask(L.LightningModule):
+    """Replays captured calls, unit by unit, and calls `on_activation` for every activation.
+
+    Args:
+        pipeline: The pipeline.
+        activations: The quantizers of the activations, by name.
+    """
+
+    def __init__(self, pipeline: Pipeline, activations: Mapping[str, FakeQuantize]) -> None:
+        super().__init__()
+        self.pipeline, self.activations = pipeline, activations
+
+    def test_step(self, state: ActivationState) -> None:
+        model = self.pipeline.transformer
+        self.pipeline.to(self.device)
+        timestep = float(state["timestep"][0])
+        set_timestep(model, state["timestep"])
+
+        def hook(name: str, x: Tensor, out: Tensor) -> Tensor | None:
+            return self.on_activation(name, timestep, x, out)
+
+        with hook_activations(self.activations, hook):
+            for unit in self.pipeline.units():
+                outputs = flatten_outputs(unit.make_call(state)(model.get_submodule(unit.module)))
+                state = state | dict(zip(unit.outputs, outputs, strict=True))
+
+    def on_activation(self, name: str, timestep: float, x: Tensor, out: Tensor) -> Tensor | None:
+        """Handle an activation.
+
+        Args:
+            name: The name of the activation.
+            timestep: The timestep of the call.
+            x: The activation in full precision.
+            out: The quantized activation.
+
+        Returns:
+            The tensor to use in place of `out`, or None to use `out`.
+        """
+        raise NotImplementedError
+
+
+class ObserveTask(ReplayTask):
+    """Observes unquantized activations, from which `calibrate` chooses their static scales.
+
+    Args:
+        pipeline: The pipeline.
+        activations: The quantizers of all activations, by name.
+        rules: The rules of the activations to observe.
+
+    Example:
+        >>> task = ObserveTask(pipeline, activations, rules)
+        >>> trainer.test(task, steps)
+        >>> task.calibrate()
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, activations: Mapping[str, FakeQuantize], rules: Mapping[str, Rule]
+    ) -> None:
+        super().__init__(pipeline, {name: activations[name] for name in rules})
+        self.rules = rules
+        self.observations: dict[str, list[tuple[float, Tensor]]] = {name: [] for name in rules}
+
+    def on_activation(self, name: str, timestep: float, x: Tensor, out: Tensor) -> Tensor:
+        observer = self.rules[name].observer
+        assert observer is not None
+        self.observations[name].append((timestep, observer.summarize(x)))
+        return x
+
+    def calibrate(self) -> None:
+        """Choose the static scales of all observed activations.
+
+        Raises:
+            UserError: if the model never read one of them.
+        """
+        check_all_read([name for name in self.rules if not self.observations[name]])
+        for name, fake_quant in self.activations.items():
+            if isinstance(fake_quant, TimestepFakeQuantize):
+                samples = {}
+                for timestep, _ in self.observations[name]:
+                    if timestep not in samples:
+                        samples[timestep] = self.gather_observations(name, timestep)
+                fake_quant.calibrate_per_timestep(samples)
+            else:
+                fake_quant.calibrate(self.gather_observations(name))
+
+    def gather_observations(self, name: str, timestep: float | None = None) -> Tensor:
+        """Merge the observations of an activation, at one timestep or at all."""
+        observer = self.rules[name].observer
+        assert observer is not None
+        summaries = []
+        for observed_timestep, summary in self.observations[name]:
+            if timestep in (None, observed_timestep):
+                summaries.append(summary)
+        return observer.merge(summaries).to(self.pipeline.device)
+
+
+class MeasureTask(ReplayTask):
+    """Measures the signal-to-quantization-noise ratio of every activation at every timestep.
+
+    Args:
+        pipeline: The pipeline.
+        activations: The quantizers of the activations, by name.
+
+    Example:
+        >>> task = MeasureTask(pipeline, activations)
+        >>> trainer.test(task, steps)
+        >>> task.compute_sqnr()[0]
+        {'layer': 'proj_out', 'timestep': 999.0, 'sqnr_db': 31.5}
+    """
+
+    def __init__(self, pipeline: Pipeline, activations: Mapping[str, FakeQuantize]) -> None:
+        super().__init__(pipeline, activations)
+        # The sums of squares of the activation and of its quantization error.
+        self.power: dict[tuple[str, float], Tensor] = defaultdict(
+            lambda: torch.zeros(2, dtype=torch.float64)
+        )
+        self.shapes: dict[str, torch.Size] = {}
+
+    def on_activation(self, name: str, timestep: float, x: Tensor, out: Tensor) -> None:
+        noise = (out.double() - x.double()).square().sum()
+        power = torch.stack([x.double().square().sum(), noise]).cpu()
+        if not power.isfinite().all():
+            raise UserError(
+                f"the input of {name} holds NaN or infinity at timestep {timestep:g}: try "
+                "model.dtype=float32"
+            )
+        self.power[name, timestep] += power
+        self.shapes[name] = x.shape
+
+    def compute_sqnr(self) -> list[dict[str, str | float]]:
+        """Return the ratio of each activation and timestep in dB, as rows of a table."""
+        rows = []
+        for (name, timestep), power in self.power.items():
+            signal, noise = power.tolist()
+            ratio = 10 * torch.log10(torch.tensor(signal / noise)).item() if noise else torch.inf
+            rows.append({"layer": name, "timestep": timestep, "sqnr_db": round(ratio, 3)})
+        return rows
+
+    def audit_activations(self, rules: Mapping[str, Rule]) -> list[LayerAudit]:
+        """Return the format and the bits of every activation.
+
+        Raises:
+            UserError: if the model never read an activation that is to be quantized.
+        """
+        check_all_read([name for name in self.activations if name not in self.shapes])
+        audits = []
+        for name, fake_quant in self.activations.items():
+            fmt = fake_quant.quantizer.format
+            if fake_quant.calibrated_tensors():
+                fmt = fake_quant.format
+            bits, size = self.count_bits(name, fake_quant), self.shapes[name].numel()
+            audits.append(LayerAudit(name, rules[name].match, fmt.name, bits, size))
+        return audits
+
+    def count_bits(self, name: str, fake_quant: FakeQuantize) -> float:
+        """Return the bits per value, including the scales if they are dynamic."""
+        quantizer = fake_quant.quantizer
+        if fake_quant.qparams is None:
+            return quantizer.bits_per_value(self.shapes[name])
+        return float(quantizer.format.bits)
+
+
+def check_all_read(unread: Sequence[str]) -> None:
+    """Raise an error if there are activations that the model never read.
+
+    Raises:
+        UserError: if there are such activations. It names the first three.
+    """
+    if unread:
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        raise UserError(
+            f"{', '.join(unread[:3])}{more} would not be quantized: the model never reads them, or "
+            "its attention does not call F.scaled_dot_product_attention. To leave them in 16 bits: "
+            f"+activation.ignore=['{unread[0]}'], which understands wildcards"
+        )
+
+
+def save_scales(activations: Mapping[str, FakeQuantize], path: Path) -> None:
+    """Write the calibrated tensors of static quantizers. Dynamic quantizers have none."""
+    tensors = {}
+    for name, fake_quant in activations.items():
+        for key, value in fake_quant.state_dict().items():
+            tensors[f"{name}.{key}"] = value
+    save_tensors(tensors, path)
+
+
+def load_scales_(activations: Mapping[str, FakeQuantize], path: Path) -> None:
+    """Load what `save_scales` wrote, in place.
+
+    Raises:
+        UserError: if the file has no scale of a static quantizer.
+    """
+    tensors = load_file(path)
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in activations}
+    for full_name, value in tensors.items():
+        name, _, key = full_name.rpartition(".")
+        if name in states:
+            states[name][key] = value
+    for name, fake_quant in activations.items():
+        fake_quant.load_state_dict(states[name])
+        if fake_quant.static and fake_quant.qparams is None:
+            raise UserError(f"{path} holds no scale for the static activation {name}")

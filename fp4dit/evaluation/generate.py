@@ -1,0 +1,43 @@
+"""Generation of one image per prompt."""
+
+from pathlib import Path
+
+import lightning as L
+from torchvision.transforms.functional import to_pil_image
+
+from fp4dit.calibration.capture import PromptBatch
+from fp4dit.models.base import Pipeline
+from fp4dit.models.nan_guard import nan_guard
+from fp4dit.utils.files import atomic_write_checksummed
+
+
+def list_image_files(out: Path, batch: PromptBatch) -> list[Path]:
+    """Return the file of each image of a batch."""
+    return [out / f"{batch.first + i:05}.png" for i in range(len(batch.prompts))]
+
+
+class GenerateTask(L.LightningModule):
+    """Generates images for batches of prompts, and writes 00000.png, 00001.png, ... to a folder.
+
+    Args:
+        pipeline: The pipeline.
+        out: The folder of the images.
+        steps: The number of sampling steps.
+        guidance: The scale of classifier-free guidance.
+
+    Example:
+        >>> task = GenerateTask(pipeline, Path("images"), steps=20, guidance=4.5)
+        >>> trainer.predict(task, load_one_by_one(batch_prompts(prompts, 8, seed=0)))
+    """
+
+    def __init__(self, pipeline: Pipeline, out: Path, steps: int, guidance: float) -> None:
+        super().__init__()
+        self.pipeline, self.out, self.steps, self.guidance = pipeline, out, steps, guidance
+
+    def predict_step(self, batch: PromptBatch) -> None:
+        self.pipeline.to(self.device)
+        with nan_guard(self.pipeline.transformer):
+            images = self.pipeline.sample(batch.prompts, batch.seeds, self.steps, self.guidance)
+        for path, image in zip(list_image_files(self.out, batch), images, strict=True):
+            with atomic_write_checksummed(path) as part:
+                to_pil_image(image.cpu().clamp(0, 1)).save(part, format="PNG")

@@ -1,0 +1,95 @@
+"""Transformer blocks as units that can be called one by one, and the calls that reach them."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fp4dit.data.columns import RowIndex, RowSource
+from fp4dit.utils.calls import Call
+
+T = TypeVar("T")
+
+# Named activations of one batch of calibration calls, with one row per sample.
+ActivationState = dict[str, Tensor]
+ReadOnlyState = Mapping[str, Tensor]
+
+# Named activations of all calibration calls, in memory or in files.
+RowSources = Mapping[str, RowSource]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the model that is reconstructed at once, such as a transformer block.
+
+    Args:
+        module: The name of the module in the model.
+        inputs: The names of the activations that the unit reads.
+        make_call: Makes the call of the module from the activations among `inputs` that the
+            model has.
+        outputs: The names of the activations that the module returns, in order.
+
+    Example:
+        >>> def make_call(state):
+        ...     return Call((state["hidden"],), {"timestep": state["timestep"]})
+        >>> unit = Unit("blocks.0", ("hidden", "timestep"), make_call, ("hidden",))
+    """
+
+    module: str
+    inputs: tuple[str, ...]
+    make_call: Callable[[ReadOnlyState], Call]
+    outputs: tuple[str, ...]
+
+    def select_inputs(self, columns: RowSources, index: RowIndex) -> ActivationState:
+        """Return the rows `index` of the activations that the unit reads."""
+        return select_rows(select_columns(self.inputs, columns), index)
+
+
+def make_simple_unit(module: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Unit:
+    """Make a unit whose module takes all its inputs as positional arguments, in order.
+
+    Example:
+        >>> unit = make_simple_unit("pos_embed", ("latent",), ("hidden",))
+    """
+
+    def make_call(state: ReadOnlyState) -> Call:
+        return Call(tuple(state[name] for name in inputs), {})
+
+    return Unit(module, inputs, make_call, outputs)
+
+
+def filter_by_unit(by_layer: Mapping[str, T], unit: Unit) -> dict[str, T]:
+    """Return the entries whose layers lie inside a unit."""
+    inside = {}
+    for name, value in by_layer.items():
+        if name == unit.module or name.startswith(f"{unit.module}."):
+            inside[name] = value
+    return inside
+
+
+def flatten_outputs(output: Any) -> tuple[Tensor, ...]:
+    """Return the tensors of a module's output in order, however they are nested."""
+    return tuple(value for value in tree_leaves(output) if isinstance(value, Tensor))
+
+
+def select_columns(names: Collection[str], columns: Mapping[str, T]) -> dict[str, T]:
+    """Return the columns that have one of the names; a name without a column is ignored."""
+    return {name: column for name, column in columns.items() if name in names}
+
+
+def select_rows(columns: RowSources, index: RowIndex) -> ActivationState:
+    """Read the same rows of every column."""
+    return {name: column[index] for name, column in columns.items()}
+
+
+def to_device(device: torch.device | str, state: ReadOnlyState) -> ActivationState:
+    """Return a copy of the state whose tensors are on a device."""
+    return {name: value.to(device, non_blocking=True) for name, value in state.items()}
+
+
+def count_rows(columns: RowSources) -> int:
+    """Return the number of rows, which is the same in all columns."""
+    return len(next(iter(columns.values())))

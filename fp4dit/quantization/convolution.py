@@ -1,0 +1,44 @@
+"""Convolutions computed as linear layers, both quantized and packed ones."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IntTuple = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """Geometry of a 2-d convolution, with the names and values of `torch.nn.Conv2d`."""
+
+    kernel_size: IntTuple
+    dilation: IntTuple
+    padding: IntTuple
+    stride: IntTuple
+
+
+class ConvolutionMixin:
+    """Mixin that turns a linear layer into a convolution: each patch of the input is a token.
+
+    The mixin precedes the linear layer among the base classes. Its `forward` unfolds the input, and
+    passes the patches to the `forward` of the linear layer.
+    """
+
+    geometry: nn.Conv2d | ConvGeometry
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n o y x"]:
+        conv = self.geometry
+        padding: tuple[int, ...] = conv.padding  # pyright: ignore[reportAssignmentType]
+        output_size = []
+        for axis, size in enumerate(x.shape[2:]):
+            kernel_extent = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
+            output_size.append((size + 2 * padding[axis] - kernel_extent) // conv.stride[axis] + 1)
+        tokens = super().forward(self.to_tokens(x))  # pyright: ignore[reportAttributeAccessIssue]
+        return tokens.mT.unflatten(2, output_size)
+
+    def to_tokens(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n p k"]:
+        """Return the patches that the kernel sees, flattened."""
+        conv = self.geometry
+        return F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride).mT  # pyright: ignore[reportArgumentType]

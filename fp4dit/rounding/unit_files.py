@@ -1,0 +1,71 @@
+"""Files of a reconstruction, which hold the state of the quantized layers of each unit."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from fp4dit.models.base import Pipeline
+from fp4dit.models.blocks import Unit, filter_by_unit
+from fp4dit.quantization.apply import quantize_activations_, quantize_weights_
+from fp4dit.quantization.fake_quant import FakeQuantize
+from fp4dit.quantization.layers import QuantLayer
+from fp4dit.quantization.rules import Rule, assign_rules, find_layers
+from fp4dit.quantization.timestep import TimestepContext
+from fp4dit.utils.files import atomic_write_checksummed
+from fp4dit.utils.safetensors_io import save_tensors
+
+
+def load_weights_(
+    pipeline: Pipeline, weight: Sequence[Rule], activation: Sequence[Rule], folder: Path
+) -> tuple[dict[str, FakeQuantize], dict[str, Rule]]:
+    """Quantize a model in place with the results of a reconstruction.
+
+    Args:
+        pipeline: The pipeline with the original model.
+        weight: The rules for weights.
+        activation: The rules for activations.
+        folder: The folder of the reconstruction's units.
+
+    Returns:
+        The quantizers of the activations, and their rules, by name.
+    """
+    model, context = pipeline.transformer, TimestepContext()
+    context.attach(model)
+    rules = assign_rules(find_layers(model), weight)
+    layers = quantize_weights_(model, rules, clock=context)
+    activations = quantize_activations_(model, activation)
+    for number, unit in enumerate(pipeline.units(), 1):
+        load_layers(filter_by_unit(layers, unit), unit_path(folder, number, unit))
+    return activations
+
+
+def unit_path(folder: Path, number: int, unit: Unit) -> Path:
+    """Return the file of a unit. Units are numbered from 1."""
+    return folder / f"{number:03}_{unit.module}.safetensors"
+
+
+def save_layers(layers: Mapping[str, QuantLayer], path: Path) -> None:
+    """Write the state of quantized layers to one file."""
+    tensors = {}
+    for name, layer in layers.items():
+        for key, value in layer.state_dict().items():
+            tensors[f"{name}.{key}"] = value
+    with atomic_write_checksummed(path) as part:
+        save_tensors(tensors, part)
+
+
+def load_layers(layers: Mapping[str, QuantLayer], path: Path) -> None:
+    """Load the file of `save_layers` into the layers.
+
+    Raises:
+        RuntimeError: if the file lacks a tensor of one of these layers, or has one that the layer
+            does not have.
+    """
+    tensors = load_file(path)
+    for name, layer in layers.items():
+        state = {}
+        for full_name, value in tensors.items():
+            if full_name.startswith(f"{name}."):
+                state[full_name.removeprefix(f"{name}.")] = value
+        layer.load_state_dict(state)

@@ -1,0 +1,33 @@
+"""Transforms of a layer's weight and input that leave their product unchanged.
+
+Smoothing moves outliers from inputs to weights, Hadamard rotations spread them over all channels,
+and a low-rank branch keeps the largest part of the weight in 16 bits.
+
+To add a transform: write a `Transform`, and a dataclass with the members of `TransformSpec` that
+makes it, such as `Hadamard`; give the dataclass a tag in `fp4dit/registry.py`; and list the tag in
+`TRANSFORMS` of `fp4dit/quantization/rule_specs.py`. Configs then name it, as in
+`{kind: hadamard, size: 16}`.
+"""
+
+from fp4dit.transforms.base import Transform, TransformSpec
+from fp4dit.transforms.hadamard import Hadamard
+from fp4dit.transforms.low_rank import LowRank
+from fp4dit.transforms.smoothing import (
+    ChannelMax,
+    MovingAverageMax,
+    SalienceWeightedMax,
+    Smoothing,
+    SmoothingSearch,
+)
+
+__all__ = [
+    "ChannelMax",
+    "Hadamard",
+    "LowRank",
+    "MovingAverageMax",
+    "SalienceWeightedMax",
+    "Smoothing",
+    "SmoothingSearch",
+    "Transform",
+    "TransformSpec",
+]

@@ -1,0 +1,247 @@
+"""Smoothing: factors per input channel that move outliers from the input to the weight.
+
+The input is divided by the factors and the weight multiplied by them, so the product x W^T stays
+the same. The rules that choose the factors are those of SmoothQuant (arXiv:2211.10438), SVDQuant
+(arXiv:2411.05007), ViDiT-Q (arXiv:2406.02540) and PTQ4DiT (arXiv:2405.16005).
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fp4dit.numerics.quantizer import Quantizer
+from fp4dit.transforms.base import (
+    FakeQuantizeFn,
+    InputSample,
+    Transform,
+    WeightMatrix,
+    apply_in_fp32,
+    squared_output_error,
+)
+
+
+@runtime_checkable
+class ChannelStatistic(Protocol):
+    """Protocol of functions that measure the size of each input channel."""
+
+    def __call__(self, x: InputSample, weight: WeightMatrix) -> Float[Tensor, "k"]:
+        """Return a number per channel, not negative."""
+        ...
+
+
+@dataclass(frozen=True)
+class ChannelMax:
+    """Largest magnitude of each channel in the whole sample.
+
+    Example:
+        >>> ChannelMax()(torch.randn(4, 16, 64), torch.randn(32, 64)).shape
+        torch.Size([64])
+    """
+
+    def __call__(self, x: InputSample, weight: WeightMatrix) -> Float[Tensor, "k"]:
+        return x.abs().amax((0, 1))
+
+
+@dataclass(frozen=True)
+class MovingAverageMax:
+    """Moving average of the calls' channel maxima, as in the code of ViDiT-Q (arXiv:2406.02540).
+
+    Args:
+        momentum: Weight of the average so far. The average starts at the first call.
+
+    Example:
+        >>> statistic = MovingAverageMax(momentum=0.99)
+        >>> size = statistic(x, weight)
+    """
+
+    momentum: float = 0.95
+
+    def __call__(self, x: InputSample, weight: WeightMatrix) -> Float[Tensor, "k"]:
+        average, *rest = x.abs().amax(1)
+        for largest in rest:
+            average = torch.lerp(largest, average, self.momentum)
+        return average
+
+
+@dataclass(frozen=True)
+class SalienceWeightedMax:
+    """Mean of the calls' channel maxima, weighted by salience, as in PTQ4DiT (arXiv:2405.16005).
+
+    The maxima m_b of call b are weighted by softmax_b(-rho(m_b, w)), where rho is Spearman's rank
+    correlation and w holds the weight's channel maxima. A call has a larger weight in the mean if
+    its large channels differ from the large channels of the weight.
+
+    Example:
+        >>> size = SalienceWeightedMax()(x, weight)
+    """
+
+    def __call__(self, x: InputSample, weight: WeightMatrix) -> Float[Tensor, "k"]:
+        maxima, w = x.abs().amax(1), weight.abs().amax(0)
+        rho = torch.stack([spearman_correlation(m, w) for m in maxima])
+        return (-rho).softmax(0).to(maxima.dtype) @ maxima
+
+
+def spearman_correlation(a: Float[Tensor, "k"], b: Float[Tensor, "k"]) -> Float[Tensor, ""]:
+    """Return Spearman's rank correlation, and 0 if one side is constant."""
+    return torch.corrcoef(torch.stack([average_ranks(a), average_ranks(b)]))[0, 1].nan_to_num(0.0)
+
+
+def average_ranks(x: Float[Tensor, "k"]) -> Float[Tensor, "k"]:
+    """Return the rank of each value; equal values share their mean rank."""
+    _, unique_index, count = x.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count - 1) / 2).double()[unique_index]
+
+
+def smoothing_factors(
+    x: Float[Tensor, "k"], w: Float[Tensor, "k"], a: float, b: float
+) -> Float[Tensor, "k"]:
+    """Return the smoothing factors x^a / w^b in fp16.
+
+    A channel whose inputs or weights are all 0 gets a factor of 1.
+
+    Args:
+        x: Size of each input channel.
+        w: Largest weight of each input channel.
+        a: Exponent of the inputs.
+        b: Exponent of the weights.
+    """
+    s = (x.float().pow(a) / w.float().pow(b)).clamp(1e-5, torch.finfo(torch.float16).max)
+    return s.masked_fill((x == 0) | (w == 0), 1.0).half()
+
+
+@runtime_checkable
+class SmoothingRule(Protocol):
+    """Protocol of functions that choose the smoothing factor of each input channel."""
+
+    def __call__(
+        self,
+        weight: WeightMatrix,
+        x: InputSample,
+        quantizer: Quantizer,
+        fake_quantize_input: FakeQuantizeFn,
+    ) -> Float[Tensor, "k"]:
+        """Return the factors. The arguments are those of `Transform.fit`."""
+        ...
+
+
+class ChannelDivision(Transform):
+    """Divide each input channel by a factor, and multiply the weight's channel by it.
+
+    This moves outliers from the input to the weight, or back.
+
+    Args:
+        k: Number of input channels.
+        rule: Chooses the factors.
+
+    Example:
+        >>> transform = ChannelDivision(64, Smoothing().choose_factors)
+        >>> transform.fit(weight, x, quantizer, fake_quantize_input)
+        >>> smoothed = transform.transform_input(x)
+    """
+
+    divisor: Float[Tensor, "k"]
+
+    def __init__(self, k: int, rule: SmoothingRule) -> None:
+        super().__init__()
+        self.rule = rule
+        self.register_buffer("divisor", torch.ones(k, dtype=torch.float16))
+
+    @torch.no_grad()
+    def fit(
+        self,
+        weight: WeightMatrix,
+        x: InputSample,
+        quantizer: Quantizer,
+        fake_quantize_input: FakeQuantizeFn,
+    ) -> None:
+        self.divisor.copy_(self.rule(weight.float(), x.float(), quantizer, fake_quantize_input))
+
+    def transform_input(self, x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k"]:
+        return apply_in_fp32(lambda x: x / self.divisor, x)
+
+    def transform_weight(self, w: WeightMatrix) -> WeightMatrix:
+        return apply_in_fp32(lambda w: w * self.divisor, w)
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """Smoothing by s = x^alpha / w^(1 - alpha) per channel (SmoothQuant, arXiv:2211.10438).
+
+    The factors s are at least 1e-5.
+
+    Args:
+        alpha: Exponent of the inputs. At 1 the input channels become equally large.
+        statistic: Size x of each input channel. The size w is the largest weight of the channel.
+
+    Example:
+        ``transform=smooth`` in YAML::
+
+            - {kind: smoothing, alpha: 0.5}
+    """
+
+    alpha: float = 0.5
+    statistic: ChannelStatistic = field(default_factory=ChannelMax)
+
+    def __call__(self, out: int, k: int) -> ChannelDivision:
+        return ChannelDivision(k, self.choose_factors)
+
+    def choose_factors(
+        self,
+        weight: WeightMatrix,
+        x: InputSample,
+        quantizer: Quantizer,
+        fake_quantize_input: FakeQuantizeFn,
+    ) -> Float[Tensor, "k"]:
+        """Return the factors. Both quantizers are ignored."""
+        x_size, w_size = self.statistic(x, weight), weight.abs().amax(0)
+        return smoothing_factors(x_size, w_size, self.alpha, 1 - self.alpha)
+
+
+@dataclass(frozen=True)
+class SmoothingSearch:
+    """Smoothing by s = x^a / w^b with the least error of the layer's quantized output.
+
+    The search covers (a, b) = (0, 0), which is no smoothing, and (i / steps, 0) and
+    (i / steps, 1 - i / steps) for i = 1 to `steps`, as in the code of SVDQuant (arXiv:2411.05007).
+
+    Args:
+        steps: Number of exponents a.
+        statistic: Size x of each input channel. The size w is the largest weight of the channel.
+
+    Example:
+        >>> transform = SmoothingSearch(steps=20)(out=32, k=64)
+        >>> transform.fit(weight, x, quantizer, fake_quantize_input)
+    """
+
+    steps: int = 20
+    statistic: ChannelStatistic = field(default_factory=ChannelMax)
+
+    def __call__(self, out: int, k: int) -> ChannelDivision:
+        return ChannelDivision(k, self.choose_factors)
+
+    def candidate_exponents(self) -> list[tuple[float, float]]:
+        """Return the pairs (a, b) to try."""
+        grid = [i / self.steps for i in range(1, self.steps + 1)]
+        return [(0.0, 0.0), *((a, 0.0) for a in grid), *((a, 1 - a) for a in grid[:-1])]
+
+    def choose_factors(
+        self,
+        weight: WeightMatrix,
+        x: InputSample,
+        quantizer: Quantizer,
+        fake_quantize_input: FakeQuantizeFn,
+    ) -> Float[Tensor, "k"]:
+        """Return the first of the candidates with the least squared error."""
+        x_size, w_size = self.statistic(x, weight), weight.abs().amax(0)
+        candidates = [
+            smoothing_factors(x_size, w_size, a, b) for a, b in self.candidate_exponents()
+        ]
+
+        def output_error(s: Tensor) -> float:
+            x_hat, weight_hat = fake_quantize_input(x / s), quantizer(weight * s)
+            return squared_output_error(x, weight, x_hat, weight_hat)
+
+        return min(candidates, key=output_error)

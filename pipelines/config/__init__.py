@@ -1,0 +1,1 @@
+"""Configs: OmegaConf resolvers such as `content_hash`, and checks of types and secrets."""

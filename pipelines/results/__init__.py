@@ -1,0 +1,1 @@
+"""Results in the store: rows of tables, missing results, selection, explanation, and clean-up."""

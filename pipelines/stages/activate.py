@@ -1,0 +1,79 @@
+"""The stage that calibrates static activation quantizers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fp4dit.calibration.activations import MeasureTask, ObserveTask, save_scales
+from fp4dit.calibration.captured_calls import load_steps
+from fp4dit.estimate.footprint import count_bit_operations
+from fp4dit.estimate.stages import Estimator, StageCost
+from fp4dit.models.base import PipelineSource
+from fp4dit.quantization.apply import check_activations
+from fp4dit.quantization.audit import audit_to_dicts, effective_bits
+from fp4dit.quantization.rules import Rule
+from fp4dit.rounding.unit_files import load_weights_
+from fp4dit.utils.files import write_csv, write_json
+from pipelines.runtime.trainer import Runtime
+from pipelines.stages.base import Needs, Stage
+from pipelines.stages.capture import Calibration
+from pipelines.stages.sharded import load_one_by_one
+
+
+@dataclass(frozen=True)
+class Activate(Stage):
+    """Calibrates static activation quantizers, with quantized weights, and measures all quantizers.
+
+    Example:
+        See the node `activate` of `conf/stages/default.yaml`.
+    """
+
+    model: PipelineSource
+    weight: Sequence[Rule]
+    activation: Sequence[Rule]
+    calibration: Calibration
+
+    def check(self) -> None:
+        check_activations(self.model.build_on_meta().transformer, self.weight, self.activation)
+
+    def estimate_cost(self, make_estimator: Callable[[], Estimator]) -> StageCost:
+        num_train, num_val = self.calibration.num_rows
+        num_observed = num_train if any(rule.observer for rule in self.activation) else 0
+        return make_estimator().estimate_replay(
+            num_observed,
+            num_val,
+            self.calibration.replay_batch_size,
+            self.activation,
+            "calibration.batch_size",
+        )
+
+    def run(self, needs: Needs, out: Path, runtime: Runtime) -> None:
+        pipeline = self.model.load()
+        activations, rules = load_weights_(
+            pipeline, self.weight, self.activation, needs["weights"] / "units"
+        )
+        observed = {}
+        for name, rule in rules.items():
+            # The reconstruct stage may have calibrated some already.
+            if rule.observer and activations[name].qparams is None:
+                observed[name] = rule
+        steps = load_steps(needs["calls"] / "calls", self.calibration.num_prompts)
+        train_steps, val_steps = (load_one_by_one(each) for each in steps)
+        if observed:
+            observe = ObserveTask(pipeline, activations, observed)
+            trainer = runtime.make_trainer("activate: observe", devices=1)
+            trainer.test(observe, train_steps, verbose=False)
+            observe.calibrate()
+        measure = MeasureTask(pipeline, activations)
+        trainer = runtime.make_trainer("activate: measure", devices=1)
+        trainer.test(measure, val_steps, verbose=False)
+        save_scales(activations, out / "scales.safetensors")
+        write_csv(out / "sqnr.csv", measure.compute_sqnr())
+        audit = measure.audit_activations(rules)
+        operations = count_bit_operations(self.model.build_on_meta(), self.weight, self.activation)
+        summary = {
+            "layers": audit_to_dicts(audit),
+            "bits_activation": effective_bits(audit) if audit else 16.0,
+            "bit_operations": operations,
+        }
+        write_json(out / "audit.json", summary)

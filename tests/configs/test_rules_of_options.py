@@ -1,0 +1,78 @@
+"""Rules of every option of conf/weight and conf/activation against an explicit enumeration."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from fp4dit.numerics.format_selection import FormatSelection
+from fp4dit.numerics.formats import NumberFormat
+from fp4dit.quantization.rules import Rule
+from pipelines.config.resolvers import list_options
+from tests.conftest import Compose
+
+EXPECTED = yaml.safe_load((Path(__file__).parent / "expected_rules.yaml").read_text())
+OPTIONS = [(group, name) for group in EXPECTED for name in list_options(group)]
+
+
+def describe_rule(rule: Rule) -> str:
+    """Return what a rule means in one line: pattern, format, granularity, scale, and the rest."""
+    quantizer = rule.quantizer
+    assert quantizer is not None
+    selection = quantizer.format
+    words = [rule.match, selection.name]
+    if isinstance(selection, FormatSelection):
+        words.append(f"by {describe_object(selection.by)} per {selection.per}")
+    words += [describe_object(quantizer.granularity), describe_object(quantizer.scale)]
+    if rule.observer:
+        words.append(f"static {describe_object(rule.observer)}")
+    for name in ("per_timestep", "before_norm", "optional"):
+        if getattr(rule, name):
+            words.append(name)
+    return " ".join(words)
+
+
+def describe_object(value: Any) -> str:
+    """Return a class and the fields that differ from their defaults."""
+    if isinstance(value, NumberFormat):
+        return value.name
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(describe_object(item) for item in value)}]"
+    if not hasattr(value, "__dataclass_fields__"):
+        return getattr(value, "__name__", str(value))
+    options = []
+    for f in fields(value):
+        option = getattr(value, f.name)
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        if option != default:
+            options.append(f"{f.name}={describe_object(option)}")
+    return f"{type(value).__name__}({', '.join(options)})"
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
+def test_an_option_makes_the_rules_that_it_is_to(composed: Compose, group: str, name: str):
+    config = composed(f"{group}={name}", "model=pixart_alpha")
+    rules = instantiate(OmegaConf.to_container(config[group], resolve=True), _convert_="all")
+    assert [describe_rule(rule) for rule in rules] == EXPECTED[group][name]
+
+
+def test_every_expectation_has_an_option():
+    for group, options in EXPECTED.items():
+        assert sorted(options) == sorted(list_options(group))
+
+
+def test_a_model_says_which_layers_are_special(composed: Compose):
+    """The small model has heads of 32, which groups divide; HunyuanDiT has long skips."""
+    config = composed("activation=nvfp4", "weight=nvfp4", "model=shapes")
+    rules = instantiate(OmegaConf.to_container(config.activation, resolve=True), _convert_="all")
+    assert [rule.match for rule in rules] == ["*"]
+    config = composed("weight=fp4dit", "activation=e3m4_token_halves", "model=hunyuan")
+    rules = instantiate(OmegaConf.to_container(config.weight, resolve=True), _convert_="all")
+    assert [rule.match for rule in rules] == ["*.ff.net.0.proj", "blocks.*"]
+    rules = instantiate(OmegaConf.to_container(config.activation, resolve=True), _convert_="all")
+    assert describe_rule(rules[0]) == "*.skip_linear e3m4 PerSplit(parts=2) AbsMax() optional"
+    assert [rule.match for rule in rules[1:]] == ["*"]

@@ -1,0 +1,135 @@
+"""A stage's key depends on tags, so that classes and modules can move and be renamed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fp4dit.registry import KINDS
+from fp4dit.utils.hub import resolve_package_path
+from pipelines.config.resolvers import CONF, list_options, register_resolvers
+from pipelines.planning.plan import make_plan, make_planned_stage
+from pipelines.planning.stage_kinds import FOLDER_KINDS, STAGE_KINDS, make_identity
+from tests.configs.test_options import OPTIONS
+from tests.conftest import Compose
+
+OURS = ("fp4dit.", "pipelines.", "pkg://fp4dit")
+DEMO = [name for name in list_options("experiment") if name.startswith("demo_")]
+
+DETAILED = "demo_4_fp4dit_w4a8"
+
+# The keys of the demo's rows. They change when a config, the shipped weights or the
+# version of a stage changes on purpose; a move or a new name must not change them.
+KEYS: dict[str, str] = {
+    "demo_1_full_precision/score": "c0decf92175303c8",
+    "demo_2_int4_nearest/score": "70b01822fc5123cc",
+    "demo_3_int4_adaround/score": "4a1ebae74f248ce7",
+    "demo_4_fp4dit_w4a8/capture": "e5fb761b7274f684",
+    "demo_4_fp4dit_w4a8/reconstruct": "077018707e448125",
+    "demo_4_fp4dit_w4a8/activate": "eddf6eb83e73cbef",
+    "demo_4_fp4dit_w4a8/generate": "520ac658e601c6b8",
+    "demo_4_fp4dit_w4a8/reference": "060d500d88872191",
+    "demo_4_fp4dit_w4a8/score": "ccc373f7d09d716b",
+    "demo_4_fp4dit_w4a8/export": "ff45405c58b78cdf",
+    "demo_4_fp4dit_w4a8/histograms": "c2d87356f730a77c",
+    "demo_5_fp4_nearest/score": "3f9da9dcccf7b9d1",
+    "demo_6_int4_adaround_dynamic/score": "96b5bca069fcaee1",
+    "demo_7_fp4dit_w4a6/score": "464aa6b76a1fa88e",
+    "demo_8_fp4dit_w4a4/score": "13a6a155ca535f78",
+}
+
+
+@pytest.mark.parametrize(("tag", "path"), [*KINDS.items(), *STAGE_KINDS.items()])
+def test_every_tag_names_code_that_exists(tag: str, path: str):
+    assert callable(get_object(path))
+
+
+@pytest.mark.parametrize("folder", FOLDER_KINDS.values())
+def test_every_tag_of_a_folder_names_one_that_exists(folder: str):
+    assert Path(resolve_package_path(folder)).is_dir()
+
+
+def test_no_tag_and_no_path_is_listed_twice():
+    """A tag that was listed twice in one mapping would be lost without an error."""
+    assert not KINDS.keys() & STAGE_KINDS.keys()
+    paths = [*KINDS.values(), *STAGE_KINDS.values()]
+    assert len(set(paths)) == len(paths)
+
+
+def iter_texts(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        node = list(node.values())
+    if isinstance(node, list):
+        for value in node:
+            yield from iter_texts(value)
+    elif isinstance(node, str):
+        yield node
+
+
+@pytest.mark.parametrize("option", [*OPTIONS, *(f"experiment={name}" for name in DEMO)])
+def test_no_identity_contains_a_path_of_ours(composed: Compose, option: str):
+    """Every class of ours that a stage's config names has a tag."""
+    config = composed(option)
+    for name in config.stages:
+        node = read_node(config, name)
+        assert [text for text in iter_texts(make_identity(node)) if text.startswith(OURS)] == []
+
+
+def read_node(config: Any, name: str) -> dict[str, Any]:
+    """Resolve the parts of a stage's node that can be resolved without weights or data."""
+    node = {}
+    for key in config.stages[name]:
+        try:
+            value = config.stages[name][key]
+            if OmegaConf.is_config(value):
+                value = OmegaConf.to_container(value, resolve=True)
+            node[key] = value
+        except (OmegaConfBaseException, ValueError):
+            continue
+    return node
+
+
+def test_a_class_that_moves_keeps_its_key(monkeypatch: pytest.MonkeyPatch):
+    before = make_planned_stage("capture", {}, {"_target_": STAGE_KINDS["capture_stage"]})
+    monkeypatch.setitem(STAGE_KINDS, "capture_stage", "elsewhere.Capture")
+    after = make_planned_stage("capture", {}, {"_target_": "elsewhere.Capture"})
+    assert after.key == before.key
+    assert after.config == {"_target_": "elsewhere.Capture"}
+
+
+def test_a_class_without_a_tag_keeps_its_path():
+    node = {"_target_": "my_package.Mine", "path": "pkg://my_package/data"}
+    assert make_identity(node) == node
+
+
+def collect_demo_keys() -> dict[str, str]:
+    """Return the key of each row's scores, which depends on all keys before it, and one row's."""
+    keys = {}
+    for row in DEMO:
+        stages = make_plan(compose("run", [f"experiment={row}"]))
+        names = stages if row == DETAILED else ["score"]
+        for name in names:
+            keys[f"{row}/{name}"] = stages[name].key
+    return keys
+
+
+def test_keys_of_the_demo_are_pinned(composed: Compose):
+    """Compare with the literals above. After a change on purpose, print the new literals with
+
+    python -m tests.pipelines.planning.test_identity
+    """
+    assert collect_demo_keys() == KEYS
+
+
+if __name__ == "__main__":
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        print("KEYS: dict[str, str] = {")
+        for key_name, key in collect_demo_keys().items():
+            print(f'    "{key_name}": "{key}",')
+        print("}")

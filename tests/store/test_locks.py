@@ -1,0 +1,177 @@
+"""Locks between real processes: one holder at a time, and a dead holder is replaced."""
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fp4dit.store.locks import hold_lock, read_holder, try_lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from fp4dit.store.locks import hold_lock
+
+with hold_lock(Path(sys.argv[1]), "capture/abc", "demo_4"):
+    print("mine", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+SOFT = """
+import errno, fcntl
+def without(*_):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+fcntl.flock = without
+"""
+ELSEWHERE = """
+import socket
+socket.gethostname = lambda: "elsewhere"
+"""
+
+
+def hold(path: Path, seconds: float, code: str = HOLD) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code, str(path), str(seconds)],
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == b"mine\n"
+    return process
+
+
+def test_waiting_logs_the_holder(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "abc.lock"
+    with hold(path, 0.3) as process:
+        with try_lock(path) as nobody:
+            assert not nobody
+        with hold_lock(path, "capture/abc"):
+            assert process.wait(5) == 0
+    [told] = [record.message for record in caplog.records]
+    who = f"process {process.pid} on {re.escape(socket.gethostname())}"
+    assert re.fullmatch(
+        rf"waiting for {who} \(demo_4\), since \d\d \w+ \d\d:\d\d:\d\d, which makes capture/abc",
+        told,
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["abc.lock"]
+    with try_lock(path) as nobody:
+        assert nobody
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("code", [HOLD, SOFT + HOLD], ids=["flock", "by existence"])
+def test_a_killed_holder_is_replaced_while_one_waits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, code: str
+):
+    """This holds also on a file system without locks, where only the existence of a file counts."""
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "abc.lock"
+    with hold(path, 60, code) as process:
+        if code != HOLD:
+            monkeypatch.setattr(fcntl, "flock", refuse)
+        waiting = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code, str(path), "0"], stdout=subprocess.PIPE
+        )
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(0.5)
+        os.kill(process.pid, signal.SIGKILL)
+    known = read_holder(path)
+    assert known
+    assert known.pid in (process.pid, waiting.pid)
+    assert waiting.communicate(timeout=30)[0] == b"mine\n"
+    with hold_lock(path, "capture/abc"):
+        mine = read_holder(path)
+        assert mine
+        assert mine.pid == os.getpid()
+    assert read_holder(path) is None
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_waiting_without_file_locks_says_what_to_remove(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Without file locks, a process that waits for another machine logs which file to remove, and
+    continues once it is removed. A dead process of the same machine would be replaced.
+    """
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    path = tmp_path / "a b.lock"
+    with hold(path, 60, SOFT + ELSEWHERE + HOLD) as process:
+        process.kill()
+    waiting = threading.Thread(
+        target=lambda: hold_lock(path, "capture/abc").__enter__(), daemon=True
+    )
+    waiting.start()
+    waiting.join(1.0)
+    [told] = [record.message for record in caplog.records]
+    assert f"waiting for process {process.pid} on elsewhere (demo_4), since " in told
+    assert "if that one is dead, rm " in told
+    subprocess.run(told[told.index("rm ") :], shell=True, check=True)
+    waiting.join(30)
+    assert not waiting.is_alive()
+
+
+def test_a_stale_lock_file_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """NFS answers ESTALE about a file that another machine removed; the lock is requested again."""
+    flock, answers = fcntl.flock, iter([errno.ESTALE, errno.ESTALE])
+
+    def stale(*given: int) -> None:
+        if number := next(answers, None):
+            raise OSError(number, "Stale file handle")
+        flock(*given)
+
+    monkeypatch.setattr(fcntl, "flock", stale)
+    path = tmp_path / "abc.lock"
+    with try_lock(path) as nobody:
+        assert not nobody
+    with hold_lock(path, "capture/abc") as mine:
+        assert mine
+        with hold_lock(path, "capture/abc", blocking=False) as again:
+            assert not again
+
+
+def refuse(*_: object) -> None:
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+
+def test_waiting_for_an_unknown_holder(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "abc.lock"
+    with hold(path, 1.5):
+        path.with_name("abc.lock.json").write_text('{"host": ')
+        with hold_lock(path, "capture/abc"):
+            pass
+    assert [record.message for record in caplog.records] == [
+        "waiting for another job, which makes capture/abc"
+    ]
+
+
+def test_a_lock_removed_while_others_wait_has_one_holder(tmp_path: Path):
+    """Garbage collection of the store removes lock files while it holds them."""
+    path, count = tmp_path / "abc.lock", tmp_path / "count"
+    add = HOLD.replace(
+        'print("mine", flush=True)', "n = int(Path(sys.argv[3]).read_text())"
+    ).replace(
+        "time.sleep(float(sys.argv[2]))",
+        "time.sleep(0.02); Path(sys.argv[3]).write_text(str(n + 1))",
+    )
+    count.write_text("0")
+    with try_lock(path) as nobody:
+        assert nobody
+        jobs = [
+            subprocess.Popen([sys.executable, "-c", add, str(path), "0", str(count)])
+            for _ in range(4)
+        ]
+        time.sleep(0.5)
+        path.unlink()
+    assert [job.wait(30) for job in jobs] == [0] * 4
+    assert count.read_text() == "4"
