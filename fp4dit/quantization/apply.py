@@ -23,7 +23,7 @@ def quantize_weights_(
     model: nn.Module,
     rules: Mapping[str, Rule],
     check: bool = True,
-    clock: TimestepContext | None = None,
+    context: TimestepContext | None = None,
 ) -> dict[str, QuantLayer]:
     """Replace layers by quantized ones, in place, and return these by name.
 
@@ -34,7 +34,7 @@ def quantize_weights_(
         rules: The rule of each layer that is to be quantized, by the name of the layer.
         check: Whether to check the weights for NaN and infinity. A model without weights needs
             False.
-        clock: The timestep context of the model, for rules with timestep ranges.
+        context: The timestep context of the model, for rules with timestep ranges.
 
     Raises:
         UserError: if a weight holds NaN or infinity, or a rule does not fit a layer.
@@ -47,7 +47,7 @@ def quantize_weights_(
                 raise UserError(
                     f"the weight of {name} holds NaN or infinity: the checkpoint is damaged"
                 )
-            quantized = make_layer_by_rule(name, layer, rule, clock)
+            quantized = make_layer_by_rule(name, layer, rule, context)
             model.set_submodule(name, quantized)
             quantized_layers |= named_quant_layers(name, quantized)
     return quantized_layers
@@ -150,7 +150,7 @@ def quantize_inputs_(layers: Mapping[str, QuantLayer], rules: Sequence[Rule]) ->
 
 
 def attach_activation_quantizer(
-    name: str, slot: ActivationSlot, rule: Rule, clock: TimestepContext
+    name: str, slot: ActivationSlot, rule: Rule, context: TimestepContext
 ) -> FakeQuantize | None:
     """Put the activation quantizer of a rule into a slot, and return it.
 
@@ -177,7 +177,7 @@ def attach_activation_quantizer(
     if rule.observer and isinstance(granularity, PerInputChannel):
         check_channel_scales(rule, rule.observer, slot.width)
     check_bits(name, rule.match, rule.quantizer, torch.Size([1, slot.width]))
-    quantizer = rule.make_fake_quantize(rule.quantizer, clock)
+    quantizer = rule.make_fake_quantize(rule.quantizer, context)
     slot.install(quantizer, rule.before_norm)
     return quantizer
 

@@ -50,10 +50,10 @@ class Rule:
     optional: bool = False
     before_norm: bool = False
 
-    def make_fake_quantize(self, quantizer: Quantizer, clock: TimestepContext) -> FakeQuantize:
+    def make_fake_quantize(self, quantizer: Quantizer, context: TimestepContext) -> FakeQuantize:
         """Return the module that quantizes one activation."""
         if self.per_timestep:
-            return TimestepFakeQuantize(quantizer, clock)
+            return TimestepFakeQuantize(quantizer, context)
         return FakeQuantize(quantizer, static=self.observer is not None)
 
 
@@ -138,7 +138,7 @@ def naming_layer_errors(name: str, rule: str) -> Iterator[None]:
 
 
 def make_layer_by_rule(
-    name: str, layer: nn.Module, rule: Rule, clock: TimestepContext | None
+    name: str, layer: nn.Module, rule: Rule, context: TimestepContext | None
 ) -> nn.Module:
     """Return the quantized layer, or a module with one quantized layer for each timestep range."""
     assert rule.quantizer is not None
@@ -149,4 +149,4 @@ def make_layer_by_rule(
     copies = [quantized]
     for _ in rule.timestep_boundaries:
         copies.append(make_quant_layer(copy.deepcopy(layer), rule.quantizer, rule.transforms))
-    return TimestepRangeLinear(copies, rule.timestep_boundaries, clock or TimestepContext())
+    return TimestepRangeLinear(copies, rule.timestep_boundaries, context or TimestepContext())

@@ -184,7 +184,7 @@ class Reconstruction:
     def insert_layers(self, unit: Unit, context: TimestepContext) -> dict[str, QuantLayer]:
         """Replace the layers of a unit by quantized ones, and return these by name."""
         rules = filter_by_unit(self.rules, unit)
-        layers = quantize_weights_(self.pipeline.transformer, rules, clock=context)
+        layers = quantize_weights_(self.pipeline.transformer, rules, context=context)
         quantize_inputs_(layers, self.activation)
         return layers
 

@@ -33,7 +33,7 @@ def load_weights_(
     model, context = pipeline.transformer, TimestepContext()
     context.attach(model)
     rules = assign_rules(find_layers(model), weight)
-    layers = quantize_weights_(model, rules, clock=context)
+    layers = quantize_weights_(model, rules, context=context)
     activations = quantize_activations_(model, activation)
     for number, unit in enumerate(pipeline.units(), 1):
         load_layers(filter_by_unit(layers, unit), unit_path(folder, number, unit))

@@ -60,8 +60,8 @@ class Finetune(Stage):
     def estimate_cost(self, make_estimator: Callable[[], Estimator]) -> StageCost:
         num_train, num_val = self.calibration.num_rows
         batch_size = self.finetune.batch_size
-        # Calls for the targets, for the errors before and after, and three passes for each step.
-        num_calls = num_train + 2 * num_val + 3 * self.finetune.steps * batch_size
+        # Targets of all rows, the errors before and after, and three passes for each step.
+        num_calls = num_train + 3 * num_val + 3 * self.finetune.steps * batch_size
         return make_estimator().estimate_replay(
             0, num_calls, batch_size, self.activation, "finetune.batch_size"
         )

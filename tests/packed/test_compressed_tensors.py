@@ -169,8 +169,8 @@ def pack_model(
 ) -> Any:
     torch.manual_seed(0)
     dit = tiny.transformer().eval().to(dtype)
-    rules, clock = assign_rules(find_layers(dit), weight), TimestepContext()
-    for layer in quantize_weights_(dit, rules, clock=clock).values():
+    rules, context = assign_rules(find_layers(dit), weight), TimestepContext()
+    for layer in quantize_weights_(dit, rules, context=context).values():
         layer.prepare()
         layer.commit_weight()
     inputs = quantize_activations_(dit, activation)[1] if activation else {}

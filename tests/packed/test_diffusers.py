@@ -271,9 +271,9 @@ def test_timestep_ranges_are_saved(pixart_folder: Path, tmp_path: Path):
         timestep_boundaries=[500],
         transforms=[LowRank(2)],
     )
-    rules, clock = assign_rules(find_layers(dit), weight), TimestepContext()
-    clock.attach(dit)
-    for layer in quantize_weights_(dit, rules, clock=clock).values():
+    rules, context = assign_rules(find_layers(dit), weight), TimestepContext()
+    context.attach(dit)
+    for layer in quantize_weights_(dit, rules, context=context).values():
         if layer.transforms:
             layer.write_weight(torch.randn_like(layer.weight))
         layer.prepare(torch.randn(3, 4, layer.reduction_size) if layer.transforms else None)

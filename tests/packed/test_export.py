@@ -91,9 +91,9 @@ def test_presets_are_bit_exact_after_loading(
     )
     dit = PixArtTransformer2DModel.from_pretrained(block_folder)
     audit = audit_weights(dit, weight)
-    rules, clock = assign_rules(find_layers(dit), weight), TimestepContext()
-    clock.attach(dit)
-    layers = quantize_weights_(dit, rules, clock=clock)
+    rules, context = assign_rules(find_layers(dit), weight), TimestepContext()
+    context.attach(dit)
+    layers = quantize_weights_(dit, rules, context=context)
     grids, inputs = quantize_activations_(dit, activation)
     for layer in layers.values():
         grid, layer.input_fake_quant = layer.input_fake_quant, torch.nn.Identity()

@@ -320,8 +320,8 @@ TIMED = [
 
 @pytest.mark.parametrize("of", TIMED, ids=["affine", "chosen", "two-sided"])
 def test_timesteps_use_their_own_or_the_nearest_qparams(of: Quantizer):
-    clock = TimestepContext()
-    grid, again = TimestepFakeQuantize(of, clock), TimestepFakeQuantize(of, clock)
+    context = TimestepContext()
+    grid, again = TimestepFakeQuantize(of, context), TimestepFakeQuantize(of, context)
     values = {900.0: mixed_rows(), 500.0: 7 * mixed_rows().flip(0), 100.0: mixed_rows() + 0.2}
     for _ in range(2):  # measuring again is measuring anew
         grid.calibrate_per_timestep(values)
@@ -339,7 +339,7 @@ def test_timesteps_use_their_own_or_the_nearest_qparams(of: Quantizer):
     for now, measured in nearest.items():
         alone = FakeQuantize(of)
         alone.calibrate(values[measured])
-        clock.update(torch.tensor([now, now]))
+        context.update(torch.tensor([now, now]))
         assert torch.equal(grid(x), alone(x)), now
         assert torch.equal(again(x), alone(x)), now
         assert grid.format.name == alone.format.name
@@ -358,10 +358,10 @@ def test_timesteps_use_their_own_or_the_nearest_qparams(of: Quantizer):
 def test_a_clock_follows_the_calls_of_its_model():
     class Model(nn.Module):
         def forward(self, x: Tensor, timestep: Tensor) -> list[float]:
-            return clock.timestep.tolist()
+            return context.timestep.tolist()
 
-    clock, model = TimestepContext(), Model()
-    clock.attach(model)
+    context, model = TimestepContext(), Model()
+    context.attach(model)
     assert [model(torch.zeros(2), timestep=torch.tensor([t, 7])) for t in (901, 13)] == [
         [901.0, 7.0],
         [13.0, 7.0],

@@ -143,7 +143,7 @@ def test_a_store_from_elsewhere_is_data(tmp_path: Path, run: Run, monkeypatch):
     assert import_entries(tmp_path / "all.tar", Store(tmp_path / "store"), ["capture"]) == {
         f"capture/{key}": True
     }
-    for words in (["ls"], ["verify"], ["gc"], ["explain", "toy/Default"]):
+    for words in (["ls"], ["verify"], ["gc"], ["explain", "toy_rows/Default"]):
         assert run(*convert_words([*words, TOY[1]]), main=pipelines.store.main) == 0
     assert run(*TOY, "dry_run=true") == 0
     assert ran == []
