@@ -6,78 +6,8 @@ have one training task per part, `recipe` combines these by the settings in `con
 captions. `pipelines.pretrain` runs it all.
 """
 
-from typing import TYPE_CHECKING
+import lazy_loader
 
-from fp4dit.utils.lazy import export_lazily
-
-if TYPE_CHECKING:
-    from fp4dit.pretraining.data import Batch, SceneData, SceneStream, SeedNoise
-    from fp4dit.pretraining.denoising import DenoisingTask
-    from fp4dit.pretraining.evaluate import draw_images, evaluate_model
-    from fp4dit.pretraining.export import export_model, save_clip
-    from fp4dit.pretraining.recipe import (
-        save_autoencoder,
-        save_decoder,
-        save_oracle,
-        save_text_encoder,
-        save_trained_clip,
-        train_autoencoder,
-        train_clip,
-        train_decoder,
-        train_oracle,
-        train_text_encoder,
-        train_transformer,
-    )
-    from fp4dit.pretraining.tasks import AutoencoderTask, ClipTask, OracleTask, TextTask
-
-__all__ = [
-    "AutoencoderTask",
-    "Batch",
-    "ClipTask",
-    "DenoisingTask",
-    "OracleTask",
-    "SceneData",
-    "SceneStream",
-    "SeedNoise",
-    "TextTask",
-    "draw_images",
-    "evaluate_model",
-    "export_model",
-    "save_autoencoder",
-    "save_clip",
-    "save_decoder",
-    "save_oracle",
-    "save_text_encoder",
-    "save_trained_clip",
-    "train_autoencoder",
-    "train_clip",
-    "train_decoder",
-    "train_oracle",
-    "train_text_encoder",
-    "train_transformer",
-]
-
-# diffusers and open_clip take seconds to import, so each module is imported when it is used.
-__getattr__ = export_lazily(
-    __name__,
-    {
-        "data": ["Batch", "SceneData", "SceneStream", "SeedNoise"],
-        "denoising": ["DenoisingTask"],
-        "evaluate": ["draw_images", "evaluate_model"],
-        "export": ["export_model", "save_clip"],
-        "recipe": [
-            "save_autoencoder",
-            "save_decoder",
-            "save_oracle",
-            "save_text_encoder",
-            "save_trained_clip",
-            "train_autoencoder",
-            "train_clip",
-            "train_decoder",
-            "train_oracle",
-            "train_text_encoder",
-            "train_transformer",
-        ],
-        "tasks": ["AutoencoderTask", "ClipTask", "OracleTask", "TextTask"],
-    },
-)
+# The libraries of these modules take seconds to import. Each name of __init__.pyi is imported
+# when it is first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,16 +3,8 @@
 Start at `run_command`, which every command calls.
 """
 
-from typing import TYPE_CHECKING
+import lazy_loader
 
-from fp4dit.utils.lazy import export_lazily
-
-if TYPE_CHECKING:
-    from pipelines.cli.dry_run import PrintDryRun
-    from pipelines.cli.main import EmptySweepCheck, run_command
-
-__all__ = ["EmptySweepCheck", "PrintDryRun", "run_command"]
-
-__getattr__ = export_lazily(
-    __name__, {"dry_run": ["PrintDryRun"], "main": ["EmptySweepCheck", "run_command"]}
-)
+# The libraries of these modules take seconds to import. Each name of __init__.pyi is imported
+# when it is first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -4,55 +4,15 @@ A stage is a frozen dataclass whose fields are the keys of its node. `base.Stage
 and `sharded.ShardedStage` the base class of stages that several processes can share.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import lazy_loader
 
 from fp4dit.utils.hub import hide_loading_bars
-from fp4dit.utils.lazy import export_lazily
 
-if TYPE_CHECKING:
-    from pipelines.stages.activate import Activate
-    from pipelines.stages.base import Stage
-    from pipelines.stages.capture import Calibration, Capture
-    from pipelines.stages.export import Export
-    from pipelines.stages.finetune import Finetune
-    from pipelines.stages.generate import Generate, Generation
-    from pipelines.stages.histograms import Histograms
-    from pipelines.stages.reconstruct import Reconstruct
-    from pipelines.stages.score import Score
-    from pipelines.stages.train import Train, Training
-
-__all__ = [
-    "Activate",
-    "Calibration",
-    "Capture",
-    "Export",
-    "Finetune",
-    "Generate",
-    "Generation",
-    "Histograms",
-    "Reconstruct",
-    "Score",
-    "Stage",
-    "Train",
-    "Training",
-]
-
-# The libraries that these modules need take seconds to import, so each is imported when it is used.
-_import_stage = export_lazily(
-    __name__,
-    {
-        "base": ["Stage"],
-        "activate": ["Activate"],
-        "capture": ["Calibration", "Capture"],
-        "export": ["Export"],
-        "finetune": ["Finetune"],
-        "generate": ["Generate", "Generation"],
-        "histograms": ["Histograms"],
-        "reconstruct": ["Reconstruct"],
-        "score": ["Score"],
-        "train": ["Train", "Training"],
-    },
-)
+# The libraries of these modules take seconds to import. Each name of __init__.pyi is imported
+# when it is first used.
+_import_stage, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,10 @@
+from .adapter import TransformerAdapter as TransformerAdapter
+from .base import Pipeline as Pipeline
+from .base import PipelineSource as PipelineSource
+from .blocks import Unit as Unit
+from .dit_xl import DiT as DiT
+from .generic import Generic as Generic
+from .hunyuan import Hunyuan as Hunyuan
+from .pixart import PixArt as PixArt
+from .pixart import PixArtAdapter as PixArtAdapter
+from .pretrained import PretrainedSource as PretrainedSource

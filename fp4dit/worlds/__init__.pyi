@@ -1,0 +1,10 @@
+from .base import PLACES as PLACES
+from .base import RELATIONS as RELATIONS
+from .base import Placement as Placement
+from .base import Scene as Scene
+from .base import Thing as Thing
+from .base import World as World
+from .emoji import EmojiWorld as EmojiWorld
+from .metric import OracleAccuracy as OracleAccuracy
+from .prompts import draw_captions as draw_captions
+from .shapes import ShapesWorld as ShapesWorld

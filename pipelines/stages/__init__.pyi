@@ -1,0 +1,13 @@
+from .activate import Activate as Activate
+from .base import Stage as Stage
+from .capture import Calibration as Calibration
+from .capture import Capture as Capture
+from .export import Export as Export
+from .finetune import Finetune as Finetune
+from .generate import Generate as Generate
+from .generate import Generation as Generation
+from .histograms import Histograms as Histograms
+from .reconstruct import Reconstruct as Reconstruct
+from .score import Score as Score
+from .train import Train as Train
+from .train import Training as Training
