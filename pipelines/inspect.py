@@ -14,12 +14,12 @@ from fp4dit.quantization.audit import LayerAudit, audit_layer, audit_weights
 from fp4dit.quantization.rules import Rule, find_layers
 from fp4dit.store.store import Store
 from fp4dit.utils.errors import UserError
-from pipelines.cli.costs import format_costs, list_cost_warnings, make_estimator
+from pipelines.cli.costs import collect_costs, format_costs, list_cost_warnings, make_estimator
 from pipelines.cli.layer_table import format_layer_table, format_totals
 from pipelines.cli.main import run_command
 from pipelines.config.resolvers import CONF
 from pipelines.planning.checks import check_prompts_disjoint
-from pipelines.planning.executor import check_stage, list_pending_stages
+from pipelines.planning.executor import build_stages, list_pending_stages
 from pipelines.planning.plan import make_plan
 
 LAYERS = ("merged", "all")
@@ -33,12 +33,8 @@ def main(cfg: DictConfig) -> None:
     stages, store = make_plan(cfg), Store(Path(cfg.outputs) / "store")
     pending = [stage.name for stage in list_pending_stages(stages, cfg.targets, store)]
     check_prompts_disjoint(cfg, stages)
-    stage_objects: dict[str, Any] = {}
-    for name, planned in stages.items():
-        if "model" in planned.config:
-            stage_objects[name] = planned.instantiate_stage()
-            check_stage(name, stage_objects[name])
-    generate = stage_objects[stages["score"].needs["images"]]
+    objects = build_stages([stage for stage in stages.values() if "model" in stage.config])
+    generate: Any = objects[stages["score"].needs["images"]]
     skeleton = generate.model.build_on_meta()
     estimator = make_estimator(cfg, generate)
     shapes = estimator.footprint.activation_shapes
@@ -47,12 +43,8 @@ def main(cfg: DictConfig) -> None:
     merge = cfg.layers == "merged"
     print(*format_layer_table(skeleton, list(shapes), weights, inputs, merge), sep="\n")
     print("", *format_totals(skeleton, weights, inputs), "", sep="\n")
-    costs = {}
-    for name in pending:
-        if name not in stage_objects:
-            continue
-        if cost := stage_objects[name].estimate_cost(lambda: estimator):
-            costs[name] = cost
+    pending_objects = {name: objects[name] for name in pending if name in objects}
+    costs = collect_costs(pending_objects, lambda: estimator)
     print(
         f"Rough estimates for one device of this machine ({estimator.machine.device}) at "
         f"{estimator.flops_per_second / 1e9:.0f} GFLOP/s, which is {MODEL_SPEED_SHARE} of the "

@@ -1,6 +1,5 @@
 """Write a table as one HTML page, from the results in the store."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from fp4dit.report.images import ImageLimits, ReportImages
 from fp4dit.report.page import render_page
 from fp4dit.report.row_data import RowData, StageStatus
 from fp4dit.store.store import Store
-from fp4dit.tables.rows import TableColumn
+from fp4dit.tables.rows import TableColumn, choose_order_column
 from fp4dit.tables.table import Table
 from fp4dit.utils.files import atomic_write, read_json
 from fp4dit.utils.formatting import format_bytes
@@ -23,7 +22,8 @@ from pipelines.cli.main import run_command
 from pipelines.config.resolvers import CONF
 from pipelines.planning.plan import PlannedStage
 from pipelines.results.columns import COST_COLUMNS, load_catalog
-from pipelines.results.missing import format_command, run_jobs
+from pipelines.results.describe import StageDescriber
+from pipelines.results.missing import exit_if_failed, format_command, run_jobs
 from pipelines.results.rows import PlannedRun, TableRow, plan_table_rows
 from pipelines.results.stage_files import (
     read_loss_curve,
@@ -51,14 +51,18 @@ def main(cfg: DictConfig) -> None:
     limits = ImageLimits(**cfg.report)
     rows = plan_table_rows(cfg, name)
     columns = select_table_columns(cfg, name, rows)
-    incomplete = []
-    for row in rows:
-        if run := plan_missing_stages(displayed_run(row), store):
-            incomplete.append(run)
-    failed = run_jobs(incomplete, cfg.jobs, Path(cfg.outputs) / "runs") if cfg.run_missing else []
+    incomplete = plan_incomplete_runs(rows, store)
+    failed = []
+    if cfg.run_missing:
+        runs = [run for run in incomplete if run]
+        failed = run_jobs(runs, cfg.jobs, Path(cfg.outputs) / "runs")
+        incomplete = plan_incomplete_runs(rows, store)
     table = build_table(cfg, rows, columns, store)
-    row_data = [collect_row_data(row, store) for row in rows]
-    num_incomplete = sum(bool(data.fill_command) for data in row_data)
+    describer = StageDescriber(store)
+    row_data = []
+    for row, run in zip(rows, incomplete, strict=True):
+        row_data.append(collect_row_data(row, run, store, describer))
+    num_incomplete = sum(run is not None for run in incomplete)
     fill_command = ""
     if num_incomplete:
         fill_command = format_command("report", *cli_overrides(), "run_missing=true", "jobs=2")
@@ -73,16 +77,12 @@ def main(cfg: DictConfig) -> None:
             f"The page lacks results of {num_incomplete} of {len(rows)} rows. This command makes "
             f"them:\n  {fill_command}"
         )
-    if failed:
-        sys.exit(
-            f"error: {len(failed)} of {len(rows)} rows failed: {'; '.join(failed)}. See the log "
-            "above for the errors."
-        )
+    exit_if_failed(failed, len(rows))
 
 
-def displayed_run(row: TableRow) -> PlannedRun:
-    """Return the run whose images and layers are shown: that of the first seed."""
-    return next(iter(row.runs.values()))
+def plan_incomplete_runs(rows: Sequence[TableRow], store: Store) -> list[PlannedRun | None]:
+    """Return for each row the run that makes what the page lacks of it, or None."""
+    return [plan_missing_stages(row.first_run, store) for row in rows]
 
 
 def displayed_stages(run: PlannedRun) -> list[PlannedStage]:
@@ -105,45 +105,23 @@ def find_stage(step: PlannedStage, store: Store) -> Path | None:
     return store.find_entry(step.name, step.key, *FILES_READ.get(step.name, default))
 
 
-def describe_state(step: PlannedStage, store: Store) -> str:
-    """Return in words whether the result of a stage is in the store."""
-    if find_stage(step, store):
-        return "in the store"
-    if store.get_path(step.name, step.key).exists():
-        return "damaged"
-    versions = sorted(find_other_versions(step, store))
-    if not versions:
-        return "missing"
-    version = step.identity["version"]
-    return f"missing; version {versions[-1]} is stored, and this is version {version}"
+def collect_row_data(
+    row: TableRow, missing: PlannedRun | None, store: Store, describer: StageDescriber
+) -> RowData:
+    """Read what the page shows of a row.
 
-
-def find_other_versions(step: PlannedStage, store: Store) -> set[int]:
-    """Return the versions of the stored results that differ from a stage in nothing else."""
-    versions = set()
-    for path in (store.root / step.name).glob("*/manifest.json"):
-        try:
-            identity = read_json(path)["config"]
-        except (OSError, ValueError, KeyError):
-            continue
-        version = identity.pop("version", None)
-        identity.pop("content", None)
-        if identity == step.config:
-            versions.add(version)
-    return versions - {step.identity.get("version"), None}
-
-
-def collect_row_data(row: TableRow, store: Store) -> RowData:
-    """Read what the page shows of a row."""
-    run = displayed_run(row)
-    missing = plan_missing_stages(run, store)
-    folders: dict[str, Path | None] = {}
-    for name in FILES_READ:
-        folders[name] = find_stage(run.stages[name], store) if name in run.stages else None
-    stages = [
-        StageStatus(stage.name, stage.key, describe_state(stage, store))
-        for stage in run.stages.values()
-    ]
+    Args:
+        row: The row.
+        missing: The run that makes what is missing, or None if nothing is.
+        store: The store.
+        describer: The describer of the stages of the store.
+    """
+    run = row.first_run
+    folders = {name: find_stage(stage, store) for name, stage in run.stages.items()}
+    stages = []
+    for name, stage in run.stages.items():
+        state = describer.describe_state(stage, folders[name] is not None)
+        stages.append(StageStatus(name, stage.key, state))
     return RowData(
         scored=run.load_row(store, row.empty_row),
         command=format_command("run", *run.overrides),
@@ -151,37 +129,31 @@ def collect_row_data(row: TableRow, store: Store) -> RowData:
         stages=stages,
         fill_command=format_command("run", *missing.overrides) if missing else "",
         problem=run.plan.problem,
-        images=find_role("images", run, store),
-        reference=find_role("reference", run, store),
-        sqnr=read_optional_csv(folders["activate"], "sqnr.csv"),
-        curve=read_curve(run, folders),
-        blocks=read_optional_json(folders["reconstruct"], "blocks.json") or (),
-        histograms=read_optional_json(folders["histograms"], "histograms.json"),
+        images=run.find_role("images", store),
+        reference=run.find_role("reference", store),
+        sqnr=read_optional_csv(folders.get("activate"), "sqnr.csv"),
+        curve=read_curve(folders),
+        blocks=read_optional_json(folders.get("reconstruct"), "blocks.json") or (),
+        histograms=read_optional_json(folders.get("histograms"), "histograms.json"),
     )
 
 
-def find_role(role: str, run: PlannedRun, store: Store) -> Path | None:
-    """Return the folder of the stage that plays a role for the scores, such as `images`."""
-    return run.find_result(run.stages["score"].needs[role], store) if run.stages else None
-
-
-def read_curve(run: PlannedRun, folders: Mapping[str, Path | None]) -> list[dict[str, str]]:
+def read_curve(folders: Mapping[str, Path | None]) -> list[dict[str, str]]:
     """Read the errors while rounding is learned, or the losses of a training run."""
-    if errors := read_optional_csv(folders["reconstruct"], "curve.csv"):
+    if errors := read_optional_csv(folders.get("reconstruct"), "curve.csv"):
         return errors
-    losses = read_loss_curve(folders["train" if "train" in run.stages else "train_baseline"])
+    losses = read_loss_curve(folders.get("train" if "train" in folders else "train_baseline"))
     return [{**line, "error": line["loss"]} for line in losses]
 
 
 def choose_order_metric(table: Table) -> dict[str, Any]:
-    """Return the metric that chooses the worst images, as arguments of `ReportImages`.
+    """Return the column that chooses the worst images, as arguments of `ReportImages`.
 
-    It is the first metric that compares with full precision, or else the first metric.
+    It is chosen from the columns of the table. The result is empty if none of them is suitable.
     """
-    columns = [column for column in table.columns if column.per_image and column.better]
-    if not columns:
+    column = choose_order_column(table.columns)
+    if column is None:
         return {}
-    column = min(columns, key=lambda column: not column.compares_to_reference)
     return {"worst_by": column.name, "higher_is_better": column.better == "higher"}
 
 

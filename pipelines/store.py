@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from fp4dit.store.archive import export_entries, import_entries
 from fp4dit.store.entries import StoreEntry
-from fp4dit.store.locks import is_locked, read_holder
+from fp4dit.store.locks import describe_holder
 from fp4dit.store.store import Store
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.formatting import align_columns, format_bytes
@@ -55,10 +55,9 @@ def format_store_entries(entries: Sequence[StoreEntry]) -> list[str]:
 
 def summarize_draft(draft: StoreEntry) -> tuple[str, str, str]:
     """Return what stands in the columns of day, duration and command of a draft."""
-    holder = read_holder(draft.lock_path) if is_locked(draft.lock_path) else None
-    if holder is None:
-        return "draft", "", "of a job that ended early; the next job continues it"
-    return "draft", "", f"being made by {holder}"
+    if holder := describe_holder(draft.lock_path):
+        return "draft", "", f"being made by {holder}"
+    return "draft", "", "of a job that ended early; the next job continues it"
 
 
 def sum_bytes(entries: Sequence[StoreEntry]) -> int:

@@ -193,16 +193,10 @@ class MeasureTask(ReplayTask):
             fmt = fake_quant.quantizer.format
             if fake_quant.calibrated_tensors():
                 fmt = fake_quant.format
-            bits, size = self.count_bits(name, fake_quant), self.shapes[name].numel()
-            audits.append(LayerAudit(name, rules[name].match, fmt.name, bits, size))
+            rule, shape = rules[name], self.shapes[name]
+            bits = rule.bits_per_value(shape)
+            audits.append(LayerAudit(name, rule.match, fmt.name, bits, shape.numel()))
         return audits
-
-    def count_bits(self, name: str, fake_quant: FakeQuantize) -> float:
-        """Return the bits per value, including the scales if they are dynamic."""
-        quantizer = fake_quant.quantizer
-        if fake_quant.qparams is None:
-            return quantizer.bits_per_value(self.shapes[name])
-        return float(quantizer.format.bits)
 
 
 def check_all_read(unread: Sequence[str]) -> None:

@@ -100,8 +100,9 @@ class HistogramTask(ReplayTask):
     @torch.no_grad()
     def on_activation(self, name: str, timestep: float, x: Tensor, out: Tensor) -> None:
         fake_quant = self.activations[name]
-        quantizer = fake_quant.quantizer.resolve_format(x)
-        qparams = fake_quant.qparams or quantizer.compute_qparams(x)
+        quantizer, qparams = fake_quant.quantizer, fake_quant.qparams
+        if qparams is None:
+            qparams = quantizer.resolve_format(x).compute_qparams(x)
         split = quantizer.granularity.split
         values = qparams.to_grid(split(x).float())
         self.histograms[name].add(values, qparams.to_grid(split(out).float()))

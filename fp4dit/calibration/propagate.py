@@ -32,7 +32,7 @@ def with_timestep(unit: Unit, context: TimestepContext) -> Unit:
 
     def make_call(state: ReadOnlyState) -> TimestepCall:
         call = unit.make_call(state)
-        return TimestepCall(call.args, call.kwargs, type(call), context, state["timestep"])
+        return TimestepCall(call.args, call.kwargs, call, context, state["timestep"])
 
     return replace(unit, inputs=(*unit.inputs, "timestep"), make_call=make_call)
 
@@ -42,22 +42,25 @@ class TimestepCall(Call):
     """Call of a part of a model that sets the timestep first.
 
     Args:
-        kind: Class of the call without the timestep, which is made after the timestep is set.
+        args: Positional arguments of `call`.
+        kwargs: Keyword arguments of `call`.
+        call: Call of the part, which is made after the timestep is set.
         context: Context that holds the timestep.
         timestep: Timestep of each row.
 
     Example:
-        >>> call = TimestepCall((hidden,), {}, Call, context, torch.tensor([500, 20]))
-        >>> output = call(block)
+        >>> call = Call((hidden,), {})
+        >>> timed = TimestepCall(call.args, call.kwargs, call, context, torch.tensor([500, 20]))
+        >>> output = timed(block)
     """
 
-    kind: type[Call]
+    call: Call
     context: TimestepContext
     timestep: Tensor
 
     def __call__(self, module: nn.Module) -> Any:
         self.context.update(self.timestep)
-        return self.kind(self.args, self.kwargs)(module)
+        return self.call(module)
 
 
 @torch.no_grad()

@@ -60,19 +60,9 @@ def audit_activation_shapes(
     for name, rule in match_rules(shapes, rules).items():
         if rule.quantizer:
             shape = shapes[name]
-            bits = count_activation_bits(rule, shape)
-            audits.append(
-                LayerAudit(name, rule.match, rule.quantizer.format.name, bits, shape.numel())
-            )
+            bits, fmt = rule.bits_per_value(shape), rule.quantizer.format
+            audits.append(LayerAudit(name, rule.match, fmt.name, bits, shape.numel()))
     return audits
-
-
-def count_activation_bits(rule: Rule, shape: torch.Size) -> float:
-    """Return the bits per value of an activation, with the scales if they are dynamic."""
-    assert rule.quantizer is not None
-    if rule.observer:
-        return float(rule.quantizer.format.bits)
-    return rule.quantizer.bits_per_value(shape)
 
 
 @dataclass(frozen=True)

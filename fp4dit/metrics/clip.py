@@ -40,9 +40,8 @@ class CLIPScore(PerImageMetric):
 
     def __init__(self, path: str, quick_gelu: bool = False) -> None:
         super().__init__()
-        self.backbone, description = load_clip(path, quick_gelu)
-        source = f"{path} in open_clip {open_clip.__version__}"
-        self.about = f"CLIP score, 100 max(cos, 0), of {source}: {description}"
+        self.backbone, source = load_clip(path, quick_gelu)
+        self.about = f"CLIP score, 100 max(cos, 0), of {source}"
 
     def score(
         self, images: Images, reference: Images, prompts: Sequence[str]
@@ -82,9 +81,8 @@ class CLIPImageSimilarity(PerImageMetric):
 
     def __init__(self, path: str, quick_gelu: bool = False) -> None:
         super().__init__()
-        self.backbone, description = load_clip(path, quick_gelu)
-        source = f"{path} in open_clip {open_clip.__version__}"
-        self.about = f"Cosine to the full-precision image's embedding by {source}: {description}"
+        self.backbone, source = load_clip(path, quick_gelu)
+        self.about = f"Cosine to the full-precision image's embedding by {source}"
 
     def score(
         self, images: Images, reference: Images, prompts: Sequence[str]

@@ -77,7 +77,7 @@ class CLIPBackbone(nn.Module):
 
 
 def load_clip(path: str, quick_gelu: bool) -> tuple[CLIPBackbone, str]:
-    """Load a folder in open_clip's layout, and describe the model in words.
+    """Load a folder in open_clip's layout, and describe the model and its source in words.
 
     Raises:
         UserError: if the folder is not such a model, or its weights are broken or another model's.
@@ -95,7 +95,8 @@ def load_clip(path: str, quick_gelu: bool) -> tuple[CLIPBackbone, str]:
     preprocessing = f"{image.resize_mode} side to its size, {image.interpolation}, centre crop"
     assert tokenizer.context_length
     backbone = CLIPBackbone(model, make_preprocess(image), tokenizer, tokenizer.context_length)
-    return backbone, f"{describe_backbone(config, quick_gelu)}; {preprocessing}"
+    source = f"{path} in open_clip {open_clip.__version__}"
+    return backbone, f"{source}: {describe_backbone(config, quick_gelu)}; {preprocessing}"
 
 
 def shorten_error(error: Exception) -> str:

@@ -7,7 +7,6 @@ with images, but the authors' code does not.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from jaxtyping import Float, Int
+from open_clip.transform import PreprocessCfg
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 from transformers.models.blip import (
     BlipTextConfig,
     BlipTextModel,
@@ -27,6 +26,7 @@ from transformers.models.blip import (
 )
 
 from fp4dit.metrics.base import Images, PerImageMetric
+from fp4dit.metrics.clip_backbone import make_preprocess
 from fp4dit.metrics.loading import load_into, load_tensors
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.hub import require_weights
@@ -34,8 +34,6 @@ from fp4dit.utils.hub import require_weights
 MAX_TOKENS = 35  # of a prompt, [CLS] and [SEP] included
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the network's outputs, by the authors
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 # Prefixes of the published names, and ours.
 PREFIXES = {
@@ -95,7 +93,10 @@ class ImageReward(PerImageMetric):
         super().__init__()
         self.tokenizer = load_bert_tokenizer(tokenizer["path"], sizes.words)
         self.model = load_reward(require_weights(path), sizes)
-        self.preprocess = make_reward_preprocess(sizes.pixels)
+        # It differs from the authors' preparation by their rounding to 8 bits: by 0.3 of 255 levels
+        # on average, and by up to 20 at hard edges. There PIL clips the overshoot between its two
+        # passes, and here it is clipped after both.
+        self.preprocess = make_preprocess(PreprocessCfg(sizes.pixels))
         self.about = (
             f"ImageReward of {path} in transformers {transformers.__version__}; images resized to "
             f"{sizes.pixels} by an antialiasing bicubic filter; up to {MAX_TOKENS} tokens of a "
@@ -152,18 +153,6 @@ def load_reward(path: Path, sizes: RewardSizes) -> nn.Module:
     with init_empty_weights():
         model = RewardNetwork(sizes)
     return load_into(model, rename_reward_weights(load_tensors(path)), path)
-
-
-def make_reward_preprocess(pixels: int) -> Compose:
-    """Return the authors' preparation of images, on tensors in [0, 1].
-
-    It differs from theirs by their rounding to 8 bits: by 0.3 of 255 levels on average, and by up
-    to 20 at hard edges. There PIL clips the overshoot between its two passes, and here it is
-    clipped after both.
-    """
-    resize = Resize(pixels, InterpolationMode.BICUBIC, antialias=True)
-    clamp = partial(torch.clamp, min=0, max=1)
-    return Compose([resize, clamp, CenterCrop(pixels), Normalize(CLIP_MEAN, CLIP_STD)])
 
 
 def load_bert_tokenizer(spec: str, count: int) -> Tokenizer:

@@ -25,7 +25,7 @@ def nonfinite_error(layer: str, timestep: float) -> UserError:
     return UserError(
         f"the output of {layer} holds NaN or infinity at timestep {timestep:g}, because its "
         "values exceed the range of the model's dtype: try model.dtype=float32, or leave the "
-        "layer in 16 bits with a weight rule of its own (quantizer: null)."
+        f"layer in 16 bits: +weight.ignore=['{layer}*']"
     )
 
 

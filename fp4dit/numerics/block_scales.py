@@ -130,9 +130,7 @@ class E8M0Scale:
     def __call__(self, blocks: Blocks, fmt: Format, importance: Importance | None = None) -> Scale:
         reach = self.reach(blocks)
         exponent = self.round(reach, fmt)
-        candidates = [self.make_scale(reach, exponent + shift) for shift in self.shifts]
-        if len(candidates) == 1:
-            return candidates[0]
+        candidates = (self.make_scale(reach, exponent + shift) for shift in self.shifts)
         return select_least_error(blocks, fmt, candidates, self.p, importance)
 
     def make_scale(self, reach: PerBlock, exponent: Int[Tensor, "blocks 1"]) -> Scale:
@@ -176,8 +174,6 @@ class NVFP4Scale:
         tensor = self.tensor_scale(blocks, fmt)
         ideal = max_magnitude(blocks) / fmt.max / tensor
         scales = (Scale(block * tensor) for block in self.candidate_scales(ideal))
-        if self.candidates is not None and len(self.candidates) == 1:
-            return next(scales)
         return select_least_error(blocks, fmt, scales, self.p, importance)
 
     def tensor_scale(self, blocks: Blocks, fmt: Format) -> Float[Tensor, "..."]:

@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,9 @@ class QParams(Protocol):
     def unit(self, grid: Blocks) -> BroadcastScale:
         """Return how long one unit of the grid is at these grid points, in units of the tensor."""
         ...
+
+
+QParamsT = TypeVar("QParamsT", bound=QParams)
 
 
 @dataclass(frozen=True)
@@ -144,3 +147,11 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> QParams:
         if names == set(tensors):
             return qparams_class(**tensors)
     raise ValueError(f"no qparams consist of {', '.join(sorted(tensors))}")
+
+
+def merge_qparams(better: Tensor, new: QParamsT, old: QParamsT) -> QParamsT:
+    """Return the new qparams where `better` is true, and the old ones elsewhere."""
+    new_tensors, merged = as_tensors(new), {}
+    for name, tensor in as_tensors(old).items():
+        merged[name] = torch.where(better, new_tensors[name], tensor)
+    return type(old)(**merged)

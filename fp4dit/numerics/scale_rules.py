@@ -7,7 +7,7 @@ those of `block_scales` have the 8-bit scales of MX formats and NVFP4.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,14 +20,13 @@ from fp4dit.numerics.qparams import (
     Offset,
     PerBlock,
     QParams,
+    QParamsT,
     Scale,
     TwoSided,
-    as_tensors,
+    merge_qparams,
 )
 
 Importance = Float[Tensor, "#blocks block"]  # the weight of each value's error
-
-QParamsT = TypeVar("QParamsT", bound=QParams)
 
 
 @runtime_checkable
@@ -77,6 +76,11 @@ def scale_bits(dtype: NumberFormat | None) -> float:
     return float(dtype.bits) if dtype else 32.0
 
 
+def quantize_blocks(blocks: Blocks, qparams: QParams, fmt: Format) -> Blocks:
+    """Fake-quantize blocks, rounding to nearest."""
+    return qparams.from_grid(fmt.nearest(qparams.to_grid(blocks)))
+
+
 def quantization_error(
     blocks: Blocks,
     qparams: QParams,
@@ -86,7 +90,7 @@ def quantization_error(
 ) -> PerBlock:
     """Return each block's sum of importance * |Q(x) - x|^p."""
     # In place, because new memory costs more than the arithmetic.
-    difference = qparams.from_grid(fmt.nearest(qparams.to_grid(blocks))).sub_(blocks)
+    difference = quantize_blocks(blocks, qparams, fmt).sub_(blocks)
     power = difference.square_() if p == 2 else difference.abs_().pow_(p)
     return (power if importance is None else power * importance).sum(1, keepdim=True)
 
@@ -100,17 +104,18 @@ def select_least_error(
 ) -> QParamsT:
     """Return, block by block, the candidate with the least error; among equals the first.
 
-    Candidates are drawn one at a time, so an iterator of many needs little memory.
+    Candidates are drawn one at a time, so an iterator of many needs little memory. The error of a
+    single candidate is not computed.
     """
     candidates = iter(candidates)
-    best = next(candidates)
-    least = quantization_error(blocks, best, fmt, p, importance)
+    best, least = next(candidates), None
     for candidate in candidates:
+        if least is None:
+            least = quantization_error(blocks, best, fmt, p, importance)
         error = quantization_error(blocks, candidate, fmt, p, importance)
         better = error < least
         least = torch.where(better, error, least)
-        old, new = as_tensors(best), as_tensors(candidate)
-        best = type(best)(**{name: torch.where(better, new[name], old[name]) for name in old})
+        best = merge_qparams(better, candidate, best)
     return best
 
 

@@ -188,7 +188,7 @@ def install_input_quantizers_(
                 raise UserError(
                     f"{name} is not an activation of {type(model).__name__} that can be quantized"
                 )
-            fake_quant = shared or rule.make_fake_quantize(rule.quantizer, context)
+            fake_quant = shared or rule.make_fake_quantize(context)
             slot.install(fake_quant, rule.before_norm)
 
 

@@ -17,7 +17,7 @@ from fp4dit.lowbit_training.linear import TrainRule, replace_linear_layers_
 from fp4dit.metrics.clip import CLIPScore
 from fp4dit.metrics.full_reference import PSNR
 from fp4dit.utils.statistics import compute_interval
-from fp4dit.worlds.base import World
+from fp4dit.worlds.base import Scene, World
 
 # The lines of a model card between which the figures stand.
 BEGIN = "<!-- figures: written by part=evaluate evaluate.card=true -->"
@@ -56,13 +56,7 @@ def evaluate_model(
     pipe.set_progress_bar_config(disable=True)
     scenes = list(islice(world.iterate_scenes(seed, held_out=True), images))
     captions = [scene.caption for scene in scenes]
-    truths, drawn, restored = [], [], []
-    for number, start in enumerate(tqdm(range(0, images, chunk), "images")):
-        part = slice(start, start + chunk)
-        truths.append(world.render_scenes(scenes[part]) / 2 + 0.5)
-        drawn.append(draw_images(world, pipe, captions[part], steps, guidance, seed + number))
-        restored.append(restore_images(pipe, truths[-1]))
-    truth, generated, decoded = torch.cat(truths), torch.cat(drawn), torch.cat(restored)
+    truth, generated, decoded = make_pictures(world, pipe, scenes, steps, guidance, chunk, seed)
     shuffled = Random(seed).sample(captions, len(captions))
     clip = CLIPScore(str(folder / "clip"))
     rows = [
@@ -72,26 +66,36 @@ def evaluate_model(
         format_figures(world, "rendered truths, captions shuffled", truth, shuffled, clip),
         format_figures(world, "rendered truths through the autoencoder", decoded, captions, clip),
     ]
-    fidelity = compute_interval(PSNR().score(decoded, truth, captions).tolist())
-    interval = f"[{fidelity.low:.1f}, {fidelity.high:.1f}]"
-    lines = [
+    origin = (
         f"{len(captions)} held-out captions, {steps} DPM-Solver++ steps, guidance {guidance}; "
         f"{date.today()}, `python -m pipelines.pretrain world={world.name} part=evaluate "
-        f"evaluate.images={images}`. 95 % intervals.",
-        "",
-        f"| | {' | '.join(world.verdicts)} | CLIP score |",
-        f"|---|{'---:|' * (len(world.verdicts) + 1)}",
-        *rows,
-        "",
-        f"The autoencoder's PSNR is {fidelity.mean:.1f} dB {interval}.",
-    ]
-    table = "\n".join(lines)
+        f"evaluate.images={images}`. 95 % intervals."
+    )
+    psnr = PSNR().score(decoded, truth, captions)
+    table = format_table(world, origin, rows, psnr.tolist())
     print(table)
     if card:
-        save_image(generated[:32], folder / "sample.png", nrow=8)
-        page = folder / "README.md"
-        text = page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
-        page.write_text(insert_table(text, table))
+        write_card(folder, table, generated)
+
+
+def make_pictures(
+    world: World,
+    pipe: PixArtSigmaPipeline,
+    scenes: Sequence[Scene],
+    steps: int,
+    guidance: float,
+    chunk: int,
+    seed: int,
+) -> tuple[Images, Images, Images]:
+    """Return images in [0, 1]: rendered truths, the model's, and truths through the autoencoder."""
+    truths, drawn, restored = [], [], []
+    for number, start in enumerate(tqdm(range(0, len(scenes), chunk), "images")):
+        part = scenes[start : start + chunk]
+        captions = [scene.caption for scene in part]
+        truths.append(world.render_scenes(part) / 2 + 0.5)
+        drawn.append(draw_images(world, pipe, captions, steps, guidance, seed + number))
+        restored.append(restore_images(pipe, truths[-1]))
+    return torch.cat(truths), torch.cat(drawn), torch.cat(restored)
 
 
 @torch.no_grad()
@@ -138,6 +142,37 @@ def format_figures(
     score = compute_interval(clip.score(images, images, captions).tolist())
     cells.append(f"{score.mean:.1f} [{score.low:.1f}, {score.high:.1f}]")
     return f"| {' | '.join(cells)} |"
+
+
+def format_table(world: World, origin: str, rows: Sequence[str], psnr: Sequence[float]) -> str:
+    """Return the text of the figures in Markdown.
+
+    Args:
+        world: the judge.
+        origin: the sentences above the table.
+        rows: rows of the table, by `format_figures`.
+        psnr: the autoencoder's PSNR for each image.
+    """
+    fidelity = compute_interval(psnr)
+    interval = f"[{fidelity.low:.1f}, {fidelity.high:.1f}]"
+    lines = [
+        origin,
+        "",
+        f"| | {' | '.join(world.verdicts)} | CLIP score |",
+        f"|---|{'---:|' * (len(world.verdicts) + 1)}",
+        *rows,
+        "",
+        f"The autoencoder's PSNR is {fidelity.mean:.1f} dB {interval}.",
+    ]
+    return "\n".join(lines)
+
+
+def write_card(folder: Path, table: str, images: Images) -> None:
+    """Write the figures into README.md of the folder, and some of the images beside it."""
+    save_image(images[:32], folder / "sample.png", nrow=8)
+    page = folder / "README.md"
+    text = page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
+    page.write_text(insert_table(text, table))
 
 
 def insert_table(card: str, table: str) -> str:

@@ -16,9 +16,9 @@ from fp4dit.pretraining.parts import load_autoencoder, locate_part
 from fp4dit.utils import pytree_io
 from fp4dit.utils.safetensors_io import save_tensors
 from fp4dit.worlds.base import World
+from fp4dit.worlds.emoji.oracle import ORACLE
 
 AVERAGE = "average.module."
-ORACLE = "oracle.safetensors"  # a world may have a trained one
 
 
 def export_model(world: World, parts: str, out: str) -> None:
@@ -62,7 +62,7 @@ def export_model(world: World, parts: str, out: str) -> None:
     )
     save_clip(world, clip, tokenizer, folder / "clip", torch.float16)  # pyright: ignore[reportArgumentType]
     amend_json(folder / "clip/tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    oracle = locate_part(world, root, f"oracle/{ORACLE}")
+    oracle = locate_part(world, root, f"oracle/{ORACLE}")  # a world may have a trained one
     if oracle.exists() and oracle != folder / ORACLE:
         shutil.copyfile(oracle, folder / ORACLE)
 

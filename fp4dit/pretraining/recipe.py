@@ -15,12 +15,13 @@ from transformers import PreTrainedTokenizerFast, T5EncoderModel
 from fp4dit.lowbit_training.linear import TrainRule, replace_linear_layers_
 from fp4dit.pretraining import architecture
 from fp4dit.pretraining.denoising import DenoisingTask
-from fp4dit.pretraining.export import ORACLE, save_clip
+from fp4dit.pretraining.export import save_clip
 from fp4dit.pretraining.parts import load_autoencoder, locate_part
 from fp4dit.pretraining.tasks import AutoencoderTask, ClipTask, OracleTask, TextTask
 from fp4dit.utils.safetensors_io import save_tensors
 from fp4dit.worlds.base import World
 from fp4dit.worlds.emoji import EmojiWorld
+from fp4dit.worlds.emoji.oracle import ORACLE
 
 
 def train_autoencoder(

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import lightning as L
 import torch
@@ -36,6 +37,29 @@ def schedule_rate(
         return min((step + 1) / warmup, 1.0, fall)
 
     return LambdaLR(optimizer, compute_factor)
+
+
+def make_adamw(
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    steps: int,
+    beta: float = 0.98,
+    weight_decay: float = 0.01,
+    decay: float = 0.4,
+) -> tuple[list[Optimizer], list[dict[str, Any]]]:
+    """Return AdamW and its learning-rate schedule, as `configure_optimizers` returns them.
+
+    Args:
+        parameters: The parameters to train.
+        lr: Learning rate.
+        steps: Steps of the training.
+        beta: Decay of the second moment.
+        weight_decay: Weight decay.
+        decay: Share of all steps, the last ones, over which the rate falls to 0.
+    """
+    optimizer = AdamW(parameters, lr, betas=(0.9, beta), weight_decay=weight_decay)
+    schedule = schedule_rate(optimizer, steps, decay=decay)
+    return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
 def tokenize_captions(tokenizer: PreTrainedTokenizerBase, captions: Iterable[str]):
@@ -78,10 +102,7 @@ class AutoencoderTask(L.LightningModule):
 
     def configure_optimizers(self):
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = AdamW(trainable, self.lr, betas=(0.9, 0.99), weight_decay=0)
-        return [optimizer], [
-            {"scheduler": schedule_rate(optimizer, self.steps, decay=0.5), "interval": "step"}
-        ]
+        return make_adamw(trainable, self.lr, self.steps, beta=0.99, weight_decay=0.0, decay=0.5)
 
 
 def answer_loss(
@@ -130,10 +151,7 @@ class TextTask(L.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        optimizer = AdamW(self.parameters(), self.lr, betas=(0.9, 0.98), weight_decay=0.01)
-        return [optimizer], [
-            {"scheduler": schedule_rate(optimizer, self.steps, decay=0.4), "interval": "step"}
-        ]
+        return make_adamw(self.parameters(), self.lr, self.steps)
 
 
 def contrastive_loss(
@@ -179,10 +197,7 @@ class ClipTask(L.LightningModule):
         return contrast + slots
 
     def configure_optimizers(self):
-        optimizer = AdamW(self.parameters(), self.lr, betas=(0.9, 0.98), weight_decay=0.01)
-        return [optimizer], [
-            {"scheduler": schedule_rate(optimizer, self.steps, decay=0.4), "interval": "step"}
-        ]
+        return make_adamw(self.parameters(), self.lr, self.steps)
 
 
 class OracleTask(L.LightningModule):
@@ -230,7 +245,4 @@ class OracleTask(L.LightningModule):
         return (images + noise * torch.randn_like(images)).clamp(-1, 1)
 
     def configure_optimizers(self):
-        optimizer = AdamW(self.reader.parameters(), self.lr, betas=(0.9, 0.98), weight_decay=0.01)
-        return [optimizer], [
-            {"scheduler": schedule_rate(optimizer, self.steps, decay=0.4), "interval": "step"}
-        ]
+        return make_adamw(self.reader.parameters(), self.lr, self.steps)

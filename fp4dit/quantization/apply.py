@@ -177,7 +177,7 @@ def attach_activation_quantizer(
     if rule.observer and isinstance(granularity, PerInputChannel):
         check_channel_scales(rule, rule.observer, slot.width)
     check_bits(name, rule.match, rule.quantizer, torch.Size([1, slot.width]))
-    quantizer = rule.make_fake_quantize(rule.quantizer, context)
+    quantizer = rule.make_fake_quantize(context)
     slot.install(quantizer, rule.before_norm)
     return quantizer
 

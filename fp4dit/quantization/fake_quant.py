@@ -88,13 +88,14 @@ class FakeQuantize(DtypePreservingModule):
     def forward(
         self, x: Float[Tensor, "..."], rounding: RoundingFunction = round_to_nearest
     ) -> Float[Tensor, "..."]:
-        if self.qparams is None:
+        qparams = self.qparams
+        if qparams is None:
             return x if self.static else self.quantizer.resolve_format(x)(x, rounding=rounding)
         quantizer = self.quantizer
         # torch.compile cannot trace `replace`, so it is not called for a fixed format.
         if isinstance(quantizer.format, FormatSelection):
             quantizer = replace(quantizer, format=self.format)
-        return quantizer(x, self.qparams, rounding)
+        return quantizer(x, qparams, rounding)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         # The names and shapes of the buffers depend on the class of the qparams and on the format,

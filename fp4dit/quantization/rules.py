@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import nn
 
 from fp4dit.numerics.quantizer import Quantizer
@@ -50,11 +51,19 @@ class Rule:
     optional: bool = False
     before_norm: bool = False
 
-    def make_fake_quantize(self, quantizer: Quantizer, context: TimestepContext) -> FakeQuantize:
+    def make_fake_quantize(self, context: TimestepContext) -> FakeQuantize:
         """Return the module that quantizes one activation."""
+        assert self.quantizer is not None
         if self.per_timestep:
-            return TimestepFakeQuantize(quantizer, context)
-        return FakeQuantize(quantizer, static=self.observer is not None)
+            return TimestepFakeQuantize(self.quantizer, context)
+        return FakeQuantize(self.quantizer, static=self.observer is not None)
+
+    def bits_per_value(self, shape: torch.Size) -> float:
+        """Return the bits per value of an activation, with its scales if they are dynamic."""
+        assert self.quantizer is not None
+        if self.observer:
+            return float(self.quantizer.format.bits)
+        return self.quantizer.bits_per_value(shape)
 
 
 @runtime_checkable

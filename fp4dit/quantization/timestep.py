@@ -1,9 +1,9 @@
 """The current timestep, for the layers and quantizers that depend on it."""
 
-import inspect
-
 import torch
 from torch import Tensor, nn
+
+from fp4dit.utils.calls import Call
 
 
 class TimestepContext:
@@ -30,8 +30,7 @@ class TimestepContext:
     # This hook is a method and no closure, because it is pickled for spawned processes.
     def on_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Set the timestep to the `timestep` argument of this call of `model`."""
-        arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        self.update(arguments["timestep"])
+        self.update(Call(args, kwargs).bind_arguments(model)["timestep"])
 
     def update(self, timestep: Tensor) -> None:
         """Set the timestep."""

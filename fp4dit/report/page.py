@@ -12,8 +12,9 @@ from plotly.offline import get_plotlyjs
 from fp4dit.report import plots
 from fp4dit.report.images import ReportImages, scores_by_image
 from fp4dit.report.row_data import RowData
-from fp4dit.tables.render import MARKDOWN, format_interval, replace_infinities
+from fp4dit.tables.render import replace_infinities
 from fp4dit.tables.rows import TableColumn
+from fp4dit.tables.style import MARKDOWN, format_interval
 from fp4dit.tables.table import Table
 
 # The files that are joined into the page's script, in this order.

@@ -64,10 +64,6 @@ class LatentWeight(LearnableRounding):
     def hard_weight(self) -> Blocks:
         return self.soft_weight()[0]
 
-    @property
-    def num_roundings(self) -> int:
-        return self.v.numel()
-
 
 @torch.no_grad()
 def restore_latent_(layer: QuantLayer, original: Float[Tensor, "o k"]) -> None:

@@ -18,9 +18,9 @@ from fp4dit.calibration.dataset import UnitDataset
 from fp4dit.calibration.layer_inputs import iter_layer_inputs
 from fp4dit.numerics.format_selection import FormatSelection
 from fp4dit.numerics.formats import Format
-from fp4dit.numerics.qparams import QParams, as_tensors, from_tensors
+from fp4dit.numerics.qparams import QParams, merge_qparams
 from fp4dit.numerics.quantizer import PerInputChannel, Quantizer
-from fp4dit.numerics.scale_rules import fix_tensor_scale
+from fp4dit.numerics.scale_rules import fix_tensor_scale, quantize_blocks
 from fp4dit.quantization.fake_quant import FakeQuantize, candidate_formats
 from fp4dit.quantization.layers import QuantLayer
 from fp4dit.quantization.observers import PerChannelMinMaxObserver
@@ -178,7 +178,7 @@ class OutputSearch(RoundingMethod):
         num_choices = min(len(blocks), len(weight))
 
         def compute_error(qparams: QParams, fmt: Format) -> Float[Tensor, "choices"]:
-            w_hat = quantize_blocks(qparams, blocks, fmt).view_as(weight)
+            w_hat = quantize_blocks(blocks, qparams, fmt).view_as(weight)
             mixed = ((w_hat @ cross) * weight).sum(1)
             row_errors = ((w_hat @ gram) * w_hat).sum(1) - 2 * mixed + constant
             return row_errors.view(num_choices, -1).sum(1)
@@ -219,7 +219,7 @@ class OutputSearch(RoundingMethod):
         for i, fmt in enumerate(candidate_formats(fake_quant.quantizer)):
             start = get_qparams(fake_quant, i) or fake_quant.quantizer.scale(extreme_blocks, fmt)
             for qparams in [start, *self.iter_qparams(fake_quant.quantizer, extreme_blocks, fmt)]:
-                x_hat = quantize_blocks(qparams, blocks, fmt).view_as(x)
+                x_hat = quantize_blocks(blocks, qparams, fmt).view_as(x)
                 error = (x_hat @ weight.T - target).square().sum().item()
                 trials.append((error, i, qparams))
         set_least_error(fake_quant, trials)
@@ -253,18 +253,3 @@ def set_least_error(fake_quant: FakeQuantize, trials: Sequence[tuple[float, int,
     if isinstance(fake_quant.quantizer.format, FormatSelection):
         fake_quant.register_buffer("choice", torch.full((1, 1), format_index, dtype=torch.uint8))
     fake_quant.set_qparams(qparams)
-
-
-def merge_qparams(better: Tensor, new: QParams, old: QParams) -> QParams:
-    """Return the new qparams where `better` is true, and the old ones elsewhere."""
-    old_tensors, merged = as_tensors(old), {}
-    for name, tensor in as_tensors(new).items():
-        merged[name] = torch.where(better, tensor, old_tensors[name])
-    return from_tensors(merged)
-
-
-def quantize_blocks(
-    qparams: QParams, blocks: Float[Tensor, "b k"], fmt: Format
-) -> Float[Tensor, "b k"]:
-    """Fake-quantize blocks, rounding to nearest."""
-    return qparams.from_grid(fmt.nearest(qparams.to_grid(blocks)))

@@ -56,13 +56,14 @@ def check_reconstruction(
     """Check the options of a reconstruction on a model without weights.
 
     Raises:
-        UserError: if a rule matches no layer or a layer matches no rule, or if the activation rules
-            have scales per timestep, because a step learns from many timesteps.
+        UserError: if no layer would be quantized, if a rule that is not optional matches no layer,
+            or if the activation rules have scales per timestep, because a step learns from many
+            timesteps.
         ValueError: if the method cannot round in a format.
     """
     audit_weights(skeleton, weight)
     rules = assign_rules(find_layers(skeleton), weight)
-    # All unused rules are optional here, because `audit_weights` raises an error for others.
+    # All unused rules are optional here, because `assign_rules` raises an error for others.
     for rule in unused_rules(rules, weight):
         log.warning("no layer of this model is called %s, which an optional rule names", rule.match)
     layers = quantize_weights_(skeleton, rules, check=False)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from fp4dit.calibration.activations import load_scales_
 from fp4dit.models.base import Pipeline
 from fp4dit.models.blocks import Unit, filter_by_unit
 from fp4dit.quantization.apply import quantize_activations_, quantize_weights_
@@ -14,6 +15,33 @@ from fp4dit.quantization.rules import Rule, assign_rules, find_layers
 from fp4dit.quantization.timestep import TimestepContext
 from fp4dit.utils.files import atomic_write_checksummed
 from fp4dit.utils.safetensors_io import save_tensors
+
+
+def load_quantized_(
+    pipeline: Pipeline,
+    weight: Sequence[Rule],
+    activation: Sequence[Rule],
+    units: Path,
+    scales: Path,
+) -> tuple[dict[str, FakeQuantize], dict[str, Rule]]:
+    """Quantize a model in place, with weights and static activation scales from files.
+
+    Args:
+        pipeline: The pipeline with the original model.
+        weight: The rules for weights.
+        activation: The rules for activations.
+        units: The folder of the reconstruction's units.
+        scales: The file of the activation scales.
+
+    Returns:
+        The quantizers of the activations, and their rules, by name.
+
+    Raises:
+        UserError: if the file has no scale of a static quantizer.
+    """
+    activations, rules = load_weights_(pipeline, weight, activation, units)
+    load_scales_(activations, scales)
+    return activations, rules
 
 
 def load_weights_(

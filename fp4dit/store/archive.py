@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from fp4dit.store.draft import journal_path, lock_path
 from fp4dit.store.entries import KEY, StoreEntry
 from fp4dit.store.locks import hold_lock
-from fp4dit.store.manifest import compute_key, manifest_digest
+from fp4dit.store.manifest import compute_key, has_valid_digest
 from fp4dit.store.store import Store
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.files import atomic_write
@@ -176,7 +176,7 @@ def read_manifest_files(tar: tarfile.TarFile, member: tarfile.TarInfo) -> dict[s
         identity = {**manifest["config"], "needs": manifest["needs"]}
         if manifest["stage"] != stage or compute_key(identity) != key:
             raise ValueError
-        if manifest.get("sha256", manifest_digest(manifest)) != manifest_digest(manifest):
+        if not has_valid_digest(manifest):
             raise ValueError
         files, folders = {}, set()
         for name, record in manifest["files"].items():

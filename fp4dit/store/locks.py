@@ -62,6 +62,16 @@ def read_holder(lock: Path) -> LockHolder | None:
         return None
 
 
+def describe_holder(lock: Path, unknown: str = "a job") -> str:
+    """Describe the process that holds a lock now; empty if none does.
+
+    Args:
+        lock: The file of the lock.
+        unknown: The description of a process that could not say that it holds the lock.
+    """
+    return str(read_holder(lock) or unknown) if is_locked(lock) else ""
+
+
 def holder_path(lock: Path) -> Path:
     """Return the path of the file in which the holder of a lock describes itself."""
     return lock.with_name(f"{lock.name}.json")

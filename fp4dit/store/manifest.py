@@ -31,10 +31,15 @@ def read_manifest(out: Path) -> dict[str, Any]:
         ValueError: if it is not JSON, or its checksum is wrong.
     """
     manifest = read_json(out / "manifest.json")
-    # A manifest of an earlier version has no checksum of itself.
-    if manifest.get("sha256", manifest_digest(manifest)) != manifest_digest(manifest):
+    if not has_valid_digest(manifest):
         raise ValueError(f"{out / 'manifest.json'} was changed")
     return manifest
+
+
+def has_valid_digest(manifest: Mapping[str, Any]) -> bool:
+    """Return whether a manifest has its own checksum, or none, as those of earlier versions."""
+    digest = manifest_digest(manifest)
+    return manifest.get("sha256", digest) == digest
 
 
 def manifest_digest(values: Mapping[str, Any]) -> str:

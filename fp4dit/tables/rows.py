@@ -66,6 +66,16 @@ class TableColumn:
         return f"{value * self.factor:{sign}.{self.digits}f}"
 
 
+def choose_order_column(columns: Sequence[TableColumn]) -> TableColumn | None:
+    """Return the metric that orders images from the worst on; None if there is none.
+
+    It is the first metric of single images that compares with full precision, or else the first
+    metric of single images. A metric of which neither high nor low is better is left out.
+    """
+    metrics = [column for column in columns if column.per_image and column.better]
+    return min(metrics, key=lambda column: not column.compares_to_reference, default=None)
+
+
 @dataclass(frozen=True)
 class ScoredRow:
     """A label and its numbers, by CSV column; no numbers if the result is missing.

@@ -8,7 +8,7 @@ import hashlib
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -151,6 +151,28 @@ class World(ABC):
         Returns:
             For every name in `verdicts`, one value per image: True if it agrees with its caption.
         """
+
+    def judge_readings(
+        self,
+        readings: Iterable[Any],
+        captions: Sequence[str],
+        compare: Callable[[Any, Scene], Mapping[str, bool]],
+    ) -> dict[str, list[bool]]:
+        """Judge what was read of images against their captions.
+
+        Args:
+            readings: What was read of each image.
+            captions: A caption of this world for each image.
+            compare: Function from a reading and a caption's scene to the verdicts by their names.
+
+        Returns:
+            The result of `judge_images`.
+        """
+        verdicts: dict[str, list[bool]] = {name: [] for name in self.verdicts}
+        for reading, caption in zip(readings, captions, strict=True):
+            for name, value in compare(reading, self.parse_caption(caption)).items():
+                verdicts[name].append(value)
+        return verdicts
 
     @property
     def weights(self) -> Path:

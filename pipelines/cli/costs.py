@@ -1,7 +1,7 @@
 """Estimates of time and memory: their table, and warnings about what would not fit."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from pipelines.runtime.trainer import Runtime
 if TYPE_CHECKING:
     from fp4dit.estimate.machine import Machine
     from fp4dit.estimate.stages import Estimator, StageCost
-
+    from pipelines.stages.base import Stage
 
 COST_HEADING = ("stage", "time", "GPU memory", "host memory", "disk")
 
@@ -31,7 +31,7 @@ def make_estimator(cfg: DictConfig, generate: Any) -> "Estimator":
     from fp4dit.estimate.machine import Machine
     from fp4dit.estimate.stages import Estimator
 
-    skeleton = generate.model.build_on_meta()
+    skeleton = generate.model.build_on_meta()  # its own, because measuring it replaces layers
     dtype: Any = skeleton.transformer.dtype
     machine = Machine.detect(choose_device(Runtime.from_config(cfg)), dtype, Path(cfg.outputs))
     footprint = measure_footprint(skeleton, generate.weight)
@@ -45,6 +45,17 @@ def choose_device(runtime: Runtime) -> Any:
     except UserError as error:
         print(f"warning: {error}. Estimated for the CPU", file=sys.stderr)
         return Runtime({"accelerator": "cpu", "devices": 1}).device
+
+
+def collect_costs(
+    stages: Mapping[str, "Stage"], make_estimator: "Callable[[], Estimator]"
+) -> dict[str, "StageCost"]:
+    """Return what each stage takes, by name, without the stages that cannot be estimated."""
+    costs = {}
+    for name, stage in stages.items():
+        if cost := stage.estimate_cost(make_estimator):
+            costs[name] = cost
+    return costs
 
 
 def format_costs(

@@ -15,11 +15,16 @@ from omegaconf import DictConfig
 
 from fp4dit.store.draft import draft_path, lock_path
 from fp4dit.store.entries import list_entries
-from fp4dit.store.locks import is_locked, read_holder
+from fp4dit.store.locks import describe_holder
 from fp4dit.store.store import Store
 from fp4dit.utils.formatting import align_columns, format_bytes, format_duration
-from pipelines.cli.costs import format_sizes, list_cost_warnings, make_estimator
-from pipelines.planning.executor import check_stage, list_pending_stages
+from pipelines.cli.costs import (
+    collect_costs,
+    format_sizes,
+    list_cost_warnings,
+    make_estimator,
+)
+from pipelines.planning.executor import build_stages, list_pending_stages
 from pipelines.planning.plan import PlannedStage, make_planned_stage
 from pipelines.results.missing import MeasuredTimes
 
@@ -92,8 +97,8 @@ def list_dry_run_stages(
 def describe_stage_state(store: Store, stage: PlannedStage) -> str:
     """Say whether a pending stage is new, is resumed, or is being made by another job."""
     out = store.get_path(stage.name, stage.key)
-    if is_locked(lock_path(out)):
-        return f"being made by {read_holder(lock_path(out)) or 'another job'}"
+    if holder := describe_holder(lock_path(out), unknown="another job"):
+        return f"being made by {holder}"
     return "to resume" if draft_path(out).exists() else "to make"
 
 
@@ -120,19 +125,14 @@ def estimate_costs(
     Returns:
         The costs by stage. Stages that cannot be estimated are left out.
     """
-    objects = {planned.name: planned.instantiate_stage() for planned in pending}
-    for name, stage in objects.items():
-        check_stage(name, stage)
+    objects = build_stages(pending)
 
     @cache
     def make_cached_estimator() -> "Estimator":
-        generate = stages[stages["score"].needs["images"]].instantiate_stage()
-        return make_estimator(cfg, generate)
+        name = stages["score"].needs["images"]
+        return make_estimator(cfg, objects.get(name) or stages[name].instantiate_stage())
 
-    costs = {}
-    for name, stage in objects.items():
-        if cost := stage.estimate_cost(make_cached_estimator):
-            costs[name] = cost
+    costs = collect_costs(objects, make_cached_estimator)
     if costs:
         estimator = make_cached_estimator()
         for text in list_cost_warnings(costs, estimator.machine, estimator.budget, cfg.outputs):

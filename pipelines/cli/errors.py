@@ -3,14 +3,16 @@
 import errno
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from traceback import extract_tb
 from typing import NamedTuple
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fp4dit.utils.errors import UserError
@@ -140,23 +142,48 @@ def _explain_missing_option(file: str) -> str:
 def _explain_unknown_key(key: str, config: str) -> str:
     """Explain that a key does not exist, in the command's config or in that of a table's rows."""
     keys = [argument.lstrip("+~").split("=")[0] for argument in sys.argv]
-    names = list_override_names(config if key in keys else "run")
-    if key in names:
+    is_row_key = key not in keys  # an override of a table's row, whose choices are not known here
+    default = composed = compose_config("run" if is_row_key else config)
+    if not is_row_key and (choices := list_group_choices(sys.argv[1:], default)):
+        composed = compose_config(config, choices)
+    names = list_override_names(composed)
+    if key not in names and _is_optional_argument(key, composed):
+        return f"{key!r} is not in the configuration, but can be added: write +{key}="
+    if key in list_override_names(default):
         return (
             f"{key!r} is not in this configuration, only in the default one: leave it out, or "
             "choose options that have it"
         )
-    if _is_optional_argument(key):
-        return f"{key!r} is not in the configuration, but can be added: write +{key}="
     return f"{key!r} is not in the configuration; {suggest_names(key, names)}"
 
 
-def _is_optional_argument(key: str) -> bool:
-    """Return whether the code that a part of a run's config names takes this argument."""
-    parent, _, name = key.rpartition(".")
+def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose a root config, with Hydra's own config in it."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        node = select_value(compose("run"), parent) if parent else None
+        return compose(name, list(overrides), return_hydra_config=True)
+
+
+def list_group_choices(arguments: Sequence[str], config: DictConfig) -> list[str]:
+    """Return the arguments that choose one option of a group, and where to look for options.
+
+    Args:
+        arguments: The arguments of a command.
+        config: A config of the command, from `compose_config`.
+    """
+    keys, parser = ("hydra.searchpath", *config.hydra.runtime.choices), OverridesParser.create()
+    choices = []
+    for argument in arguments:
+        is_choice = argument.partition("=")[0] in keys
+        if is_choice and not parser.parse_override(argument).is_sweep_override():
+            choices.append(argument)
+    return choices
+
+
+def _is_optional_argument(key: str, config: DictConfig) -> bool:
+    """Return whether the code that a part of a config names takes this argument."""
+    parent, _, name = key.rpartition(".")
+    node = select_value(config, parent) if parent else None
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     return target is not None and name != "return" and name in get_parameter_types(target)
 
@@ -176,16 +203,16 @@ def _find_key_of_list(error: BaseException | None) -> str | None:
     return None
 
 
-def list_override_names(config_name: str) -> list[str]:
-    """Return everything that can stand before `=` in an override of a root config."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose(config_name, return_hydra_config=True)
+def list_override_names(config: DictConfig) -> list[str]:
+    """Return everything that can stand before `=` in an override of a root config.
+
+    Args:
+        config: The config, from `compose_config`.
+    """
     groups = [str(group) for group in config.hydra.runtime.choices]
-    with open_dict(config):
-        del config["hydra"]
     names = [group for group in groups if not group.startswith("hydra/")]
-    return list(dict.fromkeys([*names, *list_config_paths(config)]))
+    options = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    return list(dict.fromkeys([*names, *list_config_paths(options)]))
 
 
 def list_config_paths(config: DictConfig, prefix: str = "") -> list[str]:

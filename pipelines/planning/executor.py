@@ -53,15 +53,25 @@ def execute_plan(
     pending = list_pending_stages(stages, targets, store)
     if pending:
         runtime.check_device()
-    objects = [stage.instantiate_stage() for stage in pending]
-    for planned, stage in zip(pending, objects, strict=True):
-        check_stage(planned.name, stage)
-    for planned, stage in zip(pending, objects, strict=True):
+    objects = build_stages(pending)
+    for planned in pending:
         needs = {}
         for role, name in planned.needs.items():
             needs[role] = store.get_path(name, stages[name].key)
-        run_stage(planned, stage, needs, store, runtime)
+        run_stage(planned, objects[planned.name], needs, store, runtime)
     return {name: store.get_path(name, stages[name].key) for name in targets}
+
+
+def build_stages(planned: Sequence[PlannedStage]) -> dict[str, "Stage"]:
+    """Build the objects of some stages, by name, and let each check its options.
+
+    Raises:
+        UserError: if a stage cannot work with its options.
+    """
+    objects = {stage.name: stage.instantiate_stage() for stage in planned}
+    for name, stage in objects.items():
+        check_stage(name, stage)
+    return objects
 
 
 def check_stage(name: str, stage: "Stage") -> None:

@@ -7,9 +7,12 @@ from typing import Any
 
 from fp4dit.store.draft import draft_path, last_write_time, lock_path, read_journal, seconds_spent
 from fp4dit.store.entries import StoreEntry
-from fp4dit.store.locks import is_locked, read_holder
+from fp4dit.store.locks import describe_holder
+from fp4dit.store.store import Store
+from fp4dit.utils.files import read_json
 from fp4dit.utils.formatting import format_duration
 from pipelines.config.validation import iter_leaves
+from pipelines.planning.plan import PlannedStage
 
 MAX_DIFFERENCES = 3  # fields of an entry's identity that are printed
 
@@ -83,10 +86,9 @@ def describe_draft(out: Path) -> str:
     """
     draft = draft_path(out)
     journal = read_journal(draft)
-    if is_locked(lock_path(out)):
-        state = f"{read_holder(lock_path(out)) or 'a job'} is working on it"
-    else:
-        state = "no job is working on it, and the next run continues it"
+    state = "no job is working on it, and the next run continues it"
+    if holder := describe_holder(lock_path(out)):
+        state = f"{holder} is working on it"
     if "start" not in journal:
         return f"There is a draft; {state}."
     times = [
@@ -102,3 +104,61 @@ def describe_draft(out: Path) -> str:
 def format_time(seconds: float) -> str:
     """Format a time in seconds since the epoch as local date and time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+class StageDescriber:
+    """Says in words whether the results of planned stages are in a store.
+
+    The manifests of a stage are read once, when a result is missing.
+
+    Example:
+        >>> StageDescriber(store).describe_state(stage, is_intact=False)
+        'missing; version 1 is stored, and this is version 2'
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._configs: dict[str, list[tuple[Any, Mapping[str, Any]]]] = {}
+
+    def describe_state(self, stage: PlannedStage, is_intact: bool) -> str:
+        """Return in words whether the result of a stage is in the store.
+
+        Args:
+            stage: The stage.
+            is_intact: Whether its result was found, with the files that are needed.
+        """
+        if is_intact:
+            return "in the store"
+        if self.store.get_path(stage.name, stage.key).exists():
+            return "damaged"
+        versions = sorted(self.find_other_versions(stage))
+        if not versions:
+            return "missing"
+        version = stage.identity["version"]
+        return f"missing; version {versions[-1]} is stored, and this is version {version}"
+
+    def find_other_versions(self, stage: PlannedStage) -> set[int]:
+        """Return the versions of the stored results that differ from a stage in nothing else."""
+        if stage.name not in self._configs:
+            self._configs[stage.name] = read_configs(self.store.root / stage.name)
+        stored = self._configs[stage.name]
+        versions = {version for version, config in stored if config == stage.config}
+        return versions - {stage.identity.get("version"), None}
+
+
+def read_configs(folder: Path) -> list[tuple[Any, Mapping[str, Any]]]:
+    """Return the version and the config of each stored result of a stage.
+
+    Args:
+        folder: The folder of the stage.
+    """
+    configs = []
+    for path in folder.glob("*/manifest.json"):
+        try:
+            config = read_json(path)["config"]
+        except (OSError, ValueError, KeyError):
+            continue
+        version = config.pop("version", None)
+        config.pop("content", None)
+        configs.append((version, config))
+    return configs

@@ -22,10 +22,12 @@ from pipelines.planning.plan import PlannedStage
 from pipelines.planning.plan_cache import RunPlan, plan_runs
 from pipelines.results.describe import describe_draft
 from pipelines.results.differences import ABSENT, Difference, format_value, iter_differences
+from pipelines.results.rows import get_searchpath
 from pipelines.results.select import (
+    MIN_KEY_DIGITS,
+    ConfiguredRow,
     Overrides,
-    get_searchpath,
-    list_configured_runs,
+    group_runs,
     list_experiments,
     list_rows,
     matches_key,
@@ -40,7 +42,7 @@ FIELD_NOTES = {
 }
 
 # A word that may be a key or the beginning of one, with or without `stage/` before it.
-KEY_WORD = re.compile(r"(\w+/)?[0-9a-f]{4,16}")
+KEY_WORD = re.compile(rf"(\w+/)?[0-9a-f]{{{MIN_KEY_DIGITS},16}}")
 
 
 def explain_results(cfg: DictConfig, store: Store) -> None:
@@ -54,51 +56,66 @@ def explain_results(cfg: DictConfig, store: Store) -> None:
             "explain needs a row, an experiment, a table or a key: "
             "python -m pipelines.store explain demo_4_fp4dit_w4a8"
         )
-    if not list_entries(store.root):
+    explainer = ResultExplainer(store)
+    if not explainer.entries:
         print(f"The store in {store.root} has no results yet.")
         return
-    explainer = ResultExplainer(store)
+    experiments, rows = list_experiments(cfg), list_rows(cfg)
+    configured = group_runs(experiments, rows)
     for word in cfg.what:
-        if runs := find_runs(word, cfg):
+        if runs := find_runs(word, experiments, rows):
             plans = plan_runs(list(runs.values()), cfg.outputs, get_searchpath())
             for name, plan in zip(runs, plans, strict=True):
                 print(*explainer.explain_run(name, plan), sep="\n")
         else:
-            print(*explain_key(word, cfg, explainer), sep="\n")
+            print(*explain_key(word, configured, rows, cfg.outputs, explainer), sep="\n")
 
 
-def find_runs(word: str, cfg: DictConfig) -> dict[str, Overrides]:
+def find_runs(
+    word: str, experiments: Mapping[str, Overrides], rows: Sequence[ConfiguredRow]
+) -> dict[str, Overrides]:
     """Return the runs of an experiment, of a table, or of the rows with a label, by their names."""
-    experiments = list_experiments(cfg)
     if word in experiments:
         return {word: experiments[word]}
     runs: dict[str, Overrides] = {}
-    for row in list_rows(cfg):
+    for row in rows:
         if word == row.table or row.matches(word):
             runs |= row.runs
     return runs
 
 
-def explain_key(word: str, cfg: DictConfig, explainer: "ResultExplainer") -> list[str]:
+def explain_key(
+    word: str,
+    configured: Mapping[str, Sequence[Overrides]],
+    rows: Sequence[ConfiguredRow],
+    outputs: str,
+    explainer: "ResultExplainer",
+) -> list[str]:
     """Explain the entry or the planned stage that a key, or its beginning, belongs to.
+
+    Args:
+        word: The key.
+        configured: The runs of each experiment and of each table, by its name.
+        rows: The rows of all tables, whose names may be meant by a wrong word.
+        outputs: The folder of all results.
+        explainer: The explainer of the store.
 
     Raises:
         UserError: if nothing in the store and no configured run has such a key.
     """
     stored = []
-    for entry in list_entries(explainer.store.root):
+    for entry in explainer.entries:
         if not entry.is_draft and matches_key(word, entry.stage, entry.key):
             stored.append(explainer.describe_stored(entry.stage, entry.key))
     if stored:
         return stored
-    configured = list_configured_runs(cfg)
     if KEY_WORD.fullmatch(word):
         runs = [overrides for group in configured.values() for overrides in group]
-        for plan in plan_runs(runs, cfg.outputs, get_searchpath()):
+        for plan in plan_runs(runs, outputs, get_searchpath()):
             for stage in plan.stages.values():
                 if matches_key(word, stage.name, stage.key):
                     return list(explainer.explain_run(stage.entry_name, plan, stage.name))
-    for entry in list_entries(explainer.store.root):
+    for entry in explainer.entries:
         if matches_key(word, entry.stage, entry.key):
             history = describe_draft(entry.path.with_name(entry.key))
             return [
@@ -107,9 +124,9 @@ def explain_key(word: str, cfg: DictConfig, explainer: "ResultExplainer") -> lis
                 "with, as in 'overrides=[\"rounding.steps=400\"]'.",
             ]
     known = list(configured)
-    for row in list_rows(cfg):
+    for row in rows:
         known += [row.label, f"{row.table}/{row.name}"]
-    known += [entry.name for entry in list_entries(explainer.store.root)]
+    known += [entry.name for entry in explainer.entries]
     raise UserError(f"{word!r} is no row, experiment, table or key; {suggest_names(word, known)}")
 
 
@@ -130,10 +147,11 @@ class ResultExplainer:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.entries = list_entries(store.root)
         self.manifests: dict[str, dict[str, Mapping[str, Any]]] = {}
         self._differences: dict[tuple[str, str], list[Difference]] = {}
         self._explained: set[str] = set()
-        for entry in list_entries(store.root):
+        for entry in self.entries:
             if "config" in (manifest := entry.manifest):
                 self.manifests.setdefault(entry.stage, {})[entry.key] = manifest
 

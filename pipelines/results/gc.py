@@ -10,13 +10,13 @@ from omegaconf import DictConfig
 
 from fp4dit.store.draft import draft_path, journal_path, lock_path, read_journal
 from fp4dit.store.entries import StoreEntry, iter_leftovers, list_entries
-from fp4dit.store.locks import is_locked, read_holder, try_lock
+from fp4dit.store.locks import describe_holder, is_locked, try_lock
 from fp4dit.store.store import Store
 from fp4dit.utils.formatting import align_columns, format_bytes
 from pipelines.planning.plan_cache import RunPlan, plan_runs
 from pipelines.results.describe import summarize_entries
+from pipelines.results.rows import get_searchpath
 from pipelines.results.select import (
-    get_searchpath,
     list_configured_runs,
     list_entry_names,
     list_stage_names,
@@ -142,7 +142,7 @@ def remove_entry(entry: StoreEntry) -> bool:
     """Remove an entry unless a job holds it, and return whether it was removed."""
     with try_lock(entry.lock_path) as acquired:
         if not acquired:
-            holder = read_holder(entry.lock_path) or "a job"
+            holder = describe_holder(entry.lock_path) or "a job"  # it may have ended just now
             print(f"{entry.name} stays: {holder} holds it")
             return False
         shutil.rmtree(entry.path)

@@ -141,6 +141,15 @@ def run_jobs(runs: Sequence[PlannedRun], jobs: int, logs: Path) -> list[str]:
     return [run.name for run, success in zip(runs, succeeded, strict=True) if not success]
 
 
+def exit_if_failed(failed: Sequence[str], num_rows: int) -> None:
+    """End the program with an error if there are rows that failed."""
+    if failed:
+        sys.exit(
+            f"error: {len(failed)} of {num_rows} rows failed: {'; '.join(failed)}. See the log "
+            "above for the errors."
+        )
+
+
 def run_job(run: PlannedRun, logs: Path) -> bool:
     """Run a job and print its output with the run's name. Return whether it succeeded."""
     arguments = [sys.executable, "-m", "pipelines.run", *run.overrides]

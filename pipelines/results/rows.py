@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from fp4dit.store.store import Store
 from fp4dit.tables.published import find_published, load_published
@@ -47,11 +47,15 @@ class PlannedRun:
             else None
         )
 
-    def find_images(self, store: Store, *files: str) -> Path | None:
-        """Return the folder of the stage that draws the images."""
+    def find_role(self, role: str, store: Store, *files: str) -> Path | None:
+        """Return the folder of the stage that plays a role for the scores, such as `images`."""
         if not self.stages:
             return None
-        return self.find_result(self.stages["score"].needs["images"], store, *files)
+        return self.find_result(self.stages["score"].needs[role], store, *files)
+
+    def find_images(self, store: Store, *files: str) -> Path | None:
+        """Return the folder of the stage that draws the images."""
+        return self.find_role("images", store, *files)
 
     @property
     def generation_config(self) -> Mapping[str, Any]:
@@ -92,6 +96,11 @@ class TableRow:
     empty_row: ScoredRow
     runs: Mapping[int, PlannedRun]
 
+    @property
+    def first_run(self) -> PlannedRun:
+        """Run of the first seed, whose images and layers are shown."""
+        return next(iter(self.runs.values()))
+
     def load_row(self, store: Store) -> ScoredRow:
         """Return the row with its numbers, averaged over seeds."""
         rows = {seed: run.load_row(store, self.empty_row) for seed, run in self.runs.items()}
@@ -111,28 +120,41 @@ def plan_table_rows(cfg: DictConfig, name: str) -> list[TableRow]:
     nodes: Any = OmegaConf.to_container(cfg.rows)
     for node in nodes:
         check_row(node, name)
-    seeds, searchpath = parse_seeds(cfg.seeds), searchpath_overrides()
-    overrides = []
-    for node in nodes:
-        for seed in seeds:
-            seed_override = [] if cfg.seeds is None else [f"seed={seed}"]
-            overrides.append(
-                [*cfg.base, *node["overrides"], *cfg.overrides, *seed_override, *searchpath]
-            )
-    planned = plan_runs(overrides, cfg.outputs, list(HydraConfig.get().searchpath or ()))
+    by_row = [list_run_overrides(cfg.base, node, cfg.overrides, cfg.seeds) for node in nodes]
+    overrides = [run_overrides for by_seed in by_row for run_overrides in by_seed.values()]
+    plans = iter(plan_runs(overrides, cfg.outputs, get_searchpath()))
     outputs = [] if cfg.outputs == "outputs" else [f"outputs={cfg.outputs}"]
-    runs = zip(overrides, planned, strict=True)
     published = load_published()
     rows = []
-    for node in nodes:
+    for node, by_seed in zip(nodes, by_row, strict=True):
         row_runs = {}
-        for seed in seeds:
-            run_overrides, plan = next(runs)
-            run_name = name_run(node, seed, len(seeds) > 1)
-            row_runs[seed] = PlannedRun(run_name, [*run_overrides, *outputs], plan)
+        for seed, run_overrides in by_seed.items():
+            run_name = name_run(node, seed, len(by_seed) > 1)
+            row_runs[seed] = PlannedRun(run_name, [*run_overrides, *outputs], next(plans))
         rows.append(TableRow(make_empty_row(node, published), row_runs))
         check_seeds_differ(rows[-1])
     return rows
+
+
+def list_run_overrides(
+    base: Sequence[str], node: Mapping[str, Any], overrides: Sequence[str], seeds: Any
+) -> dict[int, list[str]]:
+    """Return the overrides of the runs of a row, by seed.
+
+    Args:
+        base: Overrides that stand before those of every row.
+        node: Config of the row.
+        overrides: Overrides that are added to every row.
+        seeds: The option `seeds`: null, a number or a list.
+
+    Raises:
+        UserError: if the seeds are not different whole numbers.
+    """
+    common, runs = [*base, *node["overrides"], *overrides], {}
+    for seed in parse_seeds(seeds):
+        seed_override = [] if seeds is None else [f"seed={seed}"]
+        runs[seed] = [*common, *seed_override, *searchpath_overrides()]
+    return runs
 
 
 def check_seeds_differ(row: TableRow) -> None:
@@ -174,7 +196,7 @@ def parse_seeds(seeds: Any) -> list[int]:
     """
     if seeds is None:
         return [0]
-    numbers = list(seeds) if OmegaConf.is_list(seeds) else [seeds]
+    numbers = list(seeds) if isinstance(seeds, list | ListConfig) else [seeds]
     valid = all(isinstance(seed, int) and seed >= 0 for seed in numbers)
     if not numbers or not valid or len(set(numbers)) < len(numbers):
         raise UserError(
@@ -199,6 +221,11 @@ def name_run(node: Mapping[str, Any], seed: int, several_seeds: bool) -> str:
     """Return the printed name of a run: label, group and, if there are several, seed."""
     parts = (node["label"], node.get("group"), f"seed {seed}" if several_seeds else "")
     return ", ".join(part for part in parts if part)
+
+
+def get_searchpath() -> list[str]:
+    """Return the further folders of configs that the command was given."""
+    return list(HydraConfig.get().searchpath or ())
 
 
 def searchpath_overrides() -> list[str]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from fp4dit.store.entries import StoreEntry, list_entries
@@ -17,7 +16,12 @@ from fp4dit.store.store import Store
 from fp4dit.utils.errors import UserError
 from pipelines.config.resolvers import CONF, suggest_names
 from pipelines.planning.plan_cache import RunPlan, parse_searchpath, plan_runs
-from pipelines.results.rows import name_run, parse_seeds, searchpath_overrides
+from pipelines.results.rows import (
+    get_searchpath,
+    list_run_overrides,
+    name_run,
+    searchpath_overrides,
+)
 
 MIN_KEY_DIGITS = 4  # a shorter word is not taken for the beginning of a key
 
@@ -105,8 +109,15 @@ def list_entry_names(plans: Sequence[RunPlan]) -> set[str]:
 
 def list_configured_runs(cfg: DictConfig) -> dict[str, list[Overrides]]:
     """Return the runs of each experiment and of each table, by its name."""
-    runs = {name: [overrides] for name, overrides in list_experiments(cfg).items()}
-    for row in list_rows(cfg):
+    return group_runs(list_experiments(cfg), list_rows(cfg))
+
+
+def group_runs(
+    experiments: Mapping[str, Overrides], rows: Sequence[ConfiguredRow]
+) -> dict[str, list[Overrides]]:
+    """Return the runs of each experiment and of each table of the rows, by its name."""
+    runs = {name: [overrides] for name, overrides in experiments.items()}
+    for row in rows:
         runs.setdefault(row.table, []).extend(row.runs.values())
     return runs
 
@@ -118,18 +129,20 @@ def list_experiments(cfg: DictConfig) -> dict[str, Overrides]:
 
 
 def list_rows(cfg: DictConfig) -> list[ConfiguredRow]:
-    """Return the rows of all tables, with a run for each of the option `seeds`."""
-    seeds, searchpath = parse_seeds(cfg.seeds), searchpath_overrides()
+    """Return the rows of all tables, with a run for each seed.
+
+    The option `overrides` is added to that of a table, and `seeds` replaces that of a table.
+    """
     rows = []
     for table, file in iter_config_files("table"):
         config: Any = OmegaConf.to_container(OmegaConf.load(file))
+        overrides = [*config.get("overrides", []), *cfg.overrides]
+        seeds = config.get("seeds") if cfg.seeds is None else cfg.seeds
         for node in config.get("rows", []):
-            overrides = [*config.get("base", []), *node["overrides"], *cfg.overrides]
+            by_seed = list_run_overrides(config.get("base", []), node, overrides, seeds)
             runs = {}
-            for seed in seeds:
-                seed_override = [] if cfg.seeds is None else [f"seed={seed}"]
-                name = f"{table}/{name_run(node, seed, len(seeds) > 1)}"
-                runs[name] = [*overrides, *seed_override, *searchpath]
+            for seed, run_overrides in by_seed.items():
+                runs[f"{table}/{name_run(node, seed, len(by_seed) > 1)}"] = run_overrides
             rows.append(ConfiguredRow(table, node["label"], name_run(node, 0, False), runs))
     return rows
 
@@ -140,11 +153,6 @@ def iter_config_files(group: str) -> Iterator[tuple[str, Path]]:
         for path in sorted((root / group).glob("*.yaml")):
             if not path.name.startswith("_"):
                 yield path.stem, path
-
-
-def get_searchpath() -> list[str]:
-    """Return the further folders of configs that the command was given."""
-    return list(HydraConfig.get().searchpath or ())
 
 
 def list_stage_names() -> list[str]:

@@ -25,7 +25,7 @@ class SearchSpace:
 
     Example:
         >>> overrides = OverridesParser.create().parse_overrides(["weight=e2m1_g128,nf4_g128"])
-        >>> parse_search_space(overrides).trial_overrides({"weight": "nf4"})
+        >>> parse_search_space(overrides).trial_overrides({"weight": "nf4_g128"})
         ('weight=nf4_g128',)
     """
 

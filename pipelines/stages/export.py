@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fp4dit.calibration.activations import load_scales_
 from fp4dit.models.base import Pipeline
 from fp4dit.models.pretrained import PretrainedSource
 from fp4dit.packed.export import (
@@ -17,7 +16,7 @@ from fp4dit.packed.export import (
 from fp4dit.packed.model_card import CardFacts, PipelineCall, render_model_card
 from fp4dit.quantization.audit import checkpoint_bytes
 from fp4dit.quantization.rules import Rule, assign_rules, find_layers
-from fp4dit.rounding.unit_files import load_weights_
+from fp4dit.rounding.unit_files import load_quantized_
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.files import read_json, write_json
 from fp4dit.utils.provenance import read_package_versions
@@ -113,10 +112,13 @@ class Export(Stage):
             The bytes of the transformer with all tensors in 16 bits.
         """
         rules = assign_rules(find_layers(pipeline.transformer), self.weight)
-        quantizers, input_rules = load_weights_(
-            pipeline, self.weight, self.activation, needs["weights"] / "units"
+        _, input_rules = load_quantized_(
+            pipeline,
+            self.weight,
+            self.activation,
+            needs["weights"] / "units",
+            needs["activations"] / "scales.safetensors",
         )
-        load_scales_(quantizers, needs["activations"] / "scales.safetensors")
         bytes16 = checkpoint_bytes(pipeline.transformer, [])
         pack_transformer_(pipeline.transformer, rules, input_rules)  # pyright: ignore[reportArgumentType]
         return bytes16

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fp4dit.calibration.activations import load_scales_
 from fp4dit.calibration.captured_calls import load_calls, split_rows
 from fp4dit.calibration.dataset import UnitDataset
 from fp4dit.calibration.histograms import copy_weights
@@ -29,7 +28,7 @@ from fp4dit.rounding.finetune import (
     pass_gradients_through,
     restore_latent_,
 )
-from fp4dit.rounding.unit_files import load_weights_, save_layers, unit_path
+from fp4dit.rounding.unit_files import load_quantized_, save_layers, unit_path
 from fp4dit.utils.files import read_json, write_csv, write_json
 from fp4dit.utils.resumable import ResumableTrainers
 from pipelines.runtime.trainer import Runtime
@@ -111,10 +110,13 @@ class Finetune(Stage):
         """Load the quantized model, and return it with its activation quantizers."""
         pipeline = self.model.load()
         pipeline.to(runtime.device)
-        activations, _ = load_weights_(
-            pipeline, self.weight, self.activation, needs["weights"] / "units"
+        activations, _ = load_quantized_(
+            pipeline,
+            self.weight,
+            self.activation,
+            needs["weights"] / "units",
+            needs["activations"] / "scales.safetensors",
         )
-        load_scales_(activations, needs["activations"] / "scales.safetensors")
         return pipeline, activations
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning import LightningModule
 
-from fp4dit.calibration.activations import load_scales_
 from fp4dit.calibration.capture import PromptBatch, batch_prompts
 from fp4dit.data.prompts import PromptSource, get_texts
 from fp4dit.estimate.footprint import count_bit_operations
@@ -18,7 +17,7 @@ from fp4dit.lowbit_training.linear import TrainRule, load_trained_
 from fp4dit.models.base import PipelineSource
 from fp4dit.quantization.audit import checkpoint_bytes
 from fp4dit.quantization.rules import Rule
-from fp4dit.rounding.unit_files import load_weights_
+from fp4dit.rounding.unit_files import load_quantized_
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.files import write_json
 from pipelines.runtime.trainer import Runtime
@@ -105,10 +104,13 @@ class Generate(ShardedStage):
             path = needs["transformer"] / "transformer.safetensors"
             load_trained_(pipeline.transformer, path, self.lowbit_linear)
         elif "weights" in needs:
-            activations, _ = load_weights_(
-                pipeline, self.weight, self.activation, needs["weights"] / "units"
+            load_quantized_(
+                pipeline,
+                self.weight,
+                self.activation,
+                needs["weights"] / "units",
+                needs["activations"] / "scales.safetensors",
             )
-            load_scales_(activations, needs["activations"] / "scales.safetensors")
         return GenerateTask(pipeline, folder, self.generation.steps, self.generation.guidance)
 
     def finish(self, needs: Needs, out: Path, runtime: Runtime) -> None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp4dit.calibration import histograms
-from fp4dit.calibration.activations import load_scales_
 from fp4dit.calibration.captured_calls import load_steps
 from fp4dit.calibration.histograms import HistogramTask
 from fp4dit.estimate.stages import Estimator, StageCost
@@ -13,7 +12,7 @@ from fp4dit.models.base import PipelineSource
 from fp4dit.quantization.layers import QuantLayer
 from fp4dit.quantization.rules import Rule, find_layers
 from fp4dit.quantization.timestep_ranges import base_layer_name
-from fp4dit.rounding.unit_files import load_weights_
+from fp4dit.rounding.unit_files import load_quantized_
 from fp4dit.utils.files import write_json
 from pipelines.runtime.trainer import Runtime
 from pipelines.stages.base import Needs, Stage
@@ -47,10 +46,13 @@ class Histograms(Stage):
         pipeline = self.model.load()
         model = pipeline.transformer
         originals = histograms.copy_weights(find_layers(model))
-        activations, _ = load_weights_(
-            pipeline, self.weight, self.activation, needs["weights"] / "units"
+        activations, _ = load_quantized_(
+            pipeline,
+            self.weight,
+            self.activation,
+            needs["weights"] / "units",
+            needs["activations"] / "scales.safetensors",
         )
-        load_scales_(activations, needs["activations"] / "scales.safetensors")
         _, val_steps = load_steps(needs["calls"] / "calls", self.calibration.num_prompts)
         task = HistogramTask(pipeline, activations)
         trainer = runtime.make_trainer("histograms", devices=1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fp4dit.store.store import Store
 from fp4dit.tables.images import draw_difference
-from fp4dit.tables.rows import ScoredRow
+from fp4dit.tables.rows import ScoredRow, choose_order_column
 from pipelines.planning.plan import PlannedStage
 from pipelines.planning.plan_cache import RunPlan
 from pipelines.results.columns import ColumnCatalog, load_catalog
@@ -121,18 +121,14 @@ def log_images(run: Any, stages: Stages, folders: Folders, count: int) -> None:
 def order_by_worst(
     metrics: Mapping[str, Sequence[float | None]], count: int, catalog: ColumnCatalog
 ) -> list[int]:
-    """Return the numbers of the images, from the worst on.
+    """Return the numbers of the images, from the worst on by the metric `choose_order_column`.
 
-    They are ordered by the first metric that compares with the reference, or else by the first
-    metric. Without metrics they keep their order.
+    Without such a metric they keep their order.
     """
-    if not metrics:
+    column = choose_order_column([catalog.find_column(name) for name in metrics if name in catalog])
+    if column is None:
         return list(range(count))
-    columns = {name: catalog.find_column(name) for name in metrics if name in catalog}
-    comparing = [name for name, column in columns.items() if column.compares_to_reference]
-    name = next(iter(comparing or metrics))
-    sign = -1 if name in columns and columns[name].better == "lower" else 1
-    values = metrics[name]
+    sign, values = -1 if column.better == "lower" else 1, metrics[column.name]
     return sorted(range(count), key=lambda i: (values[i] is None, sign * (values[i] or 0)))
 
 

@@ -11,18 +11,18 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from hydra.utils import instantiate
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.transform import PreprocessCfg
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import normalize, to_pil_image, to_tensor
 
+from fp4dit.metrics.clip_backbone import make_preprocess
 from fp4dit.metrics.image_reward import (
-    CLIP_MEAN,
-    CLIP_STD,
     ImageReward,
     RewardNetwork,
     RewardSizes,
-    make_reward_preprocess,
     rename_reward_weights,
 )
 from fp4dit.utils.errors import UserError
@@ -242,12 +242,14 @@ def test_preprocessing_is_that_of_pil_up_to_its_rounding():
         resized = picture.resize((224 * 400 // 300, 224), Image.Resampling.BICUBIC)
         left = round((resized.width - 224) / 2)
         expected = normalize(
-            to_tensor(resized.crop((left, 0, left + 224, 224))), CLIP_MEAN, CLIP_STD
+            to_tensor(resized.crop((left, 0, left + 224, 224))),
+            OPENAI_DATASET_MEAN,
+            OPENAI_DATASET_STD,
         )
         off = (
             255
-            * torch.tensor(CLIP_STD)[:, None, None]
-            * (make_reward_preprocess(224)(to_tensor(picture)[None])[0] - expected)
+            * torch.tensor(OPENAI_DATASET_STD)[:, None, None]
+            * (make_preprocess(PreprocessCfg(224))(to_tensor(picture)[None])[0] - expected)
         )
         assert off.abs().mean() < 0.3
         assert off.abs().max() < most

@@ -31,7 +31,9 @@ def test_capture_names_the_layer_and_the_timestep(
 ):
     put_nan(pipeline, f"{layer}.bias")
     task = CaptureTask(pipeline, tmp_path, steps=2, guidance=4.5)
-    with pytest.raises(UserError, match=rf"^the output of {layer} holds NaN.* at timestep 999,"):
+    message = rf"^the output of {layer} holds NaN.* at timestep 999,"
+    option = rf"\+weight\.ignore=\['{layer}\*'\]$"
+    with pytest.raises(UserError, match=f"{message}.*{option}"):
         task.predict_step(PromptBatch(0, tiny.PROMPTS[:1], [0]))
     assert list(tmp_path.iterdir()) == []
 

@@ -72,6 +72,8 @@ def test_an_unknown_column_is_refused():
 
 def test_scalars_of_a_result_have_columns():
     assert {*STAGE_SCALARS, *COST_COLUMNS, "n"} <= CATALOG.numbers.keys()
+    for name in ("block_error", "loss"):
+        assert CATALOG.find_column(name).better == "lower"
     base = OmegaConf.load(CONF / "table" / "_base.yaml")
     assert set(base.show) <= {*CATALOG.numbers, pipelines.table.ALL_METRICS}
 

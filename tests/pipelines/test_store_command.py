@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 import pipelines.store
+import pipelines.table
 from fp4dit.store.draft import entry_path, journal_path, lock_path
 from fp4dit.store.locks import hold_lock
+from pipelines.results.select import list_configured_runs
 from pipelines.store import convert_words
-from tests.conftest import TOY, Run
+from tests.conftest import ROOT, TOY, Run
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,21 @@ def test_ls_shows_entries_and_their_commands(store, tmp_path: Path, capfd):
     assert capfd.readouterr().out.startswith("capture: 1 of")
     assert store("ls", "generatte") == 1
     assert "did you mean generate" in capfd.readouterr().err
+
+
+def test_ls_says_whether_a_draft_is_being_made(store, tmp_path: Path, capfd):
+    """A job whose disk is full holds the lock, but cannot say who it is."""
+    draft = tmp_path / "store" / "score" / f"{'0' * 16}.draft"
+    draft.mkdir()
+    lock = lock_path(entry_path(draft))
+    with hold_lock(lock, "", "a long one"):
+        assert store("ls", "score") == 0
+        assert re.search(r"draft .*being made by process \d+ on ", capfd.readouterr().out)
+        lock.with_name(f"{lock.name}.json").unlink()
+        assert store("ls", "score") == 0
+        assert re.search(r"draft .*being made by a job$", capfd.readouterr().out, re.MULTILINE)
+    assert store("ls", "score") == 0
+    assert "of a job that ended early" in capfd.readouterr().out
 
 
 def test_ls_shows_differences_without_commands(store, tmp_path: Path, capfd):
@@ -160,6 +177,34 @@ def test_gc_spares_models_of_runs_that_cannot_be_planned(store, tmp_path: Path, 
     assert "2 entries stay" in text
     assert other.exists()
     assert after.exists()
+
+
+def test_gc_keeps_results_of_a_tables_own_overrides_and_seeds(
+    run: Run, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "conf" / "table").mkdir(parents=True)
+    (tmp_path / "conf" / "table" / "own.yaml").write_text(
+        "# @package _global_\nbase: [stages=toy]\noverrides: [rounding.steps=700]\n"
+        "seeds: [0, 1]\nrows: [{label: One, overrides: []}]\n"
+    )
+    monkeypatch.setattr(
+        "pipelines.results.gc.list_configured_runs",
+        lambda cfg: {"own": list_configured_runs(cfg)["own"]},
+    )
+    place = f"hydra.searchpath=[file://{ROOT}/tests/conf,file://{tmp_path}/conf]"
+    for seed in (0, 1, 2):
+        assert run("stages=toy", "rounding.steps=700", f"seed={seed}", place) == 0
+    gc = list(convert_words(["gc", "dry_run=false", place]))
+    assert run(*gc, main=pipelines.store.main) == 0
+    assert len(list_folders(tmp_path, "score")) == 2
+    capfd.readouterr()
+    arguments = ["table=own", "show=[psnr]", place]
+    assert run(*arguments, main=pipelines.table.main) == 0
+    text = capfd.readouterr().out
+    assert "missing" not in text
+    assert re.search(r"^One +36\.0 ± 0\.0 ", text, re.MULTILINE)
+    assert run(*gc, 'overrides=["calibration.seed=7"]', main=pipelines.store.main) == 0
+    assert list_folders(tmp_path, "score") == []
 
 
 def test_exported_entries_are_there_after_an_import(store, tmp_path: Path, capfd, run: Run):

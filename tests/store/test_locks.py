@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fp4dit.store.locks import hold_lock, read_holder, try_lock
+from fp4dit.store.locks import describe_holder, hold_lock, read_holder, try_lock
 
 HOLD = """
 import sys, time
@@ -153,6 +153,20 @@ def test_waiting_for_an_unknown_holder(tmp_path: Path, caplog: pytest.LogCapture
     assert [record.message for record in caplog.records] == [
         "waiting for another job, which makes capture/abc"
     ]
+
+
+def test_a_holder_is_described_while_it_holds_the_lock(tmp_path: Path):
+    """A holder whose file could not be written, as on a full disk, still holds the lock."""
+    path = tmp_path / "abc.lock"
+    assert describe_holder(path) == ""
+    with hold_lock(path, "capture/abc", "demo_4"):
+        described = path.with_name("abc.lock.json").read_text()
+        assert describe_holder(path).startswith(f"process {os.getpid()} on ")
+        path.with_name("abc.lock.json").unlink()
+        assert describe_holder(path) == "a job"
+        assert describe_holder(path, unknown="another job") == "another job"
+    path.with_name("abc.lock.json").write_text(described)  # as of a killed process
+    assert describe_holder(path) == ""
 
 
 def test_a_lock_removed_while_others_wait_has_one_holder(tmp_path: Path):

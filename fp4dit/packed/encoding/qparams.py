@@ -165,11 +165,16 @@ def find_common_factor(x: Vector) -> Float[Tensor, ""] | None:
         return None
     codes = E4M3.values().flip(0)
     quotient = x[-1] / codes[codes > 0]
-    neighbours = [quotient.nextafter(quotient * 0), quotient, quotient.nextafter(quotient * 2)]
-    factors = torch.stack(neighbours, 1).view(-1, 1)
+    factors = add_neighbours(quotient)
     numbers = E4M3.nearest(x / factors)
     fits = ((numbers * factors == x) & (numbers > 0)).all(1)
     return factors[fits][0, 0] if fits.any() else None
+
+
+def add_neighbours(quotient: Vector) -> Float[Tensor, "m 1"]:
+    """Return a column of each positive quotient and, since it is rounded, its two neighbours."""
+    neighbours = [quotient.nextafter(quotient * 0), quotient, quotient.nextafter(quotient * 2)]
+    return torch.stack(neighbours, 1).view(-1, 1)
 
 
 @dataclass(frozen=True)

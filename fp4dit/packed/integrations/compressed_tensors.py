@@ -18,7 +18,7 @@ from fp4dit.numerics.formats import floating
 from fp4dit.numerics.quantizer import PerGroup, Quantizer
 from fp4dit.packed.encoding.codes import list_code_values
 from fp4dit.packed.encoding.layout import Layout, PackedBuffers
-from fp4dit.packed.encoding.qparams import E8M0Encoding
+from fp4dit.packed.encoding.qparams import E8M0Encoding, add_neighbours
 from fp4dit.packed.integrations.base import make_block_layout, make_format_index, read_block_scales
 from fp4dit.packed.nn.linear import PackedLinear
 from fp4dit.quantization.fake_quant import FakeQuantize
@@ -160,9 +160,9 @@ class CompressedMXFP4(CompressedFormat):
         codes, scale = tensors["weight_packed"], tensors["weight_scale"]
         if (codes.dtype, scale.dtype) != (torch.uint8, torch.uint8):
             raise UserError("it is not of uint8")
-        exponents = scale.int() - 127  # code 255, NaN in E8M0, gives an infinite scale
-        scales = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
-        return make_block_layout(codes, E2M1, 32, scales)
+        flat = scale.flatten()  # code 255, NaN in E8M0, gives an infinite scale
+        scales = E8M0Encoding(False).decode({"": flat}, make_format_index(len(flat)))
+        return make_block_layout(codes, E2M1, 32, scales.view(scale.shape))
 
 
 FORMATS: tuple[CompressedNVFP4, CompressedMXFP4] = (CompressedNVFP4(), CompressedMXFP4())
@@ -189,9 +189,7 @@ def find_common_divisor(scales: Float[Tensor, "s"], dtype: torch.dtype) -> Float
         raise UserError("its scales are not numbers of E4M3 times one fp32 number")
     # The largest scale times the divisor must be one of the 126 positive values of E4M3.
     quotient = e4m3_values[e4m3_values > 0] / scales[-1]
-    # The numbers of fp32 beside each quotient are tried too, because the quotient is rounded.
-    neighbours = [quotient.nextafter(quotient * 0), quotient, quotient.nextafter(quotient * 2)]
-    divisors = torch.stack(neighbours, 1).view(-1, 1)
+    divisors = add_neighbours(quotient)  # all are tried, because the quotient is rounded
     e4m3_scales = E4M3.nearest(scales * divisors)
     values = list_code_values(E2M1)[:8].to(scales)
     weights = ((e4m3_scales / divisors)[..., None] * values).to(dtype)

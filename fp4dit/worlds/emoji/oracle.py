@@ -71,12 +71,8 @@ def judge_images(
         agrees with its caption.
     """
     logits = reader(images.detach().float().cpu() * 2 - 1)
-    verdicts: dict[str, list[bool]] = {name: [] for name in world.verdicts}
-    for answers, caption in zip(logits, captions, strict=True):
-        reading = read_answers(world, answers)
-        for name, value in compare_reading(reading, world.parse_caption(caption)).items():
-            verdicts[name].append(value)
-    return verdicts
+    readings = (read_answers(world, answers) for answers in logits)
+    return world.judge_readings(readings, captions, compare_reading)
 
 
 @dataclass(frozen=True)

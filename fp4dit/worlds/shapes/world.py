@@ -68,9 +68,4 @@ class ShapesWorld(World):
     def judge_images(
         self, images: Float[Tensor, "n 3 h w"], captions: Sequence[str]
     ) -> dict[str, list[bool]]:
-        verdicts: dict[str, list[bool]] = {name: [] for name in self.verdicts}
-        for image, caption in zip(images, captions, strict=True):
-            seen, said = read_scene(image), self.parse_caption(caption)
-            for name, value in compare_scenes(seen, said).items():
-                verdicts[name].append(value)
-        return verdicts
+        return self.judge_readings(map(read_scene, images), captions, compare_scenes)

@@ -39,6 +39,12 @@ from tests.conftest import ROOT, TOY, Run
         ),
         (["generation.step=3"], "did you mean generation.steps"),
         (["weight.ignore=[proj_out]"], "can be added: write +weight.ignore="),
+        (["rounding=gptq", "rounding.order=x"], "can be added: write +rounding.order="),
+        (
+            ["rounding=gptq", "rounding.keep_best=false"],
+            "'rounding.keep_best' is not in the configuration; ",
+        ),
+        (["-m", "rounding=gptq", "weight=e2m1,nf4", "rounding.order=x"], "write +rounding.order="),
         (["experiment=demo_4_fp4dit"], "did you mean demo_4_fp4dit_w4a8"),
         (["zzz=1"], "there are experiment, method, model"),
         (
@@ -102,6 +108,16 @@ def test_an_unavailable_device_is_refused_before_a_stage_runs(
             ['overrides=["sed=1"]'],
             "'sed' is not in the configuration; did you mean seed",
         ),
+        (
+            pipelines.table.main,
+            ["table=demo", "model.embeddings=x"],
+            "'model.embeddings' is not in the configuration; ",
+        ),
+        (
+            pipelines.table.main,
+            ["rounding=gptq", "weight=e2m1"],
+            "'rounding' is not in the configuration; ",
+        ),
         (pipelines.report.main, ["report.pixel=16"], "did you mean report.pixels"),
         (pipelines.inspect.main, ["layer=all"], "did you mean layers"),
         (
@@ -128,6 +144,7 @@ def test_each_command_knows_its_own_options(
     error = capfd.readouterr().err
     assert message in error
     assert "only in the default" not in error
+    assert "can be added" not in error
     assert "Traceback" not in error
 
 

@@ -160,7 +160,7 @@ def test_key_of_a_planned_stage(
     composed(*TOY)
     key = plan_keys(tmp_path, "rounding.steps=700")["reconstruct"]
     runs = {"toy": [[*TOY, "rounding.steps=700"]]}
-    monkeypatch.setattr("pipelines.results.explain.list_configured_runs", lambda _: runs)
+    monkeypatch.setattr("pipelines.results.explain.group_runs", lambda *_: runs)
     text = explain(key)
     assert text.startswith(f"reconstruct/{key} has no result. Stages without one: reconstruct\n")
     [field] = list_fields(text)
@@ -187,7 +187,7 @@ def test_draft_is_described(
     assert "no job is working on it, and the next run continues it." in text
     with hold_lock(lock_path(out), "", "a long one"):
         assert "(a long one), since " in explain("Longer")
-    monkeypatch.setattr("pipelines.results.explain.list_configured_runs", lambda _: {})
+    monkeypatch.setattr("pipelines.results.explain.group_runs", lambda *_: {})
     assert f"reconstruct/{key} is not finished. There is a draft" in explain(key)
 
 
