@@ -8,15 +8,14 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import NamedTuple
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fp4dit.utils.errors import UserError
-from pipelines.config.resolvers import CONF, list_options, suggest_names
+from pipelines.config.compose import compose_config
+from pipelines.config.resolvers import list_options, suggest_names
 from pipelines.config.validation import get_parameter_types, select_value
 from pipelines.runtime.oom import last_error_line
 
@@ -143,9 +142,9 @@ def _explain_unknown_key(key: str, config: str) -> str:
     """Explain that a key does not exist, in the command's config or in that of a table's rows."""
     keys = [argument.lstrip("+~").split("=")[0] for argument in sys.argv]
     is_row_key = key not in keys  # an override of a table's row, whose choices are not known here
-    default = composed = compose_config("run" if is_row_key else config)
+    default = composed = compose_config("run" if is_row_key else config, keep_hydra=True)
     if not is_row_key and (choices := list_group_choices(sys.argv[1:], default)):
-        composed = compose_config(config, choices)
+        composed = compose_config(config, choices, keep_hydra=True)
     names = list_override_names(composed)
     if key not in names and _is_optional_argument(key, composed):
         return f"{key!r} is not in the configuration, but can be added: write +{key}="
@@ -157,19 +156,12 @@ def _explain_unknown_key(key: str, config: str) -> str:
     return f"{key!r} is not in the configuration; {suggest_names(key, names)}"
 
 
-def compose_config(name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Compose a root config, with Hydra's own config in it."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(name, list(overrides), return_hydra_config=True)
-
-
 def list_group_choices(arguments: Sequence[str], config: DictConfig) -> list[str]:
     """Return the arguments that choose one option of a group, and where to look for options.
 
     Args:
         arguments: The arguments of a command.
-        config: A config of the command, from `compose_config`.
+        config: A config of the command, with Hydra's own in it.
     """
     keys, parser = ("hydra.searchpath", *config.hydra.runtime.choices), OverridesParser.create()
     choices = []
@@ -207,7 +199,7 @@ def list_override_names(config: DictConfig) -> list[str]:
     """Return everything that can stand before `=` in an override of a root config.
 
     Args:
-        config: The config, from `compose_config`.
+        config: The config, with Hydra's own in it.
     """
     groups = [str(group) for group in config.hydra.runtime.choices]
     names = [group for group in groups if not group.startswith("hydra/")]

@@ -6,17 +6,18 @@ The files in a model's folder are a part of the identity of everything that is m
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from importlib.resources import files
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-import pipelines
 from fp4dit.store.manifest import compute_key, read_cache, write_cache
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.files import file_sha256
 from fp4dit.utils.hub import describe_source, find_weights
 
-CONF = Path(pipelines.__file__).parents[1] / "conf"
+# In a checkout, pipelines/conf is a link to the folder conf/ at the top level.
+CONF = Path(str(files("pipelines") / "conf")).resolve()
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

@@ -4,11 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-
 from fp4dit.store.store import Store
-from pipelines.config.resolvers import CONF, register_resolvers
+from pipelines.config.compose import compose_config
+from pipelines.config.resolvers import register_resolvers
 from pipelines.planning.executor import execute_plan
 from pipelines.planning.plan import make_plan
 from pipelines.runtime.trainer import Runtime
@@ -51,10 +49,8 @@ def run_stages(
     targets: Sequence[str] = ("score",),
 ) -> dict[str, Path]:
     """Run the targets, and what they need, in this process; return the folders of all stages."""
-    GlobalHydra.instance().clear()
     register_resolvers()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        stages = make_plan(compose("run", [*small, *overrides, f"outputs={outputs}"]))
+    stages = make_plan(compose_config("run", [*small, *overrides, f"outputs={outputs}"]))
     store = Store(outputs / "store")
     execute_plan(stages, targets, store, Runtime(devices, "none"))
     return {name: store.get_path(name, stage.key) for name, stage in stages.items()}
