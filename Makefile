@@ -1,10 +1,12 @@
 # make demo    run the main experiments on the shipped model, print their table and write their report
 # make table TABLE=methods    run the missing experiments of another table, and print it
-# make test    check, then all tests except those that the next three commands run
+# make test    check and docs, then all tests except those that the next three commands run
 # make test-browser    test reports in a headless Chromium, which is installed if missing (Debian, as root)
 # make test-machines    test a store on NFS with emulated virtual machines (Debian, as root)
 # make test-slurm    test sweeps on a SLURM whose nodes are namespaces of this machine (Debian, as root)
 # make check   check lint, format, types, and the imports between packages
+# make docs    build the documentation site in outputs/site, and fail where a link or a name is wrong
+# make install    only set up .venv
 # make drills  run tests/faults at length: kills, full disks, damaged files, 10,000 configurations
 # make audit   check licences and known vulnerabilities (from PyPI) of all installed packages
 # make bench-gpu   measure models of published size with random weights on a GPU; writes outputs/benchmarks
@@ -20,20 +22,22 @@ STAMP := .venv/installed
 # One thread for each job: spinning threads of two jobs on two cores slow both down many times over.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo table test test-browser test-machines test-slurm check drills audit bench-gpu
+.PHONY: demo table test test-browser test-machines test-slurm check docs drills audit bench-gpu install
 .DEFAULT_GOAL := demo
 
-# Runs the experiments named after the table, then prints the table. A failed job is named in it as missing.
+# Runs the experiments named after the table, writes the report, and ends with the table on one screen. A failed job is
+# named there as missing.
 demo: $(STAMP)
 	@status=0; \
 	$(BIN)/python -m pipelines.run -m experiment='glob(demo_*)' logger=wandb logger.group=demo progress=lines \
 		hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS) hydra.launcher.batch_size=1 || status=$$?; \
-	$(BIN)/python -m pipelines.table table=demo && $(BIN)/python -m pipelines.report table=demo && exit $$status
+	$(BIN)/python -m pipelines.report table=demo >/dev/null || status=$$?; \
+	$(BIN)/python -m pipelines.table table=demo summary=true && exit $$status
 
 table: $(STAMP)
 	@$(BIN)/python -m pipelines.table table=$(TABLE) run_missing=true jobs=$(JOBS) 'overrides=["logger=wandb","logger.group=$(TABLE)"]'
 
-test: check
+test: check docs
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
 test-browser: $(STAMP)
@@ -63,6 +67,11 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+install: $(STAMP)
 
 # Permissive licences and MPL. Exceptions: NVIDIA's libraries (dependencies of torch) have a licence of NVIDIA's, and
 # torchao's metadata names none (it is BSD-3-Clause).

@@ -4,9 +4,11 @@ There are also the inputs of their transformers, and PixArt-alpha's pipeline wit
 """
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
+import yaml
 from diffusers import (
     AutoencoderKL,
     DiTTransformer2DModel,
@@ -19,63 +21,38 @@ from diffusers import (
 from torch import Tensor, nn
 
 from fp4dit.models.adapter import TransformerAdapter
+from fp4dit.models.hub_files import TRANSFORMER_CONFIG, read_config
+from pipelines.config.resolvers import CONF, list_options
 
-PIXART = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "cross_attention_dim": 1152,
-    "caption_channels": 4096,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 28,
-    "patch_size": 2,
+# The class of a transformer, by its `norm_type`. Most of these models were saved when one class of
+# diffusers, Transformer2DModel, served them all.
+CLASSES: dict[str, type[ModelMixin]] = {
+    "ada_norm_single": PixArtTransformer2DModel,
+    "ada_norm_zero": DiTTransformer2DModel,
+    "layer_norm": HunyuanDiT2DModel,
 }
-HUNYUAN = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 88,
-    "hidden_size": 1408,
-    "cross_attention_dim": 1024,
-    "cross_attention_dim_t5": 2048,
-    "pooled_projection_dim": 1024,
-    "text_len": 77,
-    "text_len_t5": 256,
-    "in_channels": 4,
-    "learn_sigma": True,
-    "mlp_ratio": 4.3637,
-    "num_layers": 40,
-    "patch_size": 2,
-    "sample_size": 128,
-}
-DIT = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "out_channels": 8,
-    "num_layers": 28,
-    "patch_size": 2,
-}
+
+
+def read_published(option: str) -> tuple[type[ModelMixin], dict[str, Any]]:
+    """Return the class of a transformer and its arguments, from the config that it has on the hub.
+
+    Args:
+        option: A file of `conf/model`.
+    """
+    path = yaml.safe_load((CONF / "model" / f"{option}.yaml").read_text())["model"]["path"]
+    config = read_config(path, TRANSFORMER_CONFIG)
+    model_class = CLASSES[config["norm_type"]]
+    if model_class is PixArtTransformer2DModel:
+        # diffusers decides so where the config does not, and a smaller copy has another size.
+        config.setdefault("use_additional_conditions", config["sample_size"] == 128)
+    parameters = signature(model_class.__init__).parameters
+    return model_class, {name: value for name, value in config.items() if name in parameters}
+
+
 PUBLISHED: dict[str, tuple[type[ModelMixin], dict[str, Any]]] = {
-    "pixart_alpha": (
-        PixArtTransformer2DModel,
-        PIXART | {"sample_size": 128, "use_additional_conditions": True},
-    ),
-    "pixart_alpha_512": (PixArtTransformer2DModel, PIXART | {"sample_size": 64}),
-    "pixart_sigma": (
-        PixArtTransformer2DModel,
-        PIXART | {"sample_size": 128, "use_additional_conditions": False},
-    ),
-    "pixart_sigma_512": (
-        PixArtTransformer2DModel,
-        PIXART | {"sample_size": 64, "use_additional_conditions": False},
-    ),
-    "pixart_sigma_2k": (
-        PixArtTransformer2DModel,
-        PIXART | {"sample_size": 256, "use_additional_conditions": False},
-    ),
-    "hunyuan": (HunyuanDiT2DModel, HUNYUAN),
-    "hunyuan_v1_1": (HunyuanDiT2DModel, HUNYUAN),
-    "hunyuan_v1_2": (HunyuanDiT2DModel, HUNYUAN | {"use_style_cond_and_image_meta_size": False}),
-    "dit_xl_2": (DiTTransformer2DModel, DIT | {"sample_size": 32}),
-    "dit_xl_2_512": (DiTTransformer2DModel, DIT | {"sample_size": 64}),
+    option: read_published(option)
+    for option in list_options("model")
+    if option not in ("emoji", "generic", "shapes")
 }
 AUTOENCODER = {  # stabilityai/sd-vae-ft-ema, the autoencoder of PixArt-alpha
     "block_out_channels": (128, 256, 512, 512),

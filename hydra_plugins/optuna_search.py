@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from fp4dit.utils.errors import UserError
+from fp4dit.utils.extras import require_extra
 
 Overrides = tuple[str, ...]
 
@@ -60,12 +61,9 @@ class OptunaSweeper(Sweeper):
             UserError: if there is nothing to search, no objective, or Optuna is not installed.
             Exception: the error of the first job, if all jobs failed.
         """
-        try:
-            import optuna
-        except ImportError as error:
-            raise UserError(
-                "hydra/sweeper=optuna needs Optuna: pip install -c constraints.txt -e '.[search]'"
-            ) from error
+        require_extra("search", "hydra/sweeper=optuna")
+        import optuna
+
         from pipelines.search import space
         from pipelines.search.study import log_results, parse_goal, record_trial, save_results
 

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from fp4dit.tables.rows import ScoredRow, TableColumn, expand_columns
 from fp4dit.utils.errors import UserError
+from fp4dit.utils.extras import require_extra
 from pipelines.cli.main import run_command
 from pipelines.config.resolvers import CONF
 from pipelines.results.columns import COST_COLUMNS, load_catalog
@@ -24,12 +25,7 @@ def main(cfg: DictConfig) -> None:
     unknown = [name for name in cfg.group_by if name not in ATTRIBUTES]
     if unknown:
         raise UserError(f"group_by={unknown[0]}: choose among {', '.join(ATTRIBUTES)}")
-    try:
-        import wandb_workspaces.workspaces  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            "wandb-workspaces is not installed: pip install 'fp4dit[dashboards]'"
-        ) from error
+    require_extra("dashboards", "this command")
     if cfg.dry_run:
         model = build_workspace(cfg, cfg.entity or "nobody", [])._to_model()
         print(model.model_dump_json(by_alias=True, indent=1))

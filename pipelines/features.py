@@ -10,7 +10,6 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from fp4dit.metrics.real_features import collect_features
 from fp4dit.utils.errors import UserError
 from pipelines.cli.main import run_command
 from pipelines.config.resolvers import CONF, select_available_metrics
@@ -33,6 +32,8 @@ def main(cfg: DictConfig) -> None:
             "give one metric of image sets, or several that share a network and a filter, such as "
             "metrics=fid"
         )
+    from fp4dit.metrics.real_features import collect_features  # its packages are an extra's
+
     [extractor] = extractors
     name, device = cfg.name or folder.name, Runtime(cfg.trainer).device
     info = collect_features(folder, name, extractor, device, Path(cfg.out))

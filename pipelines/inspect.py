@@ -3,24 +3,32 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from fp4dit.estimate.stages import MODEL_SPEED_SHARE, audit_activation_shapes
-from fp4dit.models.base import Pipeline
-from fp4dit.quantization.audit import LayerAudit, audit_layer, audit_weights
+from fp4dit.models.outline import ModelOutline, find_outline
+from fp4dit.quantization.audit import (
+    LayerAudit,
+    audit_activation_shapes,
+    audit_layer,
+    audit_weights,
+)
+from fp4dit.quantization.audit_table import ModelAudit, audit_model
 from fp4dit.quantization.rules import Rule, find_layers
 from fp4dit.store.store import Store
 from fp4dit.utils.errors import UserError
 from pipelines.cli.costs import collect_costs, format_costs, list_cost_warnings, make_estimator
-from pipelines.cli.layer_table import format_layer_table, format_totals
 from pipelines.cli.main import run_command
 from pipelines.config.resolvers import CONF
 from pipelines.planning.checks import check_prompts_disjoint
 from pipelines.planning.executor import build_stages, list_pending_stages
-from pipelines.planning.plan import make_plan
+from pipelines.planning.instantiate import instantiate_node
+from pipelines.planning.plan import PlannedStage, make_plan
+
+if TYPE_CHECKING:
+    from fp4dit.estimate.stages import Estimator
 
 LAYERS = ("merged", "all")
 
@@ -30,39 +38,91 @@ def main(cfg: DictConfig) -> None:
     """Print the layers and the estimates, and warn of what does not fit this machine."""
     if cfg.layers not in LAYERS:
         raise UserError(f"layers={cfg.layers}: choose one of {', '.join(LAYERS)}")
-    stages, store = make_plan(cfg), Store(Path(cfg.outputs) / "store")
+    stages = make_plan(cfg)
+    images = stages[stages["score"].needs["images"]]
+    if cfg.costs:
+        print_audit_and_costs(cfg, stages, images)
+        return
+    model: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    outline = find_outline(model)
+    audit = audit_outline(outline, images) if outline else audit_skeleton(images)
+    print_audit(audit, cfg.layers)
+
+
+def print_audit(audit: ModelAudit, layers: str) -> None:
+    """Print the table of the layers, and the totals."""
+    print(*audit.format_lines(merge=layers == "merged"), sep="\n")
+    print("", *audit.format_totals(), sep="\n")
+
+
+def audit_outline(outline: ModelOutline, images: PlannedStage) -> ModelAudit:
+    """Audit a model whose outline is known. Neither its code nor its weights are needed.
+
+    Args:
+        outline: The outline of the model.
+        images: The stage that generates the images, which has the rules.
+    """
+    rules = {name: instantiate_node(name, images.config[name]) for name in ("weight", "activation")}
+    model = outline.build_module()
+    weights = audit_layers(model, rules["weight"])
+    quantized = [entry.name for entry in weights if entry.format != "fp16"]
+    shapes = outline.select_activations(quantized)
+    inputs = audit_activation_shapes(shapes, rules["activation"])
+    return audit_model(model, weights, inputs, list(shapes))
+
+
+def audit_skeleton(images: PlannedStage) -> ModelAudit:
+    """Audit a model that is built on the meta device, where its activations are recorded."""
+    # Imported here because it takes seconds, and the outline of a model does without it.
+    from fp4dit.estimate.footprint import measure_activation_shapes
+
+    generate: Any = build_stages([images])[images.name]
+    weights = audit_layers(generate.model.build_on_meta().transformer, generate.weight)
+    shapes = measure_activation_shapes(generate.model.build_on_meta(), generate.weight)
+    inputs = audit_activation_shapes(shapes, generate.activation)
+    model = generate.model.build_on_meta().transformer
+    return audit_model(model, weights, inputs, list(shapes))
+
+
+def print_audit_and_costs(
+    cfg: DictConfig, stages: dict[str, PlannedStage], images: PlannedStage
+) -> None:
+    """Print the table of the layers, and estimates of what each stage needs."""
+    store = Store(Path(cfg.outputs) / "store")
     pending = [stage.name for stage in list_pending_stages(stages, cfg.targets, store)]
     check_prompts_disjoint(cfg, stages)
     objects = build_stages([stage for stage in stages.values() if "model" in stage.config])
-    generate: Any = objects[stages["score"].needs["images"]]
-    skeleton = generate.model.build_on_meta()
+    generate: Any = objects[images.name]
     estimator = make_estimator(cfg, generate)
+    model = generate.model.build_on_meta().transformer
     shapes = estimator.footprint.activation_shapes
-    weights = audit_layers(skeleton, generate.weight)
     inputs = audit_activation_shapes(shapes, generate.activation)
-    merge = cfg.layers == "merged"
-    print(*format_layer_table(skeleton, list(shapes), weights, inputs, merge), sep="\n")
-    print("", *format_totals(skeleton, weights, inputs), "", sep="\n")
+    audit = audit_model(model, audit_layers(model, generate.weight), inputs, list(shapes))
+    print_audit(audit, cfg.layers)
     pending_objects = {name: objects[name] for name in pending if name in objects}
     costs = collect_costs(pending_objects, lambda: estimator)
-    print(
-        f"Rough estimates for one device of this machine ({estimator.machine.device}) at "
-        f"{estimator.flops_per_second / 1e9:.0f} GFLOP/s, which is {MODEL_SPEED_SHARE} of the "
-        f"speed of a {estimator.dtype} matrix product. Text encoders and autoencoders are not "
-        "counted.",
-        *format_costs(list(stages), pending, costs),
-        sep="\n",
-    )
+    print("", describe_speed(estimator), *format_costs(list(stages), pending, costs), sep="\n")
     for text in list_cost_warnings(costs, estimator.machine, estimator.budget, cfg.outputs):
         print(f"warning: {text}", file=sys.stderr)
 
 
-def audit_layers(skeleton: Pipeline, rules: Sequence[Rule]) -> list[LayerAudit]:
-    """Audit the weights of a model; without rules, all of them are in full precision."""
+def describe_speed(estimator: "Estimator") -> str:
+    """Return a sentence about what the estimates are computed from."""
+    from fp4dit.estimate.stages import MODEL_SPEED_SHARE
+
+    return (
+        f"Rough estimates for one device of this machine ({estimator.machine.device}) at "
+        f"{estimator.flops_per_second / 1e9:.0f} GFLOP/s, which is {MODEL_SPEED_SHARE} of the "
+        f"speed of a {estimator.dtype} matrix product. Text encoders and autoencoders are not "
+        "counted."
+    )
+
+
+def audit_layers(model: Any, rules: Sequence[Rule]) -> list[LayerAudit]:
+    """Audit the weights of a transformer; without rules, all of them are in full precision."""
     if rules:
-        return audit_weights(skeleton.transformer, rules)
-    layers = find_layers(skeleton.transformer)
-    return [audit_layer(name, layer, None) for name, layer in layers.items()]
+        return audit_weights(model, rules)
+    return [audit_layer(name, layer, None) for name, layer in find_layers(model).items()]
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ FILES_READ = {
 }
 # The page reads nothing of these stages, so that it does not matter if their results are missing.
 STAGES_NOT_SHOWN = ("capture", "export")
+# No score needs this stage, so that a run does not make it.
+ON_REQUEST = "histograms"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")
@@ -73,16 +75,32 @@ def main(cfg: DictConfig) -> None:
         file.writelines(render_page(name, table, row_data, images, costs, fill_command, origin))
     print(f"{out} ({format_bytes(out.stat().st_size)})")
     if num_incomplete:
-        print(
-            f"The page lacks results of {num_incomplete} of {len(rows)} rows. This command makes "
-            f"them:\n  {fill_command}"
-        )
+        print(f"{describe_incomplete(rows, num_incomplete, store)}\n  {fill_command}")
     exit_if_failed(failed, len(rows))
 
 
 def plan_incomplete_runs(rows: Sequence[TableRow], store: Store) -> list[PlannedRun | None]:
     """Return for each row the run that makes what the page lacks of it, or None."""
     return [plan_missing_stages(row.first_run, store) for row in rows]
+
+
+def describe_incomplete(rows: Sequence[TableRow], num_incomplete: int, store: Store) -> str:
+    """Return what the page does not show.
+
+    Args:
+        rows: All rows.
+        num_incomplete: The number of rows of which something is not shown.
+        store: The store.
+    """
+    missing = [list_missing_stages(row.first_run, store) for row in rows]
+    num_histograms = missing.count([ON_REQUEST])
+    if num_incomplete > num_histograms:
+        num_results = num_incomplete - num_histograms
+        return f"The page lacks results of {num_results} of {len(rows)} rows. To make them:"
+    return (
+        f"The page is complete but for histograms of the values in {num_histograms} of "
+        f"{len(rows)} rows, which are made on request:"
+    )
 
 
 def displayed_stages(run: PlannedRun) -> list[PlannedStage]:
@@ -92,11 +110,16 @@ def displayed_stages(run: PlannedRun) -> list[PlannedStage]:
 
 def plan_missing_stages(run: PlannedRun, store: Store) -> PlannedRun | None:
     """Return the run that makes the missing stages, or None if no stage is missing."""
-    missing = [stage.name for stage in displayed_stages(run) if find_stage(stage, store) is None]
+    missing = list_missing_stages(run, store)
     if run.stages and not missing:
         return None
     targets = [f"targets=[{','.join(missing)}]"] if missing else []
     return replace(run, overrides=[*run.overrides, *targets])
+
+
+def list_missing_stages(run: PlannedRun, store: Store) -> list[str]:
+    """Return the names of the displayed stages that are not in the store."""
+    return [stage.name for stage in displayed_stages(run) if find_stage(stage, store) is None]
 
 
 def find_stage(step: PlannedStage, store: Store) -> Path | None:

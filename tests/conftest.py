@@ -3,10 +3,9 @@
 import copy
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import jaxtyping
 import pytest
@@ -29,19 +28,9 @@ TOY = ["stages=toy", f"hydra.searchpath=[file://{Path(__file__).parent}/conf]"]
 if TYPE_CHECKING:
     from fp4dit.models.pixart import PixArt, PixArtAdapter
 
-T = TypeVar("T")
 Compose = Callable[..., DictConfig]
 Run = Callable[..., int]
 ROOT = Path(__file__).parents[1]
-
-
-def wait_until(condition: Callable[[], T], seconds: float = 120.0) -> T:
-    """Wait until the condition is true, and return its value."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, f"not true after {seconds:.0f} s"
-        time.sleep(0.02)
-    return value
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,42 +1,114 @@
-"""The code and the commands that the documentation shows work."""
+"""The code, the links and the paths that the documentation shows are right.
 
+Every Python snippet is compiled and its imports are resolved, and it is run if it needs nothing
+that the reader has to supply. `test_docs_commands.py` tests the commands.
+"""
+
+import ast
+import builtins
+import importlib.util
 import re
-import shlex
-import subprocess
+import symtable
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import yaml
 from accelerate import init_empty_weights
 from diffusers import SD3Transformer2DModel
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
 
 from fp4dit.utils.errors import UserError
 from pipelines.config.resolvers import list_options
 from tests.conftest import ROOT
 from tests.helpers import tiny
+from tests.helpers.pages import DOCS, PAGES, Block, read_blocks, remove_blocks
 
-PAGE = (ROOT / "docs" / "your_model.md").read_text()
-ADAPTER, CHECK = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+BLOCKS = [block for path in PAGES for block in read_blocks(path)]
+
+
+# --- Python ---------------------------------------------------------------------------------------
+
+SNIPPETS = [block for block in BLOCKS if block.info.startswith("py")]
+SUPPLIED = re.compile(r"/my/|/a/|<key>|my_\w+|emoji")  # what a reader has and the project has not
+SLOW = re.compile(r"fp4dit\.\w+\([^)]*prompts=")  # tests/api runs such calls
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=[block.page for block in SNIPPETS])
+def test_a_python_snippet_works(snippet: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    code = compile(snippet.code, snippet.page, "exec")
+    check_imports(ast.parse(snippet.code))
+    if "notest" in snippet.info:
+        return
+    undefined = find_undefined(snippet)
+    assert undefined <= {"fp4dit", "pipe"}
+    if undefined or SUPPLIED.search(snippet.code) or SLOW.search(snippet.code):
+        return
+    (tmp_path / "fp4dit").symlink_to(ROOT / "fp4dit")  # the weights that ship
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"__name__": "snippet"})
+
+
+def check_imports(tree: ast.Module) -> None:
+    """Check that each import of this project finds its module and its names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and is_ours(node.module):
+            module = import_module(node.module)
+            for name in node.names:
+                assert hasattr(module, name.name), f"{node.module} has no {name.name}"
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "fp4dit":
+            assert hasattr(import_module("fp4dit"), node.attr), f"fp4dit has no {node.attr}"
+
+
+def is_ours(module: str) -> bool:
+    """Return True if a module belongs to this project."""
+    return module.partition(".")[0] in ("fp4dit", "pipelines")
+
+
+def find_undefined(snippet: Block) -> set[str]:
+    """Return the names that a snippet reads and does not define."""
+    module = symtable.symtable(snippet.code, snippet.page, "exec")
+    read, defined, tables = set(), set(dir(builtins)), [module]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        read |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+    for symbol in module.get_symbols():
+        if symbol.is_assigned() or symbol.is_imported():
+            defined.add(symbol.get_name())
+    return read - defined
+
+
+SD3_PAGE = "docs/guides/your-model.md"
 
 
 @pytest.fixture
-def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def adapter() -> str:
+    """The code of the adapter for Stable Diffusion 3."""
+    [code] = [block.code for block in SNIPPETS if block.page == SD3_PAGE and "units(" in block.code]
+    return code
+
+
+@pytest.fixture
+def check(adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Write the adapter as a module; return the check of it on a model of published size."""
-    (tmp_path / "my_models.py").write_text(ADAPTER)
+    (tmp_path / "my_models.py").write_text(adapter)
     monkeypatch.syspath_prepend(tmp_path)
     with init_empty_weights():
         SD3Transformer2DModel(caption_projection_dim=1152).save_config(tmp_path / "transformer")
-    return CHECK.replace("/my/sd3", str(tmp_path))
+    codes = [block.code for block in SNIPPETS if block.page == SD3_PAGE]
+    [code] = [code for code in codes if "verify_adapter(" in code]
+    return code.replace("/my/sd3", str(tmp_path))
 
 
 def test_the_adapter_passes_the_check(check: str):
     exec(check, {})
 
 
-def test_the_check_finds_a_mistake(check: str):
+def test_the_check_finds_a_mistake(adapter: str, check: str):
     wrong = {}
-    exec(ADAPTER.replace('arguments["timestep"]', 'arguments["timestep"] + 1'), wrong)
+    exec(adapter.replace('arguments["timestep"]', 'arguments["timestep"] + 1'), wrong)
     with pytest.raises(UserError, match="time_text_embed of SD3Transformer2DModel, called alone"):
         exec(
             check.replace("from my_models import SD3Adapter", ""),
@@ -52,54 +124,63 @@ def test_the_adapter_draws(check: str, tmp_path: Path):
     assert pipeline.sample(tiny.PROMPTS[:2], [1, 2], 1, 4.5).shape[:2] == (2, 3)
 
 
-SHOWN = [
-    *ROOT.glob("*.md"),
-    *ROOT.glob("docs/*.md"),
-    *ROOT.glob("conf/**/*.yaml"),
-    *ROOT.glob("benchmarks/*.md"),
-]
-RECIPES = ["make", "--always-make", "--dry-run", "demo", "table", "TABLE=demo"]
+# --- Links, paths and the site --------------------------------------------------------------------
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+REPOSITORY_PATH = re.compile(
+    r"(?:fp4dit|pipelines|conf|docs|tests|benchmarks|hydra_plugins)/[\w./*-]+"
+)
+EXAMPLES = re.compile(r"NAME|sd3|mine|my_|brightness")  # names of files that a reader may write
 
 
-def find_overrides(text: str) -> list[list[str]]:
-    """Return the overrides of each command of ours in a text.
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_paths_lead_to_files(path: Path):
+    text = re.sub(r"`[^`]*`", "", remove_blocks(path))
+    for target in LINK.findall(text):
+        if not target.startswith(("http", "mailto:", "#")):
+            assert (path.parent / target.partition("#")[0]).exists(), target
+    for code in re.findall(r"`([^`\s]+)`", remove_blocks(path)):
+        if REPOSITORY_PATH.fullmatch(code) and not EXAMPLES.search(code):
+            assert list(ROOT.glob(code.rstrip("/."))), code
 
-    A command ends at the end of its line, or of the code that it is a part of.
-    """
-    commands = []
-    for arguments in re.findall(r"python -m pipelines\.\w+((?:\\\n|[^`\n#;&|])*)", text):
-        words = shlex.split(arguments)
-        commands.append([word for word in words if re.match(r"[+~]*[\w./@]+=", word)])
-    return commands
+
+def test_the_navigation_lists_every_page():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    pages = [path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")]
+    assert sorted(list_pages(site["nav"])) == sorted(pages)
+
+
+def list_pages(nav: list | dict | str) -> Iterator[str]:
+    """Yield the pages of a part of the navigation."""
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for item in nav.values() if isinstance(nav, dict) else nav:
+            yield from list_pages(item)
 
 
 @pytest.fixture(scope="module")
-def shown_overrides() -> list[list[str]]:
-    """The overrides of all commands that the documentation, the configs and the Makefile show."""
-    make = subprocess.run(RECIPES, cwd=ROOT, capture_output=True, text=True, check=True)
-    commands = find_overrides(make.stdout)
-    for path in SHOWN:
-        commands += find_overrides(path.read_text())
-    return commands
+def reference() -> ModuleType:
+    """The hook of MkDocs that generates parts of the reference."""
+    path = DOCS / "scripts" / "generate_reference.py"
+    spec = importlib.util.spec_from_file_location("generate_reference", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_shown_commands_can_be_parsed(shown_overrides: list[list[str]]):
-    """Hydra wants quotes around an override that is a part of another one's value."""
-    assert len(shown_overrides) > 100
-    for overrides in shown_overrides:
-        OverridesParser.create().parse_overrides(overrides)
+def test_every_option_of_conf_is_described(reference: ModuleType):
+    text = reference.generate_config_groups()
+    for group in reference.list_groups():
+        for option in list_options(group):
+            assert re.search(rf"^\| `{re.escape(option)}`.* \| \S.*\|$", text, re.MULTILINE), option
 
 
-def test_shown_commands_name_options_that_exist(shown_overrides: list[list[str]]):
-    unknown = set()
-    for overrides in shown_overrides:
-        for override in OverridesParser.create().parse_overrides(overrides):
-            is_hydras = override.key_or_group.startswith("hydra/")
-            options = [] if is_hydras else list_options(override.key_or_group)
-            value = override.value()
-            if isinstance(value, ChoiceSweep):
-                value = value.list
-            for name in value if isinstance(value, list) else [value]:
-                if options and str(name) not in options and "glob" not in override.input_line:
-                    unknown.add(f"{override.key_or_group}={name}")
-    assert unknown == {"table=NAME"}  # stands for any table
+def test_generated_parts_are_complete(reference: ModuleType):
+    for path in DOCS.rglob("*.md"):
+        text = reference.on_page_markdown(path.read_text())
+        assert "<!-- generate" not in text
+    assert "| `psnr` | PSNR, dB | higher | each image |" in reference.generate_metrics()
+    assert "python -m pipelines.table" in reference.generate_commands()

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from pipelines.config.resolvers import CONF
 from pipelines.planning.plan import make_plan
 from tests.conftest import Compose
 from tests.helpers.small_runs import FEW, SEARCH, SMALL, read_files, run_stages
+from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.unchecked
 
@@ -67,11 +67,10 @@ def test_a_killed_run_resumes_bit_exactly(undisturbed: dict[str, Path], tmp_path
     ]
     job = subprocess.Popen(command, cwd=CONF.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        deadline = time.time() + 120
-        while len(units := sorted(tmp_path.glob("store/reconstruct/*.draft/units/*.json"))) < 3:
-            assert job.poll() is None, "it ended before it could be killed"
-            assert time.time() < deadline
-            time.sleep(0.02)
+        find_units = lambda: sorted(tmp_path.glob("store/reconstruct/*.draft/units/*.json"))
+        wait_until(lambda: len(find_units()) >= 3 or job.poll() is not None)
+        assert job.poll() is None, "it ended before it could be killed"
+        units = find_units()
     finally:
         job.send_signal(signal.SIGKILL)
         job.wait()

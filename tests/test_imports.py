@@ -6,9 +6,13 @@
 import ast
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.requirements import normalize_name
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "fp4dit").rglob("*.py"))
@@ -44,6 +48,8 @@ def test_orchestration_does_not_compute_on_tensors(path: Path):
         "stages/sharded.py": {"torch.utils.data.DataLoader", "torch.utils.data.IterableDataset"},
         "runtime/trainer.py": {"torch.utils.deterministic"},
         "stages/finetune.py": {"torch.Tensor"},
+        "stages/replay.py": {"torch.utils.data.Subset"},
+        "inspect.py": {"torch.nn"},
     }
     torch_imports = {name for name in read_imports(path) if name.split(".")[0] == "torch"}
     place = str(path.relative_to(ROOT / path.relative_to(ROOT).parts[0]))
@@ -68,6 +74,27 @@ def test_no_loader_can_run_code(path: Path):
 def test_this_test_finds_the_modules():
     assert {"formats.py", "rounding.py", "propagate.py"} <= {path.name for path in LIBRARY}
     assert {"sharded.py", "run.py", "plan.py"} <= {path.name for path in ORCHESTRATION}
+
+
+def test_every_package_that_is_imported_is_a_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = list(project["dependencies"])
+    for extra in project["optional-dependencies"].keys() - {"dev", "docs"}:
+        required += project["optional-dependencies"][extra]
+    names = {*map(normalize_name, required), "triton"}  # torch requires it where there are GPUs
+    distributions = packages_distributions()
+    imported = set().union(*map(read_roots, [*LIBRARY, *ORCHESTRATION]))
+    for module in imported - sys.stdlib_module_names - {"fp4dit", "pipelines", "hydra_plugins"}:
+        assert names & set(map(normalize_name, distributions[module])), module
+
+
+def test_importing_the_library_imports_no_large_package():
+    large = ("torch", "numpy", "diffusers", "transformers", "hydra", "omegaconf", "lightning")
+    program = f"import fp4dit, sys; print([name for name in {large} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "[]", done.stderr[-2000:]
 
 
 def test_no_network_and_no_gpu_at_import():

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,12 @@ class ReplayTask(L.LightningModule):
     Args:
         pipeline: The pipeline.
         activations: The quantizers of the activations, by name.
+
+    Example:
+        >>> class PrintActivations(ReplayTask):
+        ...     def on_activation(self, name, timestep, x, out):
+        ...         print(name, timestep, tuple(x.shape))
+        >>> trainer.test(PrintActivations(pipeline, activations), steps)
     """
 
     def __init__(self, pipeline: Pipeline, activations: Mapping[str, FakeQuantize]) -> None:
@@ -68,6 +75,14 @@ class ReplayTask(L.LightningModule):
             for unit in self.pipeline.units():
                 outputs = flatten_outputs(unit.make_call(state)(model.get_submodule(unit.module)))
                 state = state | dict(zip(unit.outputs, outputs, strict=True))
+
+    def get_progress(self) -> dict[str, Any]:
+        """Return what the task has collected, as tensors and plain values for a file."""
+        raise NotImplementedError
+
+    def set_progress(self, progress: Mapping[str, Any]) -> None:
+        """Continue from what `get_progress` returned."""
+        raise NotImplementedError
 
     def on_activation(self, name: str, timestep: float, x: Tensor, out: Tensor) -> Tensor | None:
         """Handle an activation.
@@ -110,6 +125,25 @@ class ObserveTask(ReplayTask):
         assert observer is not None
         self.observations[name].append((timestep, observer.summarize(x)))
         return x
+
+    def get_progress(self) -> dict[str, Any]:
+        progress = {}
+        for name, observations in self.observations.items():
+            # One tensor for each activation, because a file of many small ones is slow to read.
+            progress[name] = {
+                "timesteps": [timestep for timestep, _ in observations],
+                "shapes": [list(summary.shape) for _, summary in observations],
+                "values": torch.cat([x.flatten() for _, x in observations] or [torch.empty(0)]),
+            }
+        return progress
+
+    def set_progress(self, progress: Mapping[str, Any]) -> None:
+        for name, saved in progress.items():
+            sizes = [prod(shape) for shape in saved["shapes"]]
+            summaries = []
+            for values, shape in zip(saved["values"].split(sizes), saved["shapes"], strict=True):
+                summaries.append(values.view(shape))
+            self.observations[name] = list(zip(saved["timesteps"], summaries, strict=True))
 
     def calibrate(self) -> None:
         """Choose the static scales of all observed activations.
@@ -171,6 +205,19 @@ class MeasureTask(ReplayTask):
             )
         self.power[name, timestep] += power
         self.shapes[name] = x.shape
+
+    def get_progress(self) -> dict[str, Any]:
+        return {
+            "keys": [list(key) for key in self.power],
+            "power": list(self.power.values()),
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+        }
+
+    def set_progress(self, progress: Mapping[str, Any]) -> None:
+        for (name, timestep), power in zip(progress["keys"], progress["power"], strict=True):
+            self.power[name, timestep] = power
+        for name, shape in progress["shapes"].items():
+            self.shapes[name] = torch.Size(shape)
 
     def compute_sqnr(self) -> list[dict[str, str | float]]:
         """Return the ratio of each activation and timestep in dB, as rows of a table."""

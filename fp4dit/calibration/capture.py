@@ -13,6 +13,7 @@ from fp4dit.models.blocks import ActivationState
 from fp4dit.models.nan_guard import nan_guard
 from fp4dit.utils import calls
 from fp4dit.utils.errors import UserError
+from fp4dit.utils.resumable_calls import resume_calls
 
 
 class PromptBatch(NamedTuple):
@@ -88,6 +89,9 @@ def list_capture_files(out: Path, batch: PromptBatch) -> list[Path]:
 class CaptureTask(L.LightningModule):
     """Captures the transformer's inputs, with one file for each batch of prompts.
 
+    A killed run continues within a batch: the outputs of the transformer are kept until the batch
+    is finished.
+
     Args:
         pipeline: The pipeline.
         out: The folder of the files.
@@ -120,7 +124,12 @@ class CaptureTask(L.LightningModule):
         [path] = list_capture_files(self.out, batch)
         pipeline = self.pipeline
         pipeline.to(self.device)
-        with nan_guard(pipeline.transformer), calls.record_calls(pipeline.transformer) as recorded:
+        model, resume_path = pipeline.transformer, path.with_suffix(".resume")
+        with (
+            resume_calls(model, resume_path, self.device),
+            nan_guard(model),
+            calls.record_calls(model) as recorded,
+        ):
             pipeline.sample(batch.prompts, batch.seeds, self.steps, self.guidance)
         count = min(self.num_kept or len(recorded), len(recorded))
         kept_steps = torch.linspace(0, len(recorded) - 1, count).round().int()
@@ -132,3 +141,4 @@ class CaptureTask(L.LightningModule):
             on_cpu = {name: value.cpu() for name, value in state.items()}
             states.append(on_cpu | {"prompt": prompt_numbers})
         save_calls(self.transform(states, batch), path)
+        resume_path.unlink(missing_ok=True)

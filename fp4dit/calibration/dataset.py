@@ -29,8 +29,13 @@ class UnitBatch:
     """Some rows of the data of a unit.
 
     Attributes:
-        rows: The inputs of the unit in the quantized model, by name.
-        target: The outputs of the unit in the original model.
+        rows: The inputs of the unit in the quantized model, by name, with one row per sample.
+        target: The outputs of the unit in the original model, with the same rows.
+
+    Example:
+        >>> batch = UnitBatch({"hidden": torch.zeros(8, 16, 64)}, (torch.zeros(8, 16, 64),))
+        >>> batch.to("cpu").rows["hidden"].shape
+        torch.Size([8, 16, 64])
     """
 
     rows: ActivationState

@@ -107,6 +107,20 @@ class HistogramTask(ReplayTask):
         values = qparams.to_grid(split(x).float())
         self.histograms[name].add(values, qparams.to_grid(split(out).float()))
 
+    def get_progress(self) -> dict[str, Any]:
+        progress = {}
+        for name, histogram in self.histograms.items():
+            progress[name] = {
+                "counts": histogram.counts,
+                "level_counts": histogram.level_counts,
+                "num_clipped": histogram.num_clipped,
+            }
+        return progress
+
+    def set_progress(self, progress: Mapping[str, Any]) -> None:
+        for name, values in progress.items():
+            vars(self.histograms[name]).update(values)
+
 
 def create_histogram(fake_quant: FakeQuantize) -> Histogram:
     """Return an empty histogram for all candidate formats of a quantizer."""

@@ -25,7 +25,7 @@ def iter_layer_inputs(
 
     Args:
         module: The unit's module.
-        layers: Layers inside the module.
+        layers: The layers inside the module.
         dataset: The unit's data.
         index: The numbers of the rows.
         batch_size: The number of rows of one forward pass.

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from fp4dit.data.columns import DiskTensor, MemoryBudget, RowSource, write_rows
+from fp4dit.calibration.saved_rows import Columns, SavedRows
+from fp4dit.data.columns import MemoryBudget, RowSource, write_rows
 from fp4dit.models.blocks import (
     ReadOnlyState,
     RowSources,
@@ -72,6 +73,7 @@ def propagate_unit(
     device: torch.device | str,
     memory: MemoryBudget | None = None,
     progress: Callable[[range], Iterable[int]] = iter,
+    saved: SavedRows | None = None,
 ) -> dict[str, RowSource]:
     """Compute the outputs of a unit for every row.
 
@@ -83,13 +85,18 @@ def propagate_unit(
         device: The device of `module`.
         memory: The budget for the outputs. Outputs that exceed it lie in files.
         progress: Wraps the range of the batches, for example in a progress bar.
+        saved: The rows that a killed run has computed. Further rows are added while they are
+            computed.
 
     Raises:
         UserError: if an output is NaN or infinite.
     """
     memory, total = memory or MemoryBudget(), count_rows(columns)
-    outputs: dict[str, Tensor | DiskTensor] = {}
-    for start in progress(range(0, total, batch_size)):
+    outputs: Columns = {}
+    first = 0
+    if saved is not None:
+        outputs, first = saved.load(total, memory)
+    for start in progress(range(first, total, batch_size)):
         index = slice(start, start + batch_size)
         call = unit.make_call(to_device(device, unit.select_inputs(columns, index)))
         for name, output in zip(unit.outputs, flatten_outputs(call(module)), strict=True):
@@ -101,6 +108,8 @@ def propagate_unit(
                 shape = torch.Size([total, *output.shape[1:]])
                 outputs[name] = memory.allocate(shape, output.dtype)
             write_rows(outputs[name], start, output.cpu())
+        if saved is not None:
+            saved.save_if_due(outputs, min(start + batch_size, total))
     return {**outputs}
 
 

@@ -23,7 +23,12 @@ RowLocation = tuple[Path, int, int]
 
 @runtime_checkable
 class RowSource(Protocol):
-    """Protocol of rows in memory or in files, which are indexed like a tensor. A tensor is one."""
+    """Protocol of rows in memory or in files, which are indexed like a tensor. A tensor is one.
+
+    Example:
+        >>> isinstance(torch.zeros(4, 64), RowSource)
+        True
+    """
 
     @property
     def shape(self) -> torch.Size: ...
@@ -38,6 +43,11 @@ class DiskTensor:
 
     The file disappears with the object or the process. Rows are copied out of a temporary memory
     map when they are read, so that no page of the file stays mapped.
+
+    Args:
+        folder: The folder on whose disk the file lies; None for the system's temporary folder.
+        shape: The shape of the tensor, with the number of rows first.
+        dtype: The dtype of the tensor.
 
     Example:
         >>> tensor = DiskTensor(Path("/scratch"), torch.Size([1000, 64]), torch.float32)
@@ -72,6 +82,10 @@ class DiskTensor:
 @dataclass(frozen=True)
 class RowSubset:
     """The rows `index` of `source`, which are read when they are used.
+
+    Attributes:
+        source: The rows to choose from.
+        index: The numbers of the rows in `source`.
 
     Example:
         >>> RowSubset(torch.arange(10), torch.tensor([2, 3, 5]))[:2]

@@ -62,6 +62,14 @@ class ModelFootprint:
         activation_shapes: The shape of every activation that can be quantized, by the names of
             `quantization.apply.find_activation_slots`.
         parameter_bytes: The size of the weights.
+        flops: The number of operations of all units.
+        peak_bytes: The largest size of the intermediate results of a unit at one time.
+
+    Example:
+        >>> source = PixArt("PixArt-alpha/PixArt-XL-2-1024-MS")
+        >>> footprint = measure_footprint(source.build_on_meta())
+        >>> footprint.activation_shapes["transformer_blocks.0.attn1.q"]
+        torch.Size([1, 16, 4096, 72])
     """
 
     input_bytes: Mapping[str, int]
@@ -148,9 +156,7 @@ def measure_footprint(pipeline: Pipeline, weight: Sequence[Rule] = ()) -> ModelF
     """
     model = pipeline.transformer
     parameter_bytes = sum(p.nbytes for p in model.parameters())
-    plain_rules = [replace(rule, transforms=(), timestep_boundaries=()) for rule in weight]
-    rules = assign_rules(find_layers(model), plain_rules)
-    layers = quantize_weights_(model, rules, check=False)
+    layers = insert_plain_layers_(model, weight)
     shapes = record_activation_shapes(model)
     state = pipeline.initial_state(pipeline.meta_call(1))
     input_bytes = count_bytes(state)
@@ -169,6 +175,28 @@ def measure_footprint(pipeline: Pipeline, weight: Sequence[Rule] = ()) -> ModelF
         )
         state = state | outputs
     return ModelFootprint(input_bytes, units, shapes, parameter_bytes)
+
+
+def insert_plain_layers_(model: nn.Module, weight: Sequence[Rule]) -> dict[str, QuantLayer]:
+    """Replace the layers of a model by quantized ones without transforms, in place."""
+    plain_rules = [replace(rule, transforms=(), timestep_boundaries=()) for rule in weight]
+    rules = assign_rules(find_layers(model), plain_rules)
+    return quantize_weights_(model, rules, check=False)
+
+
+def measure_activation_shapes(
+    pipeline: Pipeline, weight: Sequence[Rule]
+) -> Mapping[str, torch.Size]:
+    """Return the shape of every activation that can be quantized, for one sample.
+
+    Args:
+        pipeline: A pipeline on the meta device. Layers are replaced by quantized ones in place.
+        weight: The rules for weights.
+    """
+    insert_plain_layers_(pipeline.transformer, weight)
+    shapes = record_activation_shapes(pipeline.transformer)
+    pipeline.meta_call(1)(pipeline.transformer)
+    return shapes
 
 
 def record_activation_shapes(model: nn.Module) -> dict[str, torch.Size]:

@@ -1,6 +1,6 @@
 """Rough estimates of the time, memory and disk space of stages, from shapes and measured speeds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ import torch
 from fp4dit.estimate.footprint import ModelFootprint
 from fp4dit.estimate.machine import Machine, measure_quantize_seconds
 from fp4dit.estimate.rounding import estimate_unit_cost
-from fp4dit.quantization.audit import LayerAudit
+from fp4dit.quantization.audit import audit_activation_shapes as audit_activation_shapes
 from fp4dit.quantization.rules import Rule, match_rules
 from fp4dit.rounding.base import RoundingMethod
 
@@ -50,19 +50,6 @@ class StageCost:
 def count_calls(prompts: int, steps: int, guidance: float) -> int:
     """Count the samples that the transformer computes: with guidance above 1, two per prompt."""
     return prompts * steps * (2 if guidance > 1 else 1)
-
-
-def audit_activation_shapes(
-    shapes: Mapping[str, torch.Size], rules: Sequence[Rule]
-) -> list[LayerAudit]:
-    """Return the audit of the activations of these shapes that the rules quantize."""
-    audits = []
-    for name, rule in match_rules(shapes, rules).items():
-        if rule.quantizer:
-            shape = shapes[name]
-            bits, fmt = rule.bits_per_value(shape), rule.quantizer.format
-            audits.append(LayerAudit(name, rule.match, fmt.name, bits, shape.numel()))
-    return audits
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from fp4dit.calibration.capture import PromptBatch
 from fp4dit.models.base import Pipeline
 from fp4dit.models.nan_guard import nan_guard
 from fp4dit.utils.files import atomic_write_checksummed
+from fp4dit.utils.resumable_calls import resume_calls
 
 
 def list_image_files(out: Path, batch: PromptBatch) -> list[Path]:
@@ -18,6 +19,9 @@ def list_image_files(out: Path, batch: PromptBatch) -> list[Path]:
 
 class GenerateTask(L.LightningModule):
     """Generates images for batches of prompts, and writes 00000.png, 00001.png, ... to a folder.
+
+    A killed run continues within a batch: the outputs of the transformer are kept until the batch
+    is finished.
 
     Args:
         pipeline: The pipeline.
@@ -36,8 +40,11 @@ class GenerateTask(L.LightningModule):
 
     def predict_step(self, batch: PromptBatch) -> None:
         self.pipeline.to(self.device)
-        with nan_guard(self.pipeline.transformer):
+        model = self.pipeline.transformer
+        resume_path = self.out / f"{batch.first:05}.resume"
+        with resume_calls(model, resume_path, self.device), nan_guard(model):
             images = self.pipeline.sample(batch.prompts, batch.seeds, self.steps, self.guidance)
         for path, image in zip(list_image_files(self.out, batch), images, strict=True):
             with atomic_write_checksummed(path) as part:
                 to_pil_image(image.cpu().clamp(0, 1)).save(part, format="PNG")
+        resume_path.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from fp4dit.metrics.base import FeatureExtractor, Images, PerImageMetric, SetMet
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.files import atomic_write_checksummed
 from fp4dit.utils.images import read_image
+from fp4dit.utils.resumable import PartialResults
 from fp4dit.utils.safetensors_io import save_tensors
 
 # The numbers of images of a batch and of a shard. They are fixed, because the last bits of a value
@@ -33,6 +35,11 @@ class ScoreShard(NamedTuple):
         images: The files of the images.
         reference: The folder of the references.
         prompts: The prompt of each image.
+
+    Example:
+        >>> for shard in make_shards(Path("images"), Path("reference"), prompts):
+        ...     for images, references, captions in shard.load_batches():
+        ...         psnr = PSNR().score(images, references, captions)
     """
 
     first: int
@@ -132,16 +139,19 @@ class ScoreTask(L.LightningModule):
 
     def predict_step(self, shard: ScoreShard) -> None:
         [path] = list_score_files(self.out, shard)
-        values_by_batch: dict[str, list[Tensor]] = {}
-        for images, reference, prompts in shard.load_batches():
+        results = PartialResults(path.with_suffix(".resume"))
+        parts: list[dict[str, Tensor]] = results.load()  # the values of each batch
+        for images, reference, prompts in islice(shard.load_batches(), len(parts), None):
             images, reference = images.to(self.device), reference.to(self.device)
-            for name, value in self.compute_scores(images, reference, prompts):
-                values_by_batch.setdefault(name, []).append(value.cpu())
-        values = {name: torch.cat(parts) for name, parts in values_by_batch.items()}
+            scores = self.compute_scores(images, reference, prompts)
+            parts.append({name: value.cpu() for name, value in scores})
+            results.save(lambda: parts)
+        values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         for name in self.metrics:
             check_scores(name, values[name], shard)
         with atomic_write_checksummed(path) as part:
             save_tensors(values, part)
+        results.remove()
 
     def compute_scores(
         self, images: Images, reference: Images, prompts: list[str]

@@ -73,6 +73,15 @@ class OperandQuantizer(Protocol):
     """Protocol of quantizers of an operand's rows.
 
     The length of a row is a multiple of `ROTATION_SIZE`.
+
+    Example:
+        >>> class RoundToBf16:
+        ...     stochastic = False
+        ...
+        ...     def __call__(self, x, generator=None):
+        ...         return QuantizedOperand(x.bfloat16().to(x.dtype), alpha=1.0)
+        >>> isinstance(RoundToBf16(), OperandQuantizer)
+        True
     """
 
     @property

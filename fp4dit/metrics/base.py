@@ -31,6 +31,10 @@ class ImageMetric(Metric):
             same prompts and seeds. Such a metric is not computed for these images themselves.
         per_image: Whether there is a value for each image.
         about: Definition, model, version, preprocessing and source of the metric, in one line.
+
+    Example:
+        >>> PSNR.describe_column()["title"]
+        'PSNR, dB'
     """
 
     full_state_update = False
@@ -68,14 +72,17 @@ class ImageMetric(Metric):
 class PerImageMetric(ImageMetric):
     """Metric with one value per image, in the order in which the images are passed.
 
-    A new metric is a subclass, and a file conf/metrics/NAME.yaml that names it:
+    A new metric is a subclass, and a file conf/metrics/NAME.yaml that names it.
 
-        class Brightness(PerImageMetric):
-            title, digits, higher_is_better = "Brightness", 3, True
-            about = "Mean over pixels and channels"
-
-            def score(self, images, reference, prompts):
-                return images.mean((1, 2, 3))
+    Example:
+        >>> class Brightness(PerImageMetric):
+        ...     title, digits, higher_is_better = "Brightness", 3, True
+        ...     about = "Mean over pixels and channels"
+        ...
+        ...     def score(self, images, reference, prompts):
+        ...         return images.mean((1, 2, 3))
+        >>> Brightness()(images, reference, prompts)
+        tensor([0.5000, 0.5000])
     """
 
     per_image = True
@@ -147,6 +154,11 @@ class SetMetric(ImageMetric):
         layers: Layers of the network that the metric reads.
         compares_to_reference: Whether the reference is the set of full-precision images.
             Otherwise the metric brings a reference of its own, or needs none.
+
+    Example:
+        >>> metric = Precision(InceptionFeatures("/path/of/weights-inception-2015-12-05.pth"))
+        >>> metric.stored_name("precision", count=5000)
+        'precision/full_precision-5000/tf1-bilinear'
     """
 
     per_image = False

@@ -122,6 +122,14 @@ class CLIPFeatureNetwork(nn.Module):
     """CLIP image encoder with one layer, `embedding`, of length 1.
 
     The whole image is resized to the model's square, whatever its aspect ratio.
+
+    Args:
+        model: CLIP of open_clip.
+
+    Example:
+        >>> network = CLIPFeatureNetwork(open_clip.create_model("ViT-B-32").eval())
+        >>> network(torch.rand(2, 3, 64, 96))["embedding"].shape
+        torch.Size([2, 512])
     """
 
     def __init__(self, model: Any) -> None:

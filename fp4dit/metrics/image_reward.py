@@ -58,7 +58,19 @@ VISION_NAMES = {
 
 @dataclass(frozen=True)
 class RewardSizes:
-    """Sizes of the network: a ViT-L/16, and BERT-base with cross-attention (med_config.json)."""
+    """Sizes of the network: a ViT-L/16, and BERT-base with cross-attention (med_config.json).
+
+    Attributes:
+        pixels: Side of the square image; a multiple of 16, the side of a patch.
+        width: Width of the image encoder.
+        depth: Number of layers of the image encoder.
+        heads: Number of attention heads of the image encoder.
+        words: Number of tokens of the vocabulary, with BLIP's two additions.
+        positions: Largest number of tokens that have a position.
+        text_width: Width of the text encoder.
+        text_depth: Number of layers of the text encoder.
+        text_heads: Number of attention heads of the text encoder.
+    """
 
     pixels: int = 224
     width: int = 1024
@@ -122,7 +134,17 @@ class ImageReward(PerImageMetric):
 
 
 class RewardNetwork(nn.Module):
-    """Map an image and its prompt to a reward, which is not standardized yet."""
+    """Map an image and its prompt to a reward, which is not standardized yet.
+
+    Args:
+        sizes: Sizes of the network.
+
+    Example:
+        >>> sizes = RewardSizes(32, width=64, depth=1, heads=2, text_width=48, text_depth=1)
+        >>> ids = torch.tensor([[101, 1037, 4937, 102]] * 8)
+        >>> RewardNetwork(sizes)(torch.zeros(8, 3, 32, 32), ids, torch.ones_like(ids)).shape
+        torch.Size([8])
+    """
 
     def __init__(self, sizes: RewardSizes) -> None:
         super().__init__()

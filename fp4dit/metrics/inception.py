@@ -87,6 +87,15 @@ class InceptionNetwork(nn.Module):
 
     `logits` are without their bias, as in torch-fidelity. `spatial` are the first 7 channels of the
     layer that TensorFlow calls mixed_6/conv.
+
+    Args:
+        inception: Network of torch-fidelity.
+        resize: Function from images in [0, 1] to the 8-bit values that the network reads.
+
+    Example:
+        >>> network = InceptionFeatures("/path/of/weights-inception-2015-12-05.pth").load()
+        >>> {layer: output.shape[1] for layer, output in network(images).items()}
+        {'pool': 2048, 'logits': 1008, 'spatial': 2023}
     """
 
     def __init__(

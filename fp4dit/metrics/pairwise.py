@@ -41,7 +41,12 @@ class Precision(PairwiseMetric):
 
 
 class Recall(Precision):
-    """Share of reference images that lie within the radius of an image."""
+    """Share of reference images that lie within the radius of an image.
+
+    Example:
+        >>> Recall(extractor).compute_value(features, features)  # of a set and itself
+        1.0
+    """
 
     title = "Recall"
     definition = Precision.definition.replace("Precision", "Recall")

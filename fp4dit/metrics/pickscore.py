@@ -88,7 +88,16 @@ def load_pickscore(path: str) -> Any:
 
 
 class OpenClipAdapter(nn.Module):
-    """A CLIP of transformers with the interface of open_clip's."""
+    """A CLIP of transformers with the interface of open_clip's.
+
+    Args:
+        model: CLIP of transformers.
+
+    Example:
+        >>> adapter = OpenClipAdapter(load_pickscore("/path/of/a/pickscore"))
+        >>> adapter.encode_image(pixels).shape == adapter.encode_text(tokens).shape
+        True
+    """
 
     def __init__(self, model: CLIPModel) -> None:
         super().__init__()
@@ -106,6 +115,9 @@ class CLIPTokenizer:
     """Tokenizer of a tokenizer.json with the interface of open_clip's.
 
     It pads with the end token, because CLIP reads nothing after the first one.
+
+    Args:
+        path: Location of tokenizer.json, as `fp4dit.utils.hub` finds it.
 
     Raises:
         UserError: if the file cannot be read.

@@ -41,6 +41,9 @@ class FeatureFileInfo:
 class RealFeatures:
     """File of features that `collect_features` wrote.
 
+    Args:
+        path: Location of the file, as `fp4dit.utils.hub` finds it.
+
     Example:
         >>> RealFeatures("coco_val2017.safetensors").load_features(extractor)["pool"].shape
         torch.Size([5000, 2048])

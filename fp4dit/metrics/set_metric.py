@@ -135,6 +135,17 @@ class PairwiseMetric(FeatureSetMetric):
     """Metric of all pairs of images, within each set and between the two.
 
     The pairs are compared once, and the bootstrap draws from the result.
+
+    Example:
+        >>> class MeanDistance(PairwiseMetric):
+        ...     title, digits, higher_is_better = "Mean distance", 3, False
+        ...     layer, definition = "pool", "Mean distance of an image and a reference image"
+        ...
+        ...     def compare_pairs(self, x, y):
+        ...         return torch.cdist(x, y)
+        ...
+        ...     def combine_pairs(self, images, reference, between):
+        ...         return between.mean().item()
     """
 
     @abstractmethod

@@ -3,7 +3,8 @@
 The sources (`PixArt`, `Hunyuan`, `DiT` and `Generic`) say where a pipeline is, and load it. Their
 adapters list the units of its transformer, such as its blocks, and draw images. A new adapter is
 one module like `dit_xl.py`, one file in `conf/model/`, and one line in `fp4dit/registry.py`; see
-docs/your_model.md. `__init__.pyi` exports the names that configs use, as `fp4dit.models.DiT`.
+docs/guides/your-model.md. `__init__.pyi` exports the names that configs use, such as
+`fp4dit.models.DiT`.
 """
 
 import lazy_loader

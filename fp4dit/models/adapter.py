@@ -1,6 +1,6 @@
 """Run the transformer of a diffusers pipeline: `TransformerAdapter`, the base of all adapters.
 
-docs/your_model.md shows how to write an adapter.
+docs/guides/your-model.md shows how to write an adapter.
 """
 
 from collections.abc import Mapping, Sequence

@@ -97,6 +97,12 @@ class PipelineSource(Protocol):
     """Location of a pipeline, and the way to load it.
 
     A source is light, so that a plan can hold it without loading a weight.
+
+    Example:
+        >>> source = PixArt("PixArt-alpha/PixArt-XL-2-1024-MS", dtype="float16")
+        >>> source.check(["a red square"])
+        >>> [unit.module for unit in source.build_on_meta().units()][:2]
+        ['pos_embed', 'adaln_single']
     """
 
     def load(self) -> Pipeline:

@@ -47,7 +47,13 @@ class FirstBlockCall(Call):
 
 
 class DiTAdapter(TransformerAdapter):
-    """Adapter that splits a DiT into its patch embedding, its blocks and its two output layers."""
+    """Adapter that splits a DiT into its patch embedding, its blocks and its two output layers.
+
+    Example:
+        >>> adapter = DiT("facebook/DiT-XL-2-256").load()
+        >>> adapter.pipeline_inputs(["tench", "980"])
+        [0, 980]
+    """
 
     def pipeline_inputs(self, prompts: Sequence[str]) -> Sequence[int]:
         """Return the number of the class that each prompt names."""

@@ -78,6 +78,11 @@ class GenericAdapter(TransformerAdapter):
         load: Loads the pipeline with its weights. A transformer on the meta device needs it to be
             traced, because only a pipeline knows the arguments of its transformer.
         pipe: The pipeline around the transformer.
+
+    Example:
+        >>> adapter = Generic("/my/sd3", options={"height": 512, "width": 512}).load()
+        >>> adapter.units()[0].module
+        'pos_embed'
     """
 
     def __init__(

@@ -42,6 +42,11 @@ class HunyuanAdapter(TransformerAdapter):
 
     Long skip connections are activations of their own: of n blocks, block i writes `skip_i`, which
     block n - 1 - i reads.
+
+    Example:
+        >>> units = HunyuanAdapter(transformer).units()
+        >>> units[3].module, units[3].outputs
+        ('blocks.0', ('skip_0',))
     """
 
     options = MappingProxyType({"use_resolution_binning": False})

@@ -90,7 +90,12 @@ class PixArtAdapter(TransformerAdapter):
         transformer: The transformer.
         tokens: The number of tokens that prompts are padded to.
         pipe: The pipeline around the transformer.
-        embeddings: Prompt embeddings, which replace the text encoder.
+        embeddings: The prompt embeddings, which replace the text encoder.
+
+    Example:
+        >>> adapter = PixArtAdapter(transformer, tokens=300)
+        >>> adapter.initial_state(adapter.meta_call(4))["bias"].shape
+        torch.Size([4, 1, 300])
     """
 
     def __init__(

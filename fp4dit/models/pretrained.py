@@ -1,6 +1,5 @@
 """Find and load a diffusers pipeline: `PretrainedSource`, the base of all sources."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,16 @@ from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 from torch import nn
 
 from fp4dit.models.adapter import TransformerAdapter
+from fp4dit.models.hub_files import (
+    INDEX,
+    TRANSFORMER_CONFIG,
+    check_weights_available,
+    find_config,
+    read_config,
+)
 from fp4dit.utils.errors import UserError
+from fp4dit.utils.files import read_json
 from fp4dit.utils.hub import resolve_package_path
-
-INDEX = "model_index.json"
 
 PICKLE_SUFFIXES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 
@@ -78,9 +83,12 @@ class PretrainedSource:
             components: Components that replace those of the pipeline, by name.
 
         Raises:
-            UserError: if there is no pipeline, or if the adapter is for another class.
+            UserError: if there is no pipeline, if the adapter is for another class, or if the hub
+                is needed and cannot be reached.
         """
         folder, pipeline_path = self.validate_path(), self.pipeline_path()
+        check_weights_available(folder, TRANSFORMER_CONFIG)
+        check_weights_available(pipeline_path, INDEX)
         options: Any = {
             "dtype": getattr(torch, self.dtype),
             "use_safetensors": None if self.pickle else True,
@@ -102,7 +110,7 @@ class PretrainedSource:
         self.load_transformer_config()
 
     def check_text_encoder(self) -> None:
-        """Check that the pipeline lists a text encoder. A pipeline on the hub is not checked.
+        """Check that the pipeline lists a text encoder. The hub is not asked for its list.
 
         Raises:
             UserError: if it lists none.
@@ -110,7 +118,7 @@ class PretrainedSource:
         index = self.find_index()
         if index is None:
             return
-        for name, component in json.loads(index.read_text()).items():
+        for name, component in read_json(index).items():
             if name.startswith("text_encoder") and component[1]:
                 return
         raise UserError(
@@ -118,12 +126,10 @@ class PretrainedSource:
         )
 
     def find_index(self) -> Path | None:
-        """Return the local file that lists the components of the pipeline, if there is one."""
+        """Return the file on this machine that lists the components of the pipeline, if any."""
         for path in (self.path, self.base):
-            if path:
-                index = Path(resolve_package_path(path)) / INDEX
-                if index.is_file():
-                    return index
+            if path and (index := find_config(path, INDEX)):
+                return index
         return None
 
     def build_on_meta(self) -> TransformerAdapter:
@@ -147,18 +153,10 @@ class PretrainedSource:
         """Read the config of the transformer, and check that it is not quantized yet.
 
         Raises:
-            UserError: if the config says that the weights are quantized, if the config of a hub id
-                cannot be downloaded, or as `validate_path` does.
+            UserError: if the config says that the weights are quantized, if there is no config, or
+                as `validate_path` does.
         """
-        loader, folder = cast(Any, AutoModel), self.validate_path()
-        try:
-            config = loader.load_config(folder, subfolder="transformer")
-        except OSError as error:
-            raise UserError(
-                f"the transformer/config.json of {self.path} cannot be read: go online, because "
-                "that file is needed from the hub, or give a diffusers pipeline's folder with "
-                "model.path"
-            ) from error
+        config = read_config(self.validate_path(), TRANSFORMER_CONFIG)
         if quantization := config.get("quantization_config"):
             method = quantization.get("quant_method")
             suffix = f" of {method}" if "quant_method" in quantization else ""
@@ -194,7 +192,7 @@ class PretrainedSource:
 
     def check_index(self, path: Path) -> None:
         """Check that a `model_index.json` is of a pipeline that the adapter is for."""
-        index = json.loads(path.read_text())
+        index = read_json(path)
         class_name = index.get("_class_name")
         if not issubclass(getattr(diffusers, str(class_name), type(None)), self.pipelines):
             raise self.wrong_pipeline_error(class_name)

@@ -12,7 +12,7 @@ from fp4dit.models.blocks import Unit, flatten_outputs
 from fp4dit.utils.calls import Call, remove_hooks
 from fp4dit.utils.errors import UserError
 
-ADAPTER_HINT = "Write an adapter for this model: docs/your_model.md shows one."
+ADAPTER_HINT = "Write an adapter for this model: docs/guides/your-model.md shows one."
 
 NUM_BLOCKS, NUM_HEADS, HEAD_DIM, LATENT_SIZE = 4, 2, 24, 8
 
@@ -69,6 +69,11 @@ class UnitVerifier:
     Args:
         pipeline: The pipeline whose adapter is verified.
         call: The call of the transformer that the hooks are used in.
+
+    Example:
+        >>> verifier = UnitVerifier(adapter, call)
+        >>> with remove_hooks([verifier.register_hook(unit) for unit in adapter.units()]):
+        ...     output = call(adapter.transformer)
     """
 
     def __init__(self, pipeline: Pipeline, call: Call) -> None:
@@ -89,7 +94,11 @@ class UnitVerifier:
         return self.transformer.get_submodule(unit.module).register_forward_hook(hook)
 
     def compare(self, unit: Unit, module: nn.Module, output: Any) -> None:
-        """Run a unit alone, compare its output with that in the model, and add it to the state."""
+        """Run a unit alone, compare its output with that in the model, and add it to the state.
+
+        Raises:
+            UserError: if the outputs differ in a bit.
+        """
         inputs = {name: self.state[name] for name in unit.inputs if name in self.state}
         outputs = flatten_outputs(unit.make_call(inputs)(module))
         if not all(map(torch.equal, outputs, flatten_outputs(output))):

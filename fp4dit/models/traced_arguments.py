@@ -29,6 +29,11 @@ class RowShape:
         name: The name of the activation.
         row: The shape of one row.
         dtype: The dtype of the tensor.
+
+    Example:
+        >>> shape = RowShape("latent", torch.Size([4, 8, 8]), torch.float16)
+        >>> shape.make_zeros(2, torch.device("cpu")).shape
+        torch.Size([2, 4, 8, 8])
     """
 
     name: str
@@ -48,6 +53,12 @@ class NestedTensors:
         leaves: The flattened values. A `RowShape` stands for each tensor with one row per sample;
             other values are unchanged.
         spec: The structure of the nesting.
+
+    Example:
+        >>> shape = RowShape("timestep", torch.Size(), torch.float32)
+        >>> nested = NestedTensors(*tree_flatten({"timestep": shape, "return_dict": False}))
+        >>> nested.fill_leaves(lambda shape: torch.tensor([999.0, 500.0]))
+        {'timestep': tensor([999., 500.]), 'return_dict': False}
     """
 
     leaves: tuple[Any, ...]

@@ -83,7 +83,10 @@ class CeilRatioExponent:
     """The exponent rule ceil(log2(reach / (overshoot * max))).
 
     An overshoot of 1 clips nothing (cuBLAS's rule). In E2M1, whose largest code is 6, 7.25 / 6 has
-    about the least error.
+    about the least error (as in the code of AutoRound).
+
+    Attributes:
+        overshoot: How far the reach may exceed the largest value of the scaled format, as a factor.
 
     Example:
         >>> CeilRatioExponent()(torch.tensor([[6.0], [7.0]]), floating(2, 1))
@@ -153,8 +156,8 @@ class NVFP4Scale:
     Attributes:
         top: The E4M3 scale that the block with the largest value gets.
         candidates: The ratios; None tries every positive E4M3 number. top=256 with candidates
-            (1.0, 1.5) is "four over six": the block's largest value lands on 6 or on 4, and
-            1.5 * 256 is still an E4M3 number.
+            (1.0, 1.5) is "four over six" (arXiv:2512.02010): the block's largest value lands on 6
+            or on 4, and 1.5 * 256 is still an E4M3 number.
         p: Exponent of the error.
         min_scale: The least E4M3 scale.
         amax: max|tensor| if it is known beforehand: static, or shared by several tensors.

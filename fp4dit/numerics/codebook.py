@@ -13,6 +13,11 @@ class Codebook:
 
     Rounding to nearest sends a tie to the value nearer to zero.
 
+    Args:
+        name: The word for the format in configs.
+        bits: The size of one code in bits.
+        levels: All values.
+
     Raises:
         ValueError: if the levels do not ascend, lack 0, or are too many for `bits`.
 

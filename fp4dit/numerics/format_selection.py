@@ -20,7 +20,13 @@ FormatIndex = UInt8[Tensor, "n 1"]
 
 @runtime_checkable
 class SelectionCriterion(Protocol):
-    """A cost of each format for each block; the format with the least cost is selected."""
+    """A cost of each format for each block; the format with the least cost is selected.
+
+    Example:
+        >>> def prefer_first(blocks, formats, rule):
+        ...     return torch.arange(len(formats)).float()[:, None].expand(-1, len(blocks))
+        >>> selection = FormatSelection([floating(2, 1), floating(1, 2)], by=prefer_first)
+    """
 
     def __call__(
         self, blocks: Blocks, formats: Sequence[Format], rule: ScaleRule
@@ -30,6 +36,9 @@ class SelectionCriterion(Protocol):
 @dataclass(frozen=True)
 class LeastError:
     """The sum of |x - Q(x)|^p, with the scale that the rule gives each format.
+
+    Attributes:
+        p: The power of an error.
 
     Example:
         >>> FormatSelection([floating(3, 0), floating(2, 1), floating(1, 2)], by=LeastError())

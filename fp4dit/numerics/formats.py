@@ -35,7 +35,21 @@ EXPONENT_MASKS = {
 
 @runtime_checkable
 class Format(Protocol):
-    """A finite set of values. `bits` is the size of one code."""
+    """A finite set of values.
+
+    Attributes:
+        name: Word for the format in configs.
+        bits: Size of one code in bits.
+        max: Largest value.
+        min: Least value.
+
+    Example:
+        >>> fmt = floating(2, 1)
+        >>> fmt.bracket(torch.tensor([2.4]))
+        (tensor([2.]), tensor([3.]))
+        >>> fmt.step(torch.tensor([2.4]))
+        tensor([1.])
+    """
 
     @property
     def name(self) -> str: ...
@@ -69,12 +83,12 @@ class NumberFormat:
     `floating` and `integer` make one.
 
     Attributes:
-        name: The word for the format in configs, such as "e2m1" or "uint4".
+        name: Word for the format in configs, such as "e2m1" or "uint4".
         bits: Size of one code in bits.
         mantissa: Number of mantissa bits. A binade has 2^mantissa steps.
         min_exponent: Exponent of the lowest binade. Below it, values are subnormal.
-        max: The largest value.
-        min: The least value: -max or 0.
+        max: Largest value.
+        min: Least value: -max or 0.
 
     Raises:
         ValueError: if `bits` cannot tell the values apart, or there are no values.
@@ -161,19 +175,20 @@ def floating(exponent: int, mantissa: int, reserved: int = 0, signed: bool = Tru
     as in IEEE 754), "fp16" or "bf16".
 
     Args:
-        exponent: Number of exponent bits, at least 1.
+        exponent: Number of exponent bits, 1 to 8.
         mantissa: Number of mantissa bits.
         reserved: How many of the largest codes of each sign encode infinity and NaN.
         signed: False for a format that starts at 0: for values that are never negative, or with an
             offset.
 
     Raises:
-        ValueError: if `exponent` is 0. Such a format has no binades: use `integer`.
+        ValueError: if `exponent` is 0, because such a format has no binades: use `integer`; or if
+            it exceeds 8, because fp32 could not hold the values.
     """
-    if exponent < 1 or mantissa < 0:
+    if not 1 <= exponent <= 8 or mantissa < 0:
         raise ValueError(
-            f"E{exponent}M{mantissa} is not a floating-point format: it needs at least 1 exponent "
-            "bit, and 0 or more mantissa bits. For evenly spaced values use "
+            f"E{exponent}M{mantissa} is not a floating-point format: it needs 1 to 8 exponent "
+            "bits, and 0 or more mantissa bits. For evenly spaced values use "
             f"integer(bits={mantissa + 1 if mantissa > 0 else 4})."
         )
     bias = 2 ** (exponent - 1) - 1

@@ -21,7 +21,13 @@ BroadcastScale = Float[Tensor, "#blocks #block"]
 
 @runtime_checkable
 class QParams(Protocol):
-    """An invertible map onto the grid and back."""
+    """An invertible map onto the grid and back.
+
+    Example:
+        >>> qparams, blocks = Scale(torch.tensor([[0.5]])), torch.tensor([[1.0, -2.0]])
+        >>> qparams.from_grid(qparams.to_grid(blocks))
+        tensor([[ 1., -2.]])
+    """
 
     def to_grid(self, x: Blocks) -> Blocks: ...
     def from_grid(self, x: Blocks) -> Blocks: ...
@@ -37,7 +43,8 @@ QParamsT = TypeVar("QParamsT", bound=QParams)
 class Scale:
     """The symmetric map x / scale. Zero stays zero.
 
-    `scale` has one number for each block, or one row with a number for each place in a block.
+    Attributes:
+        scale: A number for each block, or one row with a number for each place in a block.
 
     Example:
         >>> Scale(torch.tensor([[0.5]])).to_grid(torch.tensor([[1.0, -2.0]]))
@@ -59,6 +66,10 @@ class Scale:
 @dataclass(frozen=True)
 class Affine:
     """The map x / scale + zero, with an integer zero point, for ranges that are off center.
+
+    Attributes:
+        scale: The size of a step of the grid, in units of the tensor.
+        zero: The grid point that stands for 0.
 
     Example:
         >>> half, three = torch.tensor([[0.5]]), torch.tensor([[3.0]])
@@ -85,6 +96,10 @@ class Offset:
 
     The offset moves the fine steps of an unsigned float to where most values lie.
 
+    Attributes:
+        scale: The size of a step of the grid, in units of the tensor.
+        offset: The value that the grid point 0 stands for.
+
     Example:
         >>> half, low = torch.tensor([[0.5]]), torch.tensor([[-1.0]])
         >>> Offset(half, low).to_grid(torch.tensor([[0.0, -1.0]]))
@@ -109,6 +124,10 @@ class TwoSided:
     """The map with one scale for values from zero upwards, and one for those below.
 
     Zero stays zero (AFPQ, arXiv:2311.01792).
+
+    Attributes:
+        positive: The scale of values from zero upwards.
+        negative: The scale of values below zero.
 
     Example:
         >>> half, one = torch.tensor([[0.5]]), torch.tensor([[1.0]])

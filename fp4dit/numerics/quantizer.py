@@ -23,7 +23,15 @@ PER_ROW_ADVICE = (
 
 
 class Granularity(ABC):
-    """Base of the granularities: a division of a tensor into blocks that share a scale."""
+    """Base of the granularities: a division of a tensor into blocks that share a scale.
+
+    Example:
+        >>> class PerTwoRows(Granularity):
+        ...     def width(self, shape):
+        ...         return 2 * shape[-1]
+        >>> PerTwoRows().split(torch.zeros(4, 64)).shape
+        torch.Size([2, 128])
+    """
 
     @abstractmethod
     def width(self, shape: torch.Size) -> int:
@@ -52,7 +60,12 @@ class PerTensor(Granularity):
 
 
 class PerRow(Granularity):
-    """Granularity with one scale for each row: base of `PerChannel` and `PerToken`."""
+    """Granularity with one scale for each row: base of `PerChannel` and `PerToken`.
+
+    Example:
+        >>> PerRow().width(torch.Size([4, 64]))
+        64
+    """
 
     def width(self, shape: torch.Size) -> int:
         return shape[-1]
@@ -97,6 +110,9 @@ class PerInputChannel(Granularity):
 class PerGroup(Granularity):
     """Granularity with one scale for each `size` neighbors within a row.
 
+    Attributes:
+        size: The number of values of a group. It divides the length of a row.
+
     Example:
         >>> PerGroup(16).split(torch.zeros(4, 64)).shape
         torch.Size([16, 16])
@@ -118,6 +134,9 @@ class PerSplit(Granularity):
     """Granularity with one scale for each of `parts` equal pieces of a row.
 
     The pieces may be the halves of a concatenation.
+
+    Attributes:
+        parts: The number of pieces. It divides the length of a row.
 
     Example:
         >>> PerSplit(2).split(torch.zeros(4, 64)).shape

@@ -31,7 +31,12 @@ Importance = Float[Tensor, "#blocks block"]  # the weight of each value's error
 
 @runtime_checkable
 class ScaleRule(Protocol):
-    """A rule that chooses the qparams of each block."""
+    """A rule that chooses the qparams of each block.
+
+    Example:
+        >>> AbsMax()(torch.tensor([[1.0, -3.0]]), floating(2, 1))
+        Scale(scale=tensor([[0.5000]]))
+    """
 
     def __call__(
         self, blocks: Blocks, fmt: Format, importance: Importance | None = None
@@ -52,7 +57,12 @@ class ScaleRule(Protocol):
 
 @runtime_checkable
 class TensorScaleRule(Protocol):
-    """A scale rule whose answers for a tensor's blocks depend on the whole tensor."""
+    """A scale rule whose answers for a tensor's blocks depend on the whole tensor.
+
+    Example:
+        >>> rule = NVFP4Scale().with_tensor_scale_of(blocks)
+        >>> qparams = rule(blocks[:4], floating(2, 1))  # as these blocks have in the whole tensor
+    """
 
     def with_tensor_scale_of(self, blocks: Blocks) -> ScaleRule:
         """Return the rule with what depends on the whole tensor taken from these blocks."""
@@ -155,6 +165,9 @@ class StandardDeviations:
     2.92247856 has the least squared error for Gaussian values in E2M1 (arXiv:2505.14669, section
     4). For a constant block, whose deviation is a rounding error, the range is its value.
 
+    Attributes:
+        count: Half the width of the range, in standard deviations.
+
     Example:
         >>> StandardDeviations(2.0)(torch.tensor([[-1.0, 1.0]]))
         tensor([[2.]])
@@ -176,6 +189,9 @@ class RootMeanSquares:
 
     As `StandardDeviations`, but about 0 and not about the mean: values that are all far from zero
     are not clipped.
+
+    Attributes:
+        count: Half the width of the range, in root mean squares.
 
     Example:
         >>> RootMeanSquares(2.0)(torch.tensor([[3.0, 3.0]]))

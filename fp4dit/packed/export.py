@@ -10,12 +10,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fp4dit.numerics.rounding import RoundingFunction, round_to_nearest
 from fp4dit.packed.integrations import diffusers, transformers
 from fp4dit.packed.model import describe_model
-from fp4dit.packed.nn.linear import PackedLinear, pack_layers_
-from fp4dit.quantization.apply import quantize_weights_
-from fp4dit.quantization.audit import LayerAudit, audit_layer, checkpoint_bytes
-from fp4dit.quantization.rules import Rule, assign_rules, find_layers
+from fp4dit.packed.nn.linear import pack_layers_
+from fp4dit.packed.quantize import (
+    assign_text_encoder_rules,
+    assign_transformer_rules,
+    check_text_encoder_rules,
+    quantize_and_pack_,
+    with_packed_formats,
+)
+from fp4dit.quantization.audit import LayerAudit, checkpoint_bytes
+from fp4dit.quantization.rules import Rule
 from fp4dit.utils.errors import UserError
 
 
@@ -32,6 +39,38 @@ def pack_transformer_(
         UserError: if a weight cannot be packed.
     """
     diffusers.attach_diffusers_config_(dit, describe_model(pack_layers_(dit), weight, activation))
+
+
+def quantize_to_nearest_(
+    dit: ModelMixin,
+    weight: Sequence[Rule],
+    activation: Sequence[Rule] = (),
+    rounding: RoundingFunction = round_to_nearest,
+) -> list[LayerAudit]:
+    """Quantize and pack a transformer in place, from its weights alone.
+
+    The result equals that of the stages reconstruct, activate and export to the bit. Each layer is
+    packed before the next one is touched. `save_pretrained` then saves a packed model.
+
+    Args:
+        dit: The transformer, with its weights.
+        weight: The rules for weights.
+        activation: The rules for activations.
+        rounding: The function that rounds each weight, as `RoundingMethod.elementwise_rounding`.
+
+    Returns:
+        The audit of the layers.
+
+    Raises:
+        UserError: if no layer would be quantized, or a rule does not fit. Nothing is changed then.
+
+    Example:
+        >>> assert explain_data_need(weight, activation, RoundToNearest()) is None
+        >>> audit = quantize_to_nearest_(pipe.transformer, weight, activation)
+    """
+    assigned = assign_transformer_rules(dit, weight, activation, rounding)
+    diffusers.attach_diffusers_config_(dit, quantize_and_pack_(dit, assigned))
+    return with_packed_formats(dit, assigned.audit)
 
 
 @dataclass(frozen=True)
@@ -94,39 +133,26 @@ def quantize_text_encoder_(pipe: DiffusionPipeline, rules: Sequence[Rule]) -> li
         The audit of the layers.
 
     Raises:
-        UserError: if there is no text encoder, if a rule matches nothing, needs calibration or does
-            not fit a layer, or if nothing would be quantized. Nothing is changed then.
+        UserError: if there is no text encoder, or as `quantize_encoder_` does.
     """
     check_text_encoder_rules(rules)
     _, encoder = find_largest_encoder(pipe)
-    names = list_block_layers(encoder)
-    rule_of = assign_rules(names, rules)
-    audit = []
-    for name in names:
-        audit.append(audit_layer(name, encoder.get_submodule(name), rule_of.get(name)))
-    quantized = {name: rule for name, rule in rule_of.items() if rule.quantizer}
-    if not quantized:
-        raise UserError(
-            "no layer of the text encoder is quantized: give a rule a quantizer, or use "
-            "text_encoder=none"
-        )
-    layers: dict[str, PackedLinear] = {}
-    for name, rule in quantized.items():
-        quantize_weights_(encoder, {name: rule})[name].prepare().commit_weight()
-        layers |= pack_layers_(encoder)
-    transformers.attach_transformers_config_(encoder, describe_model(layers, quantized, {}))
-    return audit
+    return quantize_encoder_(encoder, rules)
 
 
-def check_text_encoder_rules(rules: Sequence[Rule]) -> None:
-    """Raise UserError if a rule has something that a text encoder cannot have."""
-    for rule in rules:
-        if rule.transforms or rule.timestep_boundaries:
-            raise UserError(
-                f"the text_encoder rule {rule.match!r} has transforms or ranges of timesteps: a "
-                "text encoder is not calibrated and has no timesteps, its weights are rounded to "
-                "nearest as they are"
-            )
+def quantize_encoder_(encoder: PreTrainedModel, rules: Sequence[Rule]) -> list[LayerAudit]:
+    """Quantize the linear layers in the blocks of a text encoder, in place.
+
+    Returns:
+        The audit of the layers.
+
+    Raises:
+        UserError: if a rule matches nothing, needs calibration or does not fit a layer, or if
+            nothing would be quantized. Nothing is changed then.
+    """
+    assigned = assign_text_encoder_rules(encoder, rules)
+    transformers.attach_transformers_config_(encoder, quantize_and_pack_(encoder, assigned))
+    return with_packed_formats(encoder, assigned.audit)
 
 
 def find_largest_encoder(pipe: DiffusionPipeline) -> tuple[str, PreTrainedModel]:
@@ -149,18 +175,6 @@ def find_largest_encoder(pipe: DiffusionPipeline) -> tuple[str, PreTrainedModel]
             "text_encoder=none"
         )
     return largest
-
-
-def list_block_layers(model: nn.Module) -> list[str]:
-    """Return the names of the linear layers in lists of blocks.
-
-    Poolers and output projections are not among them.
-    """
-    names = []
-    for name in find_layers(model):
-        if any(map(str.isdigit, name.split("."))):
-            names.append(name)
-    return names
 
 
 @torch.no_grad()

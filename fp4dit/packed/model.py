@@ -32,8 +32,12 @@ from fp4dit.utils.errors import UserError
 class WeightGroup:
     """Layers with the same layout and transforms.
 
-    If there are `timestep_boundaries`, each layer stands for one range of timesteps, and all ranges
-    of a layer follow each other in `layers`.
+    Attributes:
+        layers: The names of the layers.
+        layout: The layout of their buffers.
+        transforms: The specs of their transforms, in order.
+        timestep_boundaries: The timesteps between ranges. If there are any, each layer stands for
+            one range, and all ranges of a layer follow each other in `layers`.
     """
 
     layers: Sequence[str]
@@ -46,7 +50,9 @@ class WeightGroup:
 class InputGroup:
     """Activations that are quantized by the same rule.
 
-    `names` are those of `find_activation_slots`.
+    Attributes:
+        names: The names of the activations, as `find_activation_slots` gives them.
+        rule: The rule.
     """
 
     names: Sequence[str]
@@ -55,7 +61,12 @@ class InputGroup:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """Everything that is quantized in a packed model: weights and inputs, group by group."""
+    """Everything that is quantized in a packed model.
+
+    Attributes:
+        weights: The layers, group by group.
+        inputs: The activations, group by group.
+    """
 
     weights: Sequence[WeightGroup]
     inputs: Sequence[InputGroup]
@@ -69,9 +80,9 @@ def describe_model(
     """Describe a packed model.
 
     Args:
-        layers: the packed layers, by name.
-        weight_rules: the rules that quantized them, by layer.
-        input_rules: the rules of the quantized activations, by activation.
+        layers: The packed layers, by name.
+        weight_rules: The rules that quantized them, by layer.
+        input_rules: The rules of the quantized activations, by activation.
     """
     layers_by_kind: dict[tuple[str, str], list[str]] = {}
     for name, layer in layers.items():

@@ -12,7 +12,12 @@ from fp4dit.quantization.audit import audit_to_dicts
 class PipelineCall:
     """Call of a pipeline that draws one image.
 
-    `subject` is a prompt or the index of a class, and `options` are further arguments.
+    Args:
+        subject: The prompt, or the number of a class.
+        seed: The seed of the noise.
+        steps: The number of denoising steps.
+        guidance: The scale of classifier-free guidance.
+        options: Further arguments of the pipeline.
     """
 
     subject: str | int
@@ -27,16 +32,20 @@ class CardFacts:
     """Facts that a model card shows.
 
     Args:
-        base: the original model, a hub id or a folder.
-        pipeline: the name of the pipeline's class.
-        call: how the first scored image was drawn; None if the pipeline has no text encoder.
-        weights: the layers of the weights' audit.
-        activations: the layers of the activations' audit.
-        scores: the contents of metrics.json.
-        bytes: the size of the packed transformer.
-        bytes16: its size with all tensors in 16 bits.
-        command: the command that made the export.
-        tools: versions of packages, by name.
+        base: The original model, a hub id or a folder.
+        pipeline: The name of the pipeline's class.
+        call: How the first scored image was drawn; None if the pipeline has no text encoder.
+        weights: The layers of the weights' audit.
+        activations: The layers of the activations' audit.
+        scores: The contents of metrics.json.
+        bytes: The size of the packed transformer.
+        bytes16: Its size with all tensors in 16 bits.
+        text_encoder: What is quantized in the text encoder; None if nothing is.
+        command: The command that made the export.
+        tools: Versions of packages, by name.
+
+    Example:
+        >>> text = render_model_card(facts)  # in Markdown
     """
 
     base: str

@@ -66,7 +66,7 @@ def build_autoencoder(
         world: The source of pictures.
         widths: Channels at full, half and quarter size.
         latents: Channels of the latents.
-        layers: Layers per block.
+        layers: The number of layers per block.
     """
     levels = len(widths)
     return AutoencoderKL(

@@ -81,12 +81,12 @@ class SceneStream(IterableDataset[Batch]):
     """Endless batches of scenes. A batch depends on the seed, the process and its number alone.
 
     Args:
-        world: the source of scenes.
-        batch: scenes in a batch.
-        seed: seed of the scenes.
-        contrast: follow every scene by its variant with one word changed.
-        rank: the process; each has its own batches.
-        first: the number of the first batch.
+        world: The source of scenes.
+        batch: The number of scenes in a batch.
+        seed: The seed of the scenes.
+        contrast: Follow every scene by its variant with one word changed.
+        rank: The process; each has its own batches.
+        first: The number of the first batch.
         held_out: True for scenes kept for evaluation, False for scenes to learn from.
 
     Example:
@@ -135,8 +135,8 @@ class SceneData(L.LightningDataModule):
 
     Args:
         world: The source of scenes.
-        batch: Scenes in a batch of one process.
-        seed: Seed of the scenes.
+        batch: The number of scenes in a batch of one process.
+        seed: The seed of the scenes.
         contrast: Follow every scene by its variant with one word changed.
 
     Example:
@@ -158,7 +158,14 @@ class SceneData(L.LightningDataModule):
 
 
 class SeedNoise(L.Callback):
-    """Seed torch before each step, from a seed, the process and the step."""
+    """Seed torch before each step, from a seed, the process and the step.
+
+    Args:
+        seed: The seed.
+
+    Example:
+        >>> lightning.Trainer(callbacks=[SeedNoise(seed=0)]).fit(task, scenes)
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

@@ -31,14 +31,23 @@ class DenoisingTask(L.LightningModule):
         text_encoder: The frozen text encoder.
         tokenizer: The tokenizer of the captions.
         scheduler: The noise schedule.
-        steps: Batches, for the learning-rate schedule.
-        lr: Learning rate of AdamW.
-        muon_lr: Learning rate of Muon.
-        levels: Noise levels at which each picture is used. Encoding a picture costs a third of a
-            training pass.
-        drop: Share of captions that are left out, for classifier-free guidance.
-        decay: Decay of the running average of the weights.
-        warmup: Steps over which the learning rates rise.
+        steps: The number of batches, for the learning-rate schedule.
+        lr: The learning rate of AdamW.
+        muon_lr: The learning rate of Muon.
+        levels: The number of noise levels at which each picture is used. Encoding a picture costs a
+            third of a training pass.
+        drop: The share of captions that are left out, for classifier-free guidance.
+        decay: The decay of the running average of the weights.
+        warmup: The number of steps over which the learning rates rise.
+
+    Raises:
+        UserError: in a step whose gradient is not finite.
+
+    Example:
+        >>> task = DenoisingTask(
+        ...     transformer, vae, text_encoder, tokenizer, build_scheduler(), steps=1000
+        ... )
+        >>> lightning.Trainer(max_steps=2000).fit(task, SceneData(ShapesWorld(), batch=32))
     """
 
     automatic_optimization = False  # pyright: ignore[reportAssignmentType]

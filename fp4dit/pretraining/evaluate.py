@@ -39,16 +39,16 @@ def evaluate_model(
     """Print the figures of the model in the folder `weights`.
 
     Args:
-        world: the source of held-out scenes, and the judge.
-        weights: the folder of the model.
-        images: the number of images, one per scene.
-        steps: sampling steps.
-        guidance: classifier-free guidance scale.
-        chunk: images drawn at once; another number changes them.
-        seed: seed of scenes and noise.
-        linear: the rules of low-bit training that the transformer was trained by; it draws by them
+        world: The source of held-out scenes, and the judge.
+        weights: The folder of the model.
+        images: The number of images, one per scene.
+        steps: The number of sampling steps.
+        guidance: The scale of classifier-free guidance.
+        chunk: The number of images drawn at once; another number changes them.
+        seed: The seed of scenes and noise.
+        linear: The rules of low-bit training that the transformer was trained by; it draws by them
             too.
-        card: write the figures into README.md of the folder, and a picture beside it.
+        card: Whether to write the figures into README.md of the folder, and a picture beside it.
     """
     folder = Path(weights)
     pipe = PixArtSigmaPipeline.from_pretrained(folder)
@@ -148,10 +148,10 @@ def format_table(world: World, origin: str, rows: Sequence[str], psnr: Sequence[
     """Return the text of the figures in Markdown.
 
     Args:
-        world: the judge.
-        origin: the sentences above the table.
-        rows: rows of the table, by `format_figures`.
-        psnr: the autoencoder's PSNR for each image.
+        world: The judge.
+        origin: The sentences above the table.
+        rows: The rows of the table, by `format_figures`.
+        psnr: The autoencoder's PSNR for each image.
     """
     fidelity = compute_interval(psnr)
     interval = f"[{fidelity.low:.1f}, {fidelity.high:.1f}]"

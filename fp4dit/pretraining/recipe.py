@@ -122,19 +122,21 @@ def train_transformer(
     """Return the task of the transformer.
 
     Args:
-        world: the source of scenes, and of the weights that ship.
-        steps: batches, for the learning-rate schedule.
-        lr: AdamW's rate.
-        muon_lr: Muon's rate, for hidden matrices.
-        levels: noise levels per scene.
-        drop: share of captions left out, for guidance.
-        decay: decay of the running average of the weights.
-        layers: transformer blocks.
-        further: begin with the weights that ship, if they exist; the optimizers' moments restart.
-        warmup: steps over which the rates rise.
-        compile: makes a step a quarter faster on a CPU; needs a C++ compiler.
-        linear: rules of low-bit training of the linear layers.
-        parts: the folder of the trainings that gave the other parts; None takes those that ship.
+        world: The source of scenes, and of the weights that ship.
+        steps: The number of batches, for the learning-rate schedule.
+        lr: The learning rate of AdamW.
+        muon_lr: The learning rate of Muon, for hidden matrices.
+        levels: The number of noise levels per scene.
+        drop: The share of captions left out, for guidance.
+        decay: The decay of the running average of the weights.
+        layers: The number of transformer blocks.
+        further: Whether to begin with the weights that ship, if they exist. The optimizers' moments
+            restart.
+        warmup: The number of steps over which the rates rise.
+        compile: Whether to compile the transformer. A step is then a quarter faster on a CPU. This
+            needs a C++ compiler.
+        linear: The rules of low-bit training of the linear layers.
+        parts: The folder of the trainings that gave the other parts; None takes those that ship.
     """
     root = world.weights if parts is None else Path(parts)
     vae = load_autoencoder(world, root)

@@ -27,9 +27,9 @@ def schedule_rate(
 
     Args:
         optimizer: The optimizer.
-        steps: Steps of the training.
-        warmup: Steps over which the rate rises.
-        decay: Share of all steps, the last ones, over which the rate falls to 0.
+        steps: The number of steps of the training.
+        warmup: The number of steps over which the rate rises.
+        decay: The share of all steps, the last ones, over which the rate falls to 0.
     """
 
     def compute_factor(step: int) -> float:
@@ -51,11 +51,11 @@ def make_adamw(
 
     Args:
         parameters: The parameters to train.
-        lr: Learning rate.
-        steps: Steps of the training.
-        beta: Decay of the second moment.
-        weight_decay: Weight decay.
-        decay: Share of all steps, the last ones, over which the rate falls to 0.
+        lr: The learning rate.
+        steps: The number of steps of the training.
+        beta: The decay of the second moment.
+        weight_decay: The weight decay.
+        decay: The share of all steps, the last ones, over which the rate falls to 0.
     """
     optimizer = AdamW(parameters, lr, betas=(0.9, beta), weight_decay=weight_decay)
     schedule = schedule_rate(optimizer, steps, decay=decay)
@@ -72,10 +72,15 @@ class AutoencoderTask(L.LightningModule):
 
     Args:
         model: The autoencoder; parameters that require no gradient stay as they are.
-        lr: Learning rate of AdamW.
-        steps: Batches, for the learning-rate schedule.
-        kl: Weight of the KL divergence of the latents.
-        absolute: Weight of the absolute error.
+        lr: The learning rate of AdamW.
+        steps: The number of batches, for the learning-rate schedule.
+        kl: The weight of the KL divergence of the latents.
+        absolute: The weight of the absolute error.
+
+    Example:
+        >>> model = build_autoencoder(ShapesWorld(), widths=(16, 32, 64), latents=4)
+        >>> task = AutoencoderTask(model, lr=1e-3, steps=1000)
+        >>> lightning.Trainer(max_steps=1000).fit(task, SceneData(ShapesWorld(), batch=32))
     """
 
     def __init__(
@@ -126,7 +131,20 @@ class TextTask(L.LightningModule):
     """Train the text encoder, so that each word knows the object that it belongs to.
 
     A caption whose attributes or objects are exchanged then differs in the state of every word. The
-    transformer reads the states of the frozen encoder. `choices` are those of `World.word_choices`.
+    transformer reads the states of the frozen encoder.
+
+    Args:
+        text_encoder: The text encoder.
+        tokenizer: The tokenizer of the captions.
+        choices: The number of choices of each question, as in `World.word_choices`.
+        lr: The learning rate of AdamW.
+        steps: The number of batches, for the learning-rate schedule.
+
+    Example:
+        >>> world = ShapesWorld()
+        >>> tokenizer = build_tokenizer(world)
+        >>> text_encoder = build_text_encoder(len(tokenizer))
+        >>> task = TextTask(text_encoder, tokenizer, world.word_choices, lr=1e-3, steps=1000)
     """
 
     def __init__(
@@ -166,8 +184,20 @@ def contrastive_loss(
 class ClipTask(L.LightningModule):
     """Train a small CLIP by contrast, and by a linear head that reads the scene from each feature.
 
-    The head is trained too because contrast alone teaches slowly which object is where. `choices`
-    are those of `World.slot_choices`.
+    The head is trained too because contrast alone teaches slowly which object is where.
+
+    Args:
+        clip: The CLIP.
+        tokenizer: The tokenizer of the captions.
+        choices: The number of choices of each question, as in `World.slot_choices`.
+        lr: The learning rate of AdamW.
+        steps: The number of batches, for the learning-rate schedule.
+
+    Example:
+        >>> world = ShapesWorld()
+        >>> tokenizer = build_tokenizer(world)
+        >>> clip = build_clip(world, len(tokenizer))
+        >>> task = ClipTask(clip, tokenizer, world.slot_choices, lr=1e-3, steps=1000)
     """
 
     def __init__(
@@ -204,8 +234,19 @@ class OracleTask(L.LightningModule):
     """Train the network that judges pictures, on pictures distorted as a model may distort them.
 
     Half of all pictures go through the autoencoder, with noise added to the latents. Then colours
-    are shifted, and some pictures are blurred or get noise. `spread` is the largest standard
-    deviation of the noise in the latents, in units of theirs.
+    are shifted, and some pictures are blurred or get noise.
+
+    Args:
+        reader: The network, which maps pictures in [-1, 1] to the logits of all questions.
+        vae: The frozen autoencoder.
+        choices: The number of choices of each question, as in `World.slot_choices`.
+        lr: The learning rate of AdamW.
+        steps: The number of batches, for the learning-rate schedule.
+        spread: The largest standard deviation of the noise in the latents, in units of theirs.
+
+    Example:
+        >>> world = EmojiWorld(artwork="package")
+        >>> task = OracleTask(world.build_reader(), vae, world.slot_choices, lr=1e-3, steps=1000)
     """
 
     def __init__(

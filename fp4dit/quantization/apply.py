@@ -60,9 +60,13 @@ class ActivationSlot:
     Attributes:
         owner: The module.
         attribute: The attribute that holds the activation quantizer.
-        width: Number of values per token; per token and head for q, k and v.
+        width: The number of values per token; per token and head for q, k and v.
         attention: The attention module that q, k or v belongs to; None for the input of a layer.
             Its modules `norm_q` and `norm_k`, if any, normalize q and k.
+
+    Example:
+        >>> slot = find_activation_slots(model)["transformer_blocks.0.attn1.q"]
+        >>> slot.install(FakeQuantize(Quantizer(integer(8), PerToken())), before_norm=False)
     """
 
     owner: nn.Module

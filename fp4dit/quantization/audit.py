@@ -1,7 +1,7 @@
 """Report what is quantized, in which format, at how many bits."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from fp4dit.numerics.quantizer import Quantizer
 from fp4dit.quantization.fake_quant import candidate_formats
 from fp4dit.quantization.layers import QuantLayer, check_quantizable
-from fp4dit.quantization.rules import Rule, assign_rules, find_layers, naming_layer_errors
+from fp4dit.quantization.rules import (
+    Rule,
+    assign_rules,
+    find_layers,
+    match_rules,
+    naming_layer_errors,
+)
 from fp4dit.utils.errors import UserError
 
 
@@ -22,7 +28,7 @@ def check_bits(name: str, rule: str, quantizer: Quantizer, shape: torch.Size) ->
         UserError: if the granularity or the format does not fit; the message names the layer.
     """
     with naming_layer_errors(name, rule):
-        block = torch.empty(1, quantizer.granularity.width(shape), device="meta")
+        block = torch.zeros(1, quantizer.granularity.width(shape))  # faster than on the meta device
         for fmt in candidate_formats(quantizer):
             fmt.nearest(block)
         return quantizer.bits_per_value(shape)
@@ -36,9 +42,9 @@ class LayerAudit:
         name: The name of the layer or activation.
         rule: The pattern of its rule; "-" if it has none.
         format: The name of its number format.
-        bits: Bits per value, with scales; the sum over the copies of a weight, if the layer has one
-            for each timestep range.
-        values: Number of values of the activation, or of one copy of the weight.
+        bits: The bits per value, with scales; the sum over the copies of a weight, if the layer has
+            one for each timestep range.
+        values: The number of values of the activation, or of one copy of the weight.
     """
 
     name: str
@@ -78,6 +84,19 @@ def audit_layer(name: str, layer: nn.Module, rule: Rule | None) -> LayerAudit:
     bits = check_bits(name, rule.match, rule.quantizer, shape) + transform_bits / weight.numel()
     copies = 1 + len(rule.timestep_boundaries)
     return LayerAudit(name, rule.match, rule.quantizer.format.name, copies * bits, weight.numel())
+
+
+def audit_activation_shapes(
+    shapes: Mapping[str, torch.Size], rules: Sequence[Rule]
+) -> list[LayerAudit]:
+    """Return the audit of the activations of these shapes that the rules quantize."""
+    audits = []
+    for name, rule in match_rules(shapes, rules).items():
+        if rule.quantizer:
+            shape = shapes[name]
+            bits, fmt = rule.bits_per_value(shape), rule.quantizer.format
+            audits.append(LayerAudit(name, rule.match, fmt.name, bits, shape.numel()))
+    return audits
 
 
 def with_chosen_formats(model: nn.Module, audits: Sequence[LayerAudit]) -> list[LayerAudit]:

@@ -11,7 +11,14 @@ IntTuple = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """Geometry of a 2-d convolution, with the names and values of `torch.nn.Conv2d`."""
+    """Geometry of a 2-d convolution, with the names and values of `torch.nn.Conv2d`.
+
+    Args:
+        kernel_size: Height and width of the kernel.
+        dilation: Distance of neighbours in the kernel, in pixels.
+        padding: Zeros on each side.
+        stride: Distance of neighbouring patches, in pixels.
+    """
 
     kernel_size: IntTuple
     dilation: IntTuple
@@ -24,6 +31,15 @@ class ConvolutionMixin:
 
     The mixin precedes the linear layer among the base classes. Its `forward` unfolds the input, and
     passes the patches to the `forward` of the linear layer.
+
+    Attributes:
+        geometry: Geometry of the convolution.
+
+    Example:
+        >>> class LinearConv(ConvolutionMixin, nn.Linear):
+        ...     geometry = ConvGeometry((2, 2), (1, 1), (0, 0), (2, 2))
+        >>> LinearConv(3 * 2 * 2, 8)(torch.zeros(1, 3, 64, 64)).shape
+        torch.Size([1, 8, 32, 32])
     """
 
     geometry: nn.Conv2d | ConvGeometry

@@ -23,6 +23,10 @@ class QuantLinearBase(nn.Module):
     Attributes:
         transforms: Transforms of the input, in order.
         input_fake_quant: `FakeQuantize` of the input, or the identity.
+
+    Example:
+        >>> layer = QuantLayer(nn.Linear(64, 32), quantizer, [LowRank(rank=4)])
+        >>> transformed, bypass = layer.apply_transforms(torch.randn(8, 64))
     """
 
     transforms: nn.ModuleList
@@ -115,7 +119,8 @@ class QuantLayer(QuantLinearBase):
     @property
     def needs_calibration_inputs(self) -> bool:
         """True if `prepare` needs a sample of inputs."""
-        return bool(self.transforms) or self.static_input_fake_quant is not None
+        is_fitted = any(transform.needs_inputs for transform in self.transform_chain)
+        return is_fitted or self.static_input_fake_quant is not None
 
     @property
     def static_input_fake_quant(self) -> FakeQuantize | None:
@@ -143,12 +148,13 @@ class QuantLayer(QuantLinearBase):
         """
         x = None if x is None else self.to_tokens(x)
         for transform in self.transform_chain:
-            assert x is not None, "transforms are fitted to inputs"
             weight = self.weight_matrix.float()
-            quantizer = self.weight_fake_quant.quantizer.resolve_format(weight)
-            transform.fit(weight, x.float(), quantizer, self.fake_quantize_input)
+            if transform.needs_inputs:
+                assert x is not None, f"{type(transform).__name__} is fitted to inputs"
+                quantizer = self.weight_fake_quant.quantizer.resolve_format(weight)
+                transform.fit(weight, x.float(), quantizer, self.fake_quantize_input)
             self.write_weight(transform.transform_weight(weight))
-            x = transform.transform_input(x)
+            x = None if x is None else transform.transform_input(x)
         self.weight_fake_quant.calibrate(self.weight_matrix)
         if x is not None and self.static_input_fake_quant is not None:
             self.static_input_fake_quant.calibrate(x)
@@ -243,7 +249,15 @@ class QuantLayer(QuantLinearBase):
 
 
 class QuantConv(ConvolutionMixin, QuantLayer):
-    """Quantized 2-d convolution, computed as a matrix product. See `QuantLayer`."""
+    """Quantized 2-d convolution, computed as a matrix product. See `QuantLayer`.
+
+    Example:
+        >>> quantizer = Quantizer(floating(2, 1), PerChannel())
+        >>> layer = QuantConv(nn.Conv2d(4, 32, 2, stride=2), quantizer)
+        >>> layer.prepare().commit_weight()
+        >>> layer(torch.randn(8, 4, 16, 16)).shape
+        torch.Size([8, 32, 8, 8])
+    """
 
     source: nn.Conv2d
 

@@ -11,7 +11,17 @@ from torch import Tensor
 
 @runtime_checkable
 class Observer(Protocol):
-    """Protocol of observers, which summarize each call and merge the summaries."""
+    """Protocol of observers, which summarize each call and merge the summaries.
+
+    Example:
+        >>> class LargestObserver:
+        ...     def summarize(self, x):
+        ...         return x.abs().max().reshape(1).float().cpu()
+        ...
+        ...     def merge(self, summaries):
+        ...         return torch.cat(list(summaries))
+        >>> rule = Rule("*.ff.*", quantizer, observer=LargestObserver())
+    """
 
     def summarize(self, x: Float[Tensor, "..."]) -> Tensor:
         """Return a small summary of the activation `x` of one call, on the CPU."""

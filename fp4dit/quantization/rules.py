@@ -68,7 +68,16 @@ class Rule:
 
 @runtime_checkable
 class NamedRule(Protocol):
-    """A rule of any kind, matched to layers by name."""
+    """A rule of any kind, matched to layers by name.
+
+    Attributes:
+        match: The pattern, with shell wildcards.
+        optional: Whether a model may have no layer with such a name.
+
+    Example:
+        >>> isinstance(Rule("*", None), NamedRule)
+        True
+    """
 
     @property
     def match(self) -> str: ...

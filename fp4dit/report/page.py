@@ -7,8 +7,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from plotly.offline import get_plotlyjs
-
 from fp4dit.report import plots
 from fp4dit.report.images import ReportImages, scores_by_image
 from fp4dit.report.row_data import RowData
@@ -39,7 +37,7 @@ def render_page(
 
     Args:
         name: Name of the table.
-        table: The table.
+        table: Table.
         rows: Data of the table's rows.
         images: Images of the rows.
         costs: Columns against which quality is plotted.
@@ -49,6 +47,8 @@ def render_page(
     Raises:
         UserError: if the images exceed their limit.
     """
+    from plotly.offline import get_plotlyjs  # here, because the core works without Plotly
+
     head = read_asset("page.html").replace("<!--style-->", read_asset("style.css"))
     head = head.replace("<!--title-->", html.escape(f"{name}: {table.heading}"))
     before, after = head.split("<!--data-->")

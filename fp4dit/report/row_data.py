@@ -10,7 +10,13 @@ from fp4dit.tables.rows import ScoredRow
 
 @dataclass(frozen=True)
 class StageStatus:
-    """A stage of a row's run. `state` says in words whether its result is in the store."""
+    """A stage of a row's run.
+
+    Attributes:
+        name: Name of the stage.
+        key: Key of its result.
+        state: Words that say whether its result is in the store.
+    """
 
     name: str
     key: str
@@ -22,7 +28,7 @@ class RowData:
     """Everything that a report shows of a row. What the store does not have is None or empty.
 
     Attributes:
-        scored: The row of the seed whose images are shown.
+        scored: Row of the seed whose images are shown.
         command: Command that makes the row.
         config: Resolved config of its stages, as YAML.
         stages: Its stages.

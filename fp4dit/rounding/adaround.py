@@ -189,9 +189,9 @@ def sigmoid_gradient(grad_h: Flat, inside: Flat, sigmoid: Flat) -> Flat:
     """Return the gradient of v / temperature from that of h, which is overwritten.
 
     Args:
-        grad_h: The gradient of h.
+        grad_h: Gradient of h.
         inside: 1 where h is not clipped, else 0.
-        sigmoid: The sigmoid of v / temperature.
+        sigmoid: Sigmoid of v / temperature.
     """
     return torch.ops.aten.sigmoid_backward(grad_h.mul_(inside).mul_(ZETA - GAMMA), sigmoid)
 

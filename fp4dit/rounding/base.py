@@ -11,6 +11,7 @@ from fp4dit.calibration.dataset import UnitDataset
 from fp4dit.numerics.formats import Format
 from fp4dit.numerics.qparams import QParams
 from fp4dit.numerics.quantizer import Quantizer
+from fp4dit.numerics.rounding import RoundingFunction
 from fp4dit.quantization.fake_quant import candidate_formats
 from fp4dit.quantization.layers import QuantLayer
 from fp4dit.utils.resumable import ResumableTrainers
@@ -50,11 +51,20 @@ class RoundingMethod(ABC):
             module: The unit, whose layers have their scales and transforms.
             layers: The quantized layers of the unit. The method calls `commit_weight` of each.
             dataset: The unit's inputs in the quantized model and outputs in the original one.
-            trainers: Makes Trainers whose fits can be resumed.
+            trainers: Makes Trainers whose fits can be resumed. A method that does not train can
+                iterate over `resume.iter_unfinished_layers` to be resumed at a layer.
 
         Returns:
             The learning curve; an empty list if nothing is learned.
         """
+
+    @property
+    def elementwise_rounding(self) -> RoundingFunction | None:
+        """The function that rounds each weight by itself, or None if the method reads inputs.
+
+        If it is not None, then `round_unit` only calls `commit_weight` with it.
+        """
+        return None
 
     def check(self, layers: Sequence[QuantLayer]) -> None:  # noqa: B027  # an optional hook
         """Raise an error if the method cannot round these layers. Their weights are not read.

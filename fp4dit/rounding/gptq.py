@@ -19,6 +19,7 @@ from fp4dit.numerics.formats import Format
 from fp4dit.numerics.qparams import QParams, as_tensors, from_tensors
 from fp4dit.quantization.layers import QuantLayer
 from fp4dit.rounding.base import Curve, RoundingMethod, iter_blank_blocks
+from fp4dit.rounding.resume import iter_unfinished_layers
 from fp4dit.utils.resumable import ResumableTrainers
 
 Hessian = Float[Tensor, "k k"]
@@ -185,10 +186,10 @@ class GPTQ(RoundingMethod):
     A layer that the calibration rows do not reach is rounded to nearest.
 
     Args:
-        damping: The share of the Hessian's mean diagonal that is added to its diagonal.
-        block_size: The number of columns computed together. It changes the speed only.
-        order: The order in which the columns are rounded.
-        batch_size: The number of calibration rows of a forward pass.
+        damping: Share of the Hessian's mean diagonal that is added to its diagonal.
+        block_size: Number of columns computed together. It changes the speed only.
+        order: Order in which the columns are rounded.
+        batch_size: Number of calibration rows of a forward pass.
 
     Example:
         >>> GPTQ(damping=0.01, order=activation_order)
@@ -216,9 +217,10 @@ class GPTQ(RoundingMethod):
         trainers: ResumableTrainers,
     ) -> Curve:
         hessians = compute_hessians(module, layers, dataset, self.batch_size)
-        for layer in layers:
+        for number, layer in iter_unfinished_layers(module, layers, trainers):
             # Each Hessian is freed once its layer is rounded.
-            qparams, hessian = layer.weight_fake_quant.qparams, hessians.pop(0)
+            hessian, hessians[number] = hessians[number], None
+            qparams = layer.weight_fake_quant.qparams
             assert qparams is not None, "prepare the layer first"
             if hessian is not None:
                 weight = quantize_with_gptq(

@@ -14,7 +14,7 @@ from fp4dit.models.blocks import Unit
 from fp4dit.quantization.layers import QuantLayer
 from fp4dit.rounding.base import Curve, RoundingMethod
 from fp4dit.utils.calls import Call
-from fp4dit.utils.resumable import PartialResults, ResumableTrainers
+from fp4dit.utils.resumable import ResumableTrainers
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LayerwiseReconstruction(RoundingMethod):
         trainers: ResumableTrainers,
     ) -> Curve:
         curves, device = [], layers[0].weight.device
-        results = PartialResults(trainers)
+        results = trainers.make_results()
         for layer, part in zip(layers, results.load(), strict=False):
             layer.load_state_dict(part["state"])
             curves.append(part["curve"])
@@ -93,7 +93,15 @@ class LayerwiseReconstruction(RoundingMethod):
 
 
 class LayerProduct(nn.Module):
-    """The matmul of a quantized layer, without its transforms and its input quantizer."""
+    """The matmul of a quantized layer, without its transforms and its input quantizer.
+
+    Args:
+        layer: The layer.
+
+    Example:
+        >>> product = LayerProduct(quant_layer)
+        >>> y = product(x)  # quant_layer.multiply(x)
+    """
 
     def __init__(self, layer: QuantLayer) -> None:
         super().__init__()

@@ -105,6 +105,11 @@ class ReconstructionTask(L.LightningModule):
         layers: The quantized layers of the unit.
         dataset: The unit's data.
         method: The options of the method.
+
+    Example:
+        >>> task = ReconstructionTask(module, layers, dataset, method)
+        >>> lightning.Trainer(max_steps=method.steps).fit(task)
+        >>> error = task.curve[-1]["error"]  # as a share of that of round to nearest
     """
 
     def __init__(

@@ -10,7 +10,16 @@ from torch import Tensor
 
 @runtime_checkable
 class ReconstructionObjective(Protocol):
-    """Protocol of objectives, which measure the output error and add the rounding loss to it."""
+    """Protocol of objectives, which measure the output error and add the rounding loss to it.
+
+    Example:
+        >>> class SumOfSquares:
+        ...     def error(self, output, target):
+        ...         return sum((y - t).square().sum() for y, t in zip(output, target, strict=True))
+        ...
+        ...     def __call__(self, error, rtn_error, rounding_loss, count):
+        ...         return error + 0.01 * rounding_loss
+    """
 
     def error(self, output: tuple[Tensor, ...], target: tuple[Tensor, ...]) -> Float[Tensor, ""]:
         """Return the distance between the outputs of a unit and those of the original unit."""
@@ -39,6 +48,9 @@ class RelativeMSE(ReconstructionObjective):
     """Error as a share of that of round to nearest, plus `weight` times the mean rounding loss.
 
     Because the error is relative, one `weight` suits all units, whatever the size of their outputs.
+
+    Args:
+        weight: The weight of the mean rounding loss.
 
     Example:
         >>> objective = RelativeMSE(weight=10.0)

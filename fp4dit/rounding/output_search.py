@@ -25,6 +25,7 @@ from fp4dit.quantization.fake_quant import FakeQuantize, candidate_formats
 from fp4dit.quantization.layers import QuantLayer
 from fp4dit.quantization.observers import PerChannelMinMaxObserver
 from fp4dit.rounding.base import Curve, RoundingMethod
+from fp4dit.rounding.resume import iter_unfinished_layers
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.resumable import ResumableTrainers
 
@@ -33,7 +34,13 @@ Tokens = Float[Tensor, "n k"]
 
 @runtime_checkable
 class RangeCandidates(Protocol):
-    """Protocol of functions that yield the ranges to try, from the largest absolute value."""
+    """Protocol of functions that yield the ranges to try, from the largest absolute value.
+
+    Example:
+        >>> def try_halves(largest, fmt):
+        ...     yield from (largest, largest / 2)
+        >>> search = OutputSearch(candidates=try_halves)
+    """
 
     def __call__(
         self, largest: Float[Tensor, "*n"], fmt: Format
@@ -43,6 +50,11 @@ class RangeCandidates(Protocol):
 @dataclass(frozen=True)
 class LinearGrid:
     """Evenly spaced shares of the largest absolute value.
+
+    Args:
+        lowest: The least share.
+        highest: The largest share. Above 1, the range is wider than the values.
+        count: The number of shares.
 
     Example:
         >>> list(LinearGrid(0.5, 1.0, count=2)(torch.tensor([8.0]), fmt))
@@ -105,8 +117,8 @@ class OutputSearch(RoundingMethod):
         trainers: ResumableTrainers,
     ) -> Curve:
         samples = self.sample_tokens(module, layers, dataset)
-        for layer, sample in zip(layers, samples, strict=True):
-            if sample is not None:
+        for number, layer in iter_unfinished_layers(module, layers, trainers):
+            if (sample := samples[number]) is not None:
                 self.search_layer(layer, *sample)
             layer.commit_weight()
         return []

@@ -11,15 +11,16 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import lightning as L
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from fp4dit.calibration.dataset import UnitDataset
 from fp4dit.calibration.propagate import compute_relative_error, propagate_unit, with_timestep
+from fp4dit.calibration.saved_rows import SavedRows
 from fp4dit.data.columns import MemoryBudget, RowSource
 from fp4dit.models.base import Pipeline
 from fp4dit.models.blocks import (
@@ -31,16 +32,16 @@ from fp4dit.models.blocks import (
 from fp4dit.quantization.apply import quantize_inputs_, quantize_weights_
 from fp4dit.quantization.audit import audit_weights
 from fp4dit.quantization.layers import QuantLayer
-from fp4dit.quantization.observers import spread_indices
 from fp4dit.quantization.rules import Rule, assign_rules, find_layers, unused_rules
 from fp4dit.quantization.timestep import TimestepContext
-from fp4dit.quantization.timestep_ranges import base_layer_name, rows_per_range
 from fp4dit.rounding.base import Curve, RoundingMethod
+from fp4dit.rounding.preparation import prepare_layers
+from fp4dit.rounding.unit_boundary import BoundaryFiles, UnitBoundary
 from fp4dit.rounding.unit_files import load_layers, save_layers, unit_path
-from fp4dit.utils.calls import remove_hooks
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.files import atomic_write_checksummed, read_json
 from fp4dit.utils.resumable import ResumableTrainers
+from fp4dit.utils.save_timer import LONGEST
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class Reconstruction:
         num_sampled: The number of training rows that transforms and static scales are fitted to.
         activation: The rules for activations while the weights are rounded.
         memory: The budget for the activations between units.
-        save_every: The seconds between checkpoints within a unit.
+        save_every: The longest time between two saves of the state, in seconds. See `SaveTimer`.
 
     Example:
         >>> reconstruction = Reconstruction(
@@ -105,41 +106,77 @@ class Reconstruction:
     num_sampled: int = 64
     activation: Sequence[Rule] = ()
     memory: MemoryBudget = field(default_factory=MemoryBudget)
-    save_every: float = 60.0
+    save_every: float = LONGEST
 
     def run(
-        self, columns: RowSources, make_trainers: Callable[[str], TrainerFactory]
+        self,
+        columns: RowSources,
+        make_trainers: Callable[[str], TrainerFactory],
+        track: Callable[[list], Iterable] = iter,
     ) -> list[dict]:
         """Reconstruct all units.
 
         Args:
             columns: The captured calls.
             make_trainers: Returns a factory of Trainers, given the label of their progress.
+            track: Yields the items of a list, and may show how many are done.
 
         Returns:
             The report of each unit, in order: its name, error and learning curve.
         """
-        original, quantized, reports = {**columns}, {**columns}, []
-        context = TimestepContext()
+        reports, context = [], TimestepContext()
         units = [with_timestep(unit, context) for unit in self.pipeline.units()]
         check_all_reached(self.rules, units)
-        for number, unit in enumerate(units, 1):
+        files = BoundaryFiles(self.folder / "boundary", self.save_every)
+        boundary = self.load_boundary(files, units, columns)
+        for number, unit in track(list(enumerate(units, 1))):
+            path = unit_path(self.folder, number, unit)
+            if number <= boundary.number:
+                reports.append(self.load_unit(path, unit, context))
+                continue
             teacher = copy.deepcopy(self.pipeline.transformer.get_submodule(unit.module))
-            target = self.propagate(teacher, unit, original)
-            layers = self.insert_layers(unit, context)
+            saved = self.find_saved_rows(path, "targets")
+            target = self.propagate(teacher, unit, boundary.original, saved)
             report, outputs = self.reconstruct_unit(
-                unit_path(self.folder, number, unit),
+                path,
                 teacher,
-                layers,
-                UnitDataset(unit, quantized, target, self.train_rows, self.memory),
+                self.insert_layers(unit, context),
+                UnitDataset(unit, boundary.quantized, target, self.train_rows, self.memory),
                 partial(make_trainers, f"{number}/{len(units)} {unit.module}"),
             )
             reports.append(report)
             # Activations that no later unit reads free their memory.
             read_later = {name for other in units[number:] for name in other.inputs}
-            original = select_columns(read_later, original | target)
-            quantized = select_columns(read_later, quantized | outputs)
+            original = select_columns(read_later, {**boundary.original, **target})
+            quantized = select_columns(read_later, {**boundary.quantized, **outputs})
+            boundary = UnitBoundary(number, original, quantized)
+            files.save_if_due(boundary, columns)
+        files.remove()
+        for folder in self.folder.glob("*.resume"):  # of a run killed at the end of a unit
+            shutil.rmtree(folder)
         return reports
+
+    def load_boundary(
+        self, files: BoundaryFiles, units: Sequence[Unit], columns: RowSources
+    ) -> UnitBoundary:
+        """Return the latest activations that a killed run has saved between two units."""
+        paths = [unit_path(self.folder, number, unit) for number, unit in enumerate(units, 1)]
+        num_finished = len(list(takewhile(is_finished, paths)))
+        if num_finished == len(units):
+            return UnitBoundary(num_finished, {}, {})  # nothing is left to propagate
+        return files.load(columns, self.memory, num_finished)
+
+    def load_unit(self, path: Path, unit: Unit, context: TimestepContext) -> dict:
+        """Load the layers of a finished unit, and return its report."""
+        load_layers(self.insert_layers(unit, context), path)
+        self.pipeline.transformer.get_submodule(unit.module).to(self.pipeline.device)
+        return read_json(path.with_suffix(".json"))
+
+    def find_saved_rows(self, path: Path, name: str) -> SavedRows | None:
+        """Return the rows called `name` that a killed run has saved of an unfinished unit."""
+        if is_finished(path):
+            return None
+        return SavedRows(path.with_suffix(".resume") / name, self.save_every)
 
     def reconstruct_unit(
         self,
@@ -163,18 +200,17 @@ class Reconstruction:
         """
         unit, report_path = dataset.unit, path.with_suffix(".json")
         resume_folder = path.with_suffix(".resume")
-        is_finished = report_path.exists() and path.exists()
-        if is_finished:
+        saved = self.find_saved_rows(path, "outputs")
+        if saved is None:
             load_layers(layers, path)
             report = read_json(report_path)
         else:
-            self.prepare_layers(teacher, layers, dataset)
             trainers = ResumableTrainers(make_trainers(), resume_folder, self.save_every)
-            curve = self.round_layers(layers, dataset, trainers)
+            curve = self.round_layers(teacher, layers, dataset, trainers)
             report = {"unit": unit.module, "error": None, "curve": curve}
         module = self.pipeline.transformer.get_submodule(unit.module)
-        outputs = self.propagate(module, unit, dataset.inputs)
-        if not is_finished:
+        outputs = self.propagate(module, unit, dataset.inputs, saved)
+        if saved is not None:
             report["error"] = compute_relative_error(outputs, dataset.targets, self.val_rows)
             save_layers(layers, path)
             with atomic_write_checksummed(report_path) as part:
@@ -190,85 +226,57 @@ class Reconstruction:
         return layers
 
     def round_layers(
-        self, layers: Mapping[str, QuantLayer], dataset: UnitDataset, trainers: ResumableTrainers
+        self,
+        teacher: nn.Module,
+        layers: Mapping[str, QuantLayer],
+        dataset: UnitDataset,
+        trainers: ResumableTrainers,
     ) -> Curve:
-        """Round the layers of a unit, which may have none, and return the learning curve."""
-        if not layers:
-            return []
-        module = self.pipeline.transformer.get_submodule(dataset.unit.module)
-        return self.method.round_unit(module, list(layers.values()), dataset, trainers)
+        """Prepare and round the layers of a unit, which may have none.
 
-    def prepare_layers(
-        self, teacher: nn.Module, layers: Mapping[str, QuantLayer], dataset: UnitDataset
-    ) -> None:
-        """Choose scales, and fit transforms to the inputs of the original model's layers.
+        The layers are saved after either step, if that is due, and a resumed run loads them.
 
-        Args:
-            teacher: The unit's module in the original model.
-            layers: The quantized layers of the unit.
-            dataset: The unit's data.
-
-        Raises:
-            UserError: if a layer needs inputs and the model does not call it.
+        Returns:
+            The learning curve.
         """
-        local_names = {}
-        for name in map(base_layer_name, layers):
-            local_names[name] = name.removeprefix(dataset.unit.module).lstrip(".")
-        need_inputs = set()
-        for name, layer in layers.items():
-            if layer.needs_calibration_inputs:
-                need_inputs.add(base_layer_name(name))
-        rows = dataset.train_rows
-        sampled_rows = rows[spread_indices(len(rows), self.num_sampled)]
-        names = [local_names[name] for name in need_inputs]
-        inputs = sample_inputs(teacher, names, dataset, sampled_rows)
-        timesteps = dataset.inputs["timestep"][sampled_rows]
-        for name, local_name in local_names.items():
-            x = inputs.get(local_name)
-            if name in need_inputs and x is None:
-                raise UserError(
-                    f"{name} cannot be calibrated, because the model does not call it: "
-                    f"+weight.ignore=['{name}'] leaves it in 16 bits"
-                )
-            layer_or_ranges = self.pipeline.transformer.get_submodule(name)
-            for layer, layer_rows in rows_per_range(layer_or_ranges, timesteps):
-                if x is None:
-                    layer.prepare(None)
-                else:
-                    # A layer may read several vectors for each row.
-                    vectors = layer_rows.repeat_interleave(len(x) // len(layer_rows))
-                    layer.prepare(x[vectors])
+        model = self.pipeline.transformer
+        module = model.get_submodule(dataset.unit.module)
+        results, curve = trainers.for_part("layers").make_results(), None
+        if loaded := results.load():
+            [part] = loaded
+            curve = part["curve"]
+            for name, layer in layers.items():
+                layer.load_state_dict(part["states"][name])
+            module.to(self.pipeline.device)  # what was loaded is on the CPU
+        else:
+            prepare_layers(model, teacher, layers, dataset, self.num_sampled)
+            results.save(lambda: [{"states": get_states(layers), "curve": None}])
+        if curve is None:
+            curve = []
+            if layers:
+                curve = self.method.round_unit(module, list(layers.values()), dataset, trainers)
+            results.save(lambda: [{"states": get_states(layers), "curve": curve}])
+        return curve
 
-    def propagate(self, module: nn.Module, unit: Unit, columns: RowSources) -> dict[str, RowSource]:
-        """Compute the outputs of a unit for all rows."""
+    def propagate(
+        self, module: nn.Module, unit: Unit, columns: RowSources, saved: SavedRows | None
+    ) -> dict[str, RowSource]:
+        """Compute the outputs of a unit for all rows that are not saved yet."""
         device = self.pipeline.device  # a Trainer may have left the module on the CPU
+        module = module.to(device)
         return propagate_unit(
-            module.to(device), unit, columns, self.batch_size, device, self.memory
+            module, unit, columns, self.batch_size, device, self.memory, saved=saved
         )
 
 
-@torch.no_grad()
-def sample_inputs(
-    teacher: nn.Module, names: Iterable[str], dataset: UnitDataset, index: Int[Tensor, "n"]
-) -> dict[str, Float[Tensor, "n ..."]]:
-    """Return the inputs of the teacher's layers at the given rows.
+def is_finished(path: Path) -> bool:
+    """Return whether the file of a unit's layers exists, and its report beside it."""
+    return path.exists() and path.with_suffix(".json").exists()
 
-    Some layers read several vectors for each row, as PixArt-alpha's embeddings of height and width
-    do. The vectors of a row then follow one another.
-    """
-    inputs: dict[str, Tensor] = {}
 
-    def hook(name: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs[name] = args[0]
-
-    hooks = []
-    for name in names:
-        layer = teacher.get_submodule(name)
-        hooks.append(layer.register_forward_pre_hook(partial(hook, name)))
-    if hooks:
-        with remove_hooks(hooks):
-            dataset.make_call(index, next(teacher.parameters()).device)(teacher)
-    return inputs
+def get_states(layers: Mapping[str, QuantLayer]) -> dict[str, dict[str, Tensor]]:
+    """Return the state of each layer by name."""
+    return {name: layer.state_dict() for name, layer in layers.items()}
 
 
 def check_all_reached(rules: Mapping[str, Rule], units: Sequence[Unit]) -> None:

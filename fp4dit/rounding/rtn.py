@@ -25,6 +25,10 @@ class RoundToNearest(RoundingMethod):
 
     rounding: RoundingFunction = round_to_nearest
 
+    @property
+    def elementwise_rounding(self) -> RoundingFunction:
+        return self.rounding
+
     def check(self, layers: Sequence[QuantLayer]) -> None:
         for block, fmt, _ in iter_blank_blocks(layers):
             self.rounding(block, fmt)

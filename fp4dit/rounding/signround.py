@@ -253,6 +253,10 @@ def shrink_affine_range(
 class SignSGD(Optimizer):
     """Signed gradient descent: p -= lr * sign(gradient).
 
+    Args:
+        params: Parameters.
+        lr: Learning rate.
+
     Example:
         >>> optimizer = SignSGD(rounding.parameters(), lr=5e-3)
     """

@@ -30,7 +30,12 @@ OnBytes = Callable[[int], Any]
 
 
 class FileRecord(NamedTuple):
-    """Size and SHA-256 of a file, as its manifest says."""
+    """Size and SHA-256 of a file, as its manifest says.
+
+    Attributes:
+        num_bytes: The size of the file.
+        sha256: The hash of its content, in hexadecimal digits.
+    """
 
     num_bytes: int
     sha256: str

@@ -28,6 +28,12 @@ class StoreEntry:
         stage: Name of the stage.
         key: Key of the entry.
         path: Its folder.
+
+    Example:
+        >>> path = Path("outputs/store/score/0123456789abcdef.draft")
+        >>> entry = StoreEntry("score", "0123456789abcdef", path)
+        >>> entry.name, entry.is_draft
+        ('score/0123456789abcdef', True)
     """
 
     stage: str

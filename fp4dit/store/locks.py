@@ -34,9 +34,9 @@ class LockHolder:
     """A process that holds a lock.
 
     Attributes:
-        host: Name of its machine.
+        host: The name of its machine.
         pid: Its process id.
-        job: Name of its job, or an empty string.
+        job: The name of its job, or an empty string.
         since: When it acquired the lock, in seconds since the epoch.
     """
 

@@ -29,6 +29,9 @@ from fp4dit.utils.provenance import read_git_commit, read_package_versions
 
 log = logging.getLogger(__name__)
 
+# The names of temporary files: of `atomic_write`, and of safetensors, which renames its own to it.
+TEMPORARY_FILES = ("*.part", ".tmp*")
+
 
 class Store:
     """A folder of results, which processes on several machines may share.
@@ -172,8 +175,9 @@ class Store:
         """
         # Temporary files of killed processes are removed only now, because processes that assist
         # write such files while the draft is filled.
-        for part in draft.rglob("*.part"):
-            part.unlink()
+        for pattern in TEMPORARY_FILES:
+            for path in draft.rglob(pattern):
+                path.unlink()
         checksums = set(draft.rglob(checksum_path("*").name))
         paths = {path for path in draft.rglob("*") if path.is_file()}
         files = {}

@@ -50,7 +50,7 @@ def render_markdown(table: Table) -> str:
     return "\n".join(parts)
 
 
-def render_terminal(table: Table, bold: bool = False) -> str:
+def render_terminal(table: Table, bold: bool = False, brief: bool = False) -> str:
     """Return the table aligned for a terminal.
 
     The rows of a group are indented below its name.
@@ -58,6 +58,7 @@ def render_terminal(table: Table, bold: bool = False) -> str:
     Args:
         table: The table.
         bold: Print the best numbers in bold by ANSI codes, instead of marking them with a dot.
+        brief: Print no footnotes but the legend of the marks.
     """
     style = ANSI if bold else PLAIN
     titles = style.column_titles(table)
@@ -70,7 +71,10 @@ def render_terminal(table: Table, bold: bool = False) -> str:
     widths = [max(map(measure_width, column)) for column in zip(*lines, strict=True)]
     grid = "".join("  ".join(pad_cells(line, widths)).rstrip() + "\n" for line in lines)
     texts = [f"Not as in the papers: {sentence}" for sentence in table.contradictions]
-    texts += table.format_footnotes(style.bold_name)
+    if brief:
+        texts += filter(None, [table.format_legend(style.bold_name)])
+    else:
+        texts += table.format_footnotes(style.bold_name)
     paragraphs = [textwrap.fill(text, TERMINAL_WIDTH) + "\n" for text in texts]
     heading = [textwrap.fill(table.heading, TERMINAL_WIDTH) + "\n"] if table.heading else []
     return "\n".join([*heading, grid, *paragraphs])

@@ -90,6 +90,11 @@ class ScoredRow:
         published: Numbers of a paper for this row.
         notes: Remarks on how the scores came about, such as that prompts were cut, by metric.
         about: Definition of each metric.
+
+    Example:
+        >>> row = ScoredRow("GPTQ", {"n": 64, "psnr": 31.4, "psnr_low": 30.9, "psnr_high": 32.0})
+        >>> row.measured_names
+        ['psnr']
     """
 
     label: str

@@ -31,7 +31,7 @@ class Pairing:
 
     Attributes:
         row: Number of the row.
-        column: The column that is compared.
+        column: Column that is compared.
         rival: `BEST` of its group, or the `REFERENCE`.
         differences: Difference of each image.
     """
@@ -46,7 +46,18 @@ class Pairing:
 class Comparison:
     """Mean difference between a row and its rival, and its p-value.
 
-    `p` is adjusted by Holm's correction for all comparisons of the table.
+    Attributes:
+        row: Number of the row.
+        column: Column that is compared.
+        rival: `BEST` of its group, or the `REFERENCE`.
+        difference: Mean of the row minus its rival, over images, with its interval.
+        p: p-value, adjusted by Holm's correction for all comparisons of the table.
+
+    Example:
+        >>> column = TableColumn("psnr", "PSNR, dB", better="higher")
+        >>> comparison = Comparison(1, column, BEST, Interval(-0.5, -0.8, -0.2), p=0.003)
+        >>> comparison.differs, comparison.gains
+        (True, False)
     """
 
     row: int

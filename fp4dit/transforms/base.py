@@ -33,6 +33,11 @@ class Transform(DtypePreservingModule):
         ...         return -w
     """
 
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether the transform is fitted to a sample of inputs."""
+        return type(self).fit is not Transform.fit
+
     def fit(
         self,
         weight: WeightMatrix,
@@ -73,7 +78,12 @@ class Transform(DtypePreservingModule):
 
 @runtime_checkable
 class TransformSpec(Protocol):
-    """Protocol of functions that make an unfitted transform for a weight of a given shape."""
+    """Protocol of functions that make an unfitted transform for a weight of a given shape.
+
+    Example:
+        >>> spec = Smoothing(alpha=0.5)
+        >>> transform = spec(out=32, k=64)
+    """
 
     def __call__(self, out: int, k: int) -> Transform:
         """Return a transform for a weight of `out` output and `k` input channels.

@@ -7,6 +7,7 @@ layer's own matmul.
 import math
 from dataclasses import dataclass
 from functools import reduce
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int8
@@ -185,6 +186,8 @@ class Hadamard:
     Example:
         >>> rotation = Hadamard(size=32)(out=32, k=64)
     """
+
+    needs_inputs: ClassVar[bool] = False  # a spec without this attribute is fitted to inputs
 
     size: int | None = None
     seed: int = 0

@@ -25,7 +25,13 @@ from fp4dit.transforms.base import (
 
 @runtime_checkable
 class ChannelStatistic(Protocol):
-    """Protocol of functions that measure the size of each input channel."""
+    """Protocol of functions that measure the size of each input channel.
+
+    Example:
+        >>> def mean_magnitude(x, weight):
+        ...     return x.abs().mean((0, 1))
+        >>> smoothing = Smoothing(statistic=mean_magnitude)
+    """
 
     def __call__(self, x: InputSample, weight: WeightMatrix) -> Float[Tensor, "k"]:
         """Return a number per channel, not negative."""
@@ -114,7 +120,13 @@ def smoothing_factors(
 
 @runtime_checkable
 class SmoothingRule(Protocol):
-    """Protocol of functions that choose the smoothing factor of each input channel."""
+    """Protocol of functions that choose the smoothing factor of each input channel.
+
+    Example:
+        >>> def divide_by_largest(weight, x, quantizer, fake_quantize_input):
+        ...     return x.abs().amax((0, 1)).clamp(min=1e-5)
+        >>> transform = ChannelDivision(64, divide_by_largest)
+    """
 
     def __call__(
         self,

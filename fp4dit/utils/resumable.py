@@ -1,9 +1,8 @@
 """Resume a training that was killed, from checkpoints in files without pickle."""
 
 import logging
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import lightning as L
 from lightning.fabric.plugins import CheckpointIO
 
 from fp4dit.utils import pytree_io
+from fp4dit.utils.save_timer import LONGEST, SaveTimer
 
 log = logging.getLogger(__name__)
 
@@ -36,53 +36,68 @@ class SafetensorsIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A span of `seconds` from `start` on."""
-
-    seconds: float
-    start: float = field(default_factory=time.monotonic)
-
-    @property
-    def is_over(self) -> bool:
-        return time.monotonic() - self.start >= self.seconds
-
-
-def try_save(save: Callable[[], None], path: Path) -> bool:
-    """Call `save` and return whether it succeeded; log a failure.
-
-    Training continues although the disk is full. If it is killed, it resumes from an earlier
-    checkpoint.
-    """
-    try:
-        save()
-    except OSError as error:
-        log.warning(
-            "could not write %s, so a killed run resumes from an earlier point: %s", path, error
-        )
-        return False
-    return True
-
-
 class TimedCheckpoint(L.Callback):
-    """Saves a checkpoint every `seconds`.
+    """Saves a checkpoint as often as a `SaveTimer` says.
 
     Lightning's own callback does not save by time if a task uses manual optimization.
+
+    Args:
+        path: The file of the checkpoint.
+        seconds: The longest time between two checkpoints.
 
     Example:
         >>> callback = TimedCheckpoint(Path("last.safetensors"), seconds=60.0)
         >>> trainer = lightning.Trainer(callbacks=[callback], plugins=[SafetensorsIO()])
     """
 
-    def __init__(self, path: Path, seconds: float) -> None:
-        self.path, self.interval = path, Interval(seconds)
+    def __init__(self, path: Path, seconds: float = LONGEST) -> None:
+        self.path, self.seconds = path, seconds
+        self.timer = SaveTimer(seconds)
+
+    def on_train_start(self, *_: Any) -> None:
+        self.timer = SaveTimer(self.seconds)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.strategy.broadcast(self.interval.is_over):
-            if not try_save(lambda: trainer.save_checkpoint(self.path), self.path):
-                # The processes that do not write wait at this barrier for the one that does.
-                trainer.strategy.barrier()
-            self.interval = Interval(self.interval.seconds)
+        if not trainer.strategy.broadcast(self.timer.is_due):
+            return
+        if not self.timer.save(lambda: trainer.save_checkpoint(self.path), self.path):
+            # The processes that do not write wait at this barrier for the one that does.
+            trainer.strategy.barrier()
+
+
+class PartialResults:
+    """The finished parts of work that is done part by part, in a file.
+
+    Args:
+        path: The file; None for work that is not resumed.
+        seconds: The longest time between two saves. See `SaveTimer`.
+
+    Example:
+        >>> results = PartialResults(Path("draft/unit_3/parts.safetensors"))
+        >>> parts = results.load()
+        >>> for layer in layers[len(parts) :]:
+        ...     parts.append(fit_layer(layer))
+        ...     results.save(lambda: parts)
+    """
+
+    def __init__(self, path: Path | None, seconds: float = LONGEST) -> None:
+        self.path, self.timer = path, SaveTimer(seconds)
+
+    def load(self) -> list[Any]:
+        """Return the parts that an earlier run had finished and saved."""
+        checkpoint = self.path and load_checkpoint(self.path)
+        return checkpoint["parts"] if checkpoint else []
+
+    def save(self, make_parts: Callable[[], list[Any]]) -> None:
+        """Save all parts that are finished so far, if that is due."""
+        path = self.path
+        if path and self.timer.is_due:
+            self.timer.save(lambda: pytree_io.save_tree({"parts": make_parts()}, path), path)
+
+    def remove(self) -> None:
+        """Remove the file, when all parts are finished."""
+        if self.path:
+            self.path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -95,7 +110,7 @@ class ResumableTrainers:
     Args:
         make: Returns a Trainer, given further arguments of it.
         folder: The folder of the checkpoints; None for fits that are not resumed.
-        seconds: The time between checkpoints. A shorter fit writes none.
+        seconds: The longest time between two checkpoints. See `SaveTimer`.
 
     Example:
         >>> trainers = ResumableTrainers(lightning.Trainer, Path("draft/unit_3"))
@@ -104,7 +119,7 @@ class ResumableTrainers:
 
     make: Callable[..., L.Trainer]
     folder: Path | None = None
-    seconds: float = 60.0
+    seconds: float = LONGEST
 
     def __call__(self, **options: Any) -> L.Trainer:
         return self.make(**options)
@@ -112,6 +127,11 @@ class ResumableTrainers:
     def for_part(self, name: str) -> "ResumableTrainers":
         """Return the factory for one of several fits that are made one after another."""
         return replace(self, folder=self.folder and self.folder / name)
+
+    def make_results(self) -> PartialResults:
+        """Return the results of the parts of a method that does not train, or of several fits."""
+        path = self.folder and self.folder / "parts.safetensors"
+        return PartialResults(path, self.seconds)
 
     def fit(self, task: L.LightningModule, **options: Any) -> None:
         """Call `Trainer.fit`, from the last checkpoint if there is one."""
@@ -125,34 +145,6 @@ class ResumableTrainers:
         trainer.fit(task, ckpt_path=checkpoint)
 
 
-class PartialResults:
-    """The finished parts of several fits that are made one after another.
-
-    Example:
-        >>> results = PartialResults(trainers)
-        >>> parts = results.load()
-        >>> for layer in layers[len(parts) :]:
-        ...     parts.append(fit_layer(layer))
-        ...     results.save(lambda: parts)
-    """
-
-    def __init__(self, trainers: ResumableTrainers) -> None:
-        self.path = trainers.folder and trainers.folder / "parts.safetensors"
-        self.interval = Interval(trainers.seconds)
-
-    def load(self) -> list[Any]:
-        """Return the parts that an earlier run had finished and saved."""
-        checkpoint = self.path and load_checkpoint(self.path)
-        return checkpoint["parts"] if checkpoint else []
-
-    def save(self, make_parts: Callable[[], list[Any]]) -> None:
-        """Save all parts that are finished so far, if the interval is over."""
-        path = self.path
-        if path and self.interval.is_over:
-            try_save(lambda: pytree_io.save_tree({"parts": make_parts()}, path), path)
-            self.interval = Interval(self.interval.seconds)
-
-
 def load_checkpoint(path: Path) -> Any:
     """Return the content of a checkpoint; None, with a warning, if the file is damaged."""
     try:
@@ -160,5 +152,5 @@ def load_checkpoint(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        log.warning("ignoring checkpoint %s, this fit begins again: %s", path, error)
+        log.warning("ignoring checkpoint %s, this part begins again: %s", path, error)
         return None

@@ -1,4 +1,7 @@
-"""Confidence intervals of means, tests of paired differences, and a correction for many tests."""
+"""Confidence intervals of means, tests of paired differences, and a correction for many tests.
+
+SciPy is imported where it is used, because its import is slow and the core works without it.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -8,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import DegenerateDataWarning, binomtest, bootstrap, ttest_1samp
 
 RESAMPLES = 9_999
 
@@ -19,7 +21,13 @@ MAX_NUMBERS_IN_MEMORY = 2**22  # numbers of resamples that are held at a time
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % confidence interval."""
+    """A mean and its 95 % confidence interval.
+
+    Attributes:
+        mean: The mean.
+        low: The lower end of the interval.
+        high: The upper end of the interval.
+    """
 
     mean: float
     low: float
@@ -35,6 +43,8 @@ def compute_interval(values: Sequence[float], seed: int = 0) -> Interval:
         >>> compute_interval([0, 1, 1, 1])
         Interval(mean=0.75, low=0.3006..., high=0.9544...)
     """
+    from scipy.stats import binomtest
+
     data = np.asarray(values, dtype=np.float64)
     if set(data) <= {0.0, 1.0}:
         wilson = binomtest(int(data.sum()), len(data)).proportion_ci(method="wilson")
@@ -64,6 +74,8 @@ def compute_intervals(data: Float[np.ndarray, "k n"], seed: int = 0) -> list[Int
 
 def run_t_tests(data: Float[np.ndarray, "k n"]) -> Any:
     """Return scipy's t test of each row against a mean of 0. It is nan for a constant row."""
+    from scipy.stats import ttest_1samp
+
     with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)  # raised for nearly constant rows
         return ttest_1samp(data, 0.0, axis=1)
@@ -76,6 +88,8 @@ def bootstrap_intervals(data: Float[np.ndarray, "k n"], seed: int) -> list[Inter
     differences of 0 and 1: the bias correction of BCa expects many different values, and would
     declare 3 wins among 61 ties significant.
     """
+    from scipy.stats import DegenerateDataWarning, bootstrap
+
     with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
         warnings.simplefilter("ignore", DegenerateDataWarning)
         result = bootstrap(

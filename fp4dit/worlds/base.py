@@ -35,11 +35,20 @@ class Thing(ABC):
     """An object of a scene.
 
     Subclasses are dataclasses with these fields and one for each further attribute.
+
+    Attributes:
+        size: Word for the size.
+        x: Centre in pixels, from the left.
+        y: Centre in pixels, from the top.
+
+    Example:
+        >>> describe_thing(ShapeThing("circle", "red", "small", x=32.0, y=32.0))
+        'a small red circle'
     """
 
     size: str
-    x: float  # centre in pixels, from the left
-    y: float  # centre in pixels, from the top
+    x: float
+    y: float
 
     @property
     @abstractmethod
@@ -58,8 +67,8 @@ class Scene:
 
     Attributes:
         things: One or two objects, of the world's own class.
-        relation: The place of the first object relative to the second; None for one object.
-        background: The name of the background.
+        relation: Place of the first object relative to the second; None for one object.
+        background: Name of the background.
 
     Example:
         >>> scene = next(ShapesWorld().iterate_scenes(seed=0, held_out=False))
@@ -146,7 +155,7 @@ class World(ABC):
 
         Args:
             images: Images in [0, 1].
-            captions: A caption of this world for each image.
+            captions: Caption of this world for each image.
 
         Returns:
             For every name in `verdicts`, one value per image: True if it agrees with its caption.
@@ -162,7 +171,7 @@ class World(ABC):
 
         Args:
             readings: What was read of each image.
-            captions: A caption of this world for each image.
+            captions: Caption of this world for each image.
             compare: Function from a reading and a caption's scene to the verdicts by their names.
 
         Returns:

@@ -13,6 +13,9 @@ from fp4dit.worlds.base import World
 class OracleAccuracy(PerImageMetric):
     """Share of images in which a world's oracle reads exactly what the caption says.
 
+    Args:
+        world: World whose captions the images were drawn for.
+
     Example:
         >>> OracleAccuracy(ShapesWorld()).score(images, images, captions)
     """

@@ -64,8 +64,8 @@ def format_costs(
     """Return a heading, and a line with the estimate of each stage.
 
     Args:
-        stages: Names of all stages.
-        pending: Names of the stages that would run.
+        stages: The names of all stages.
+        pending: The names of the stages that would run.
         costs: The estimates by stage. Some stages have none.
     """
     lines: list[tuple[str, ...]] = [COST_HEADING]

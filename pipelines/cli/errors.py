@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fp4dit.utils.errors import UserError
+from fp4dit.utils.extras import explain_missing_package
 from pipelines.config.compose import compose_config
 from pipelines.config.resolvers import list_options, suggest_names
 from pipelines.config.validation import get_parameter_types, select_value
@@ -21,7 +22,7 @@ from pipelines.runtime.oom import last_error_line
 
 LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
 
-INSTALL_LAUNCHERS = "pip install -c constraints.txt -e '.[launchers]'"
+INSTALL_LAUNCHERS = "pip install 'fp4dit[launchers]'"
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -84,6 +85,8 @@ def explain_error(error: Exception, config: str = "run") -> str | None:
         # The error of a process that Lightning spawned holds the traceback as text.
         return last_error_line(error)
     if isinstance(error, OSError) and (message := _explain_os_error(error)):
+        return message
+    if message := explain_missing_package(error):
         return message
     for types, pattern, message in EXPLANATIONS:
         match = re.search(pattern, str(error))

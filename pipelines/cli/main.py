@@ -38,14 +38,25 @@ def run_command(main: Callable[[], Any]) -> None:
     # joblib warns when it replaces workers whose memory has grown, as it does in each worker that
     # loads a model.
     warnings.filterwarnings("ignore", "A worker stopped while some jobs were given")
-    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints the error itself and exits
-    try:
+    with exit_with_explanation(config=Path(inspect.getfile(inspect.unwrap(main))).stem):
         check_text_for_secrets(" ".join(sys.argv))
         check_group_values(sys.argv[1:])
         with sandbox_dry_run(sys.argv) as arguments:
             sys.argv = arguments
             main()
+
+
+@contextmanager
+def exit_with_explanation(config: str = "run") -> Iterator[None]:
+    """Context manager: end the program with one message for an error that its user can mend.
+
+    Args:
+        config: The root config of the command, for messages about its keys.
+    """
+    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints the error itself and exits
+    try:
+        yield
     except (KeyboardInterrupt, SystemExit) as stop:
         cause = stop.__context__ if isinstance(stop, SystemExit) else stop
         if not isinstance(cause, KeyboardInterrupt):
@@ -54,7 +65,6 @@ def run_command(main: Callable[[], Any]) -> None:
         print("stopped. Finished work is kept: the same command resumes it", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        config = Path(inspect.getfile(inspect.unwrap(main))).stem
         message = explain_error(error, config)
         if show_traceback or message is None:
             raise

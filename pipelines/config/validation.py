@@ -14,11 +14,11 @@ from typing import Any, get_args, get_type_hints
 
 from beartype import BeartypeConf
 from beartype.door import is_bearable
-from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fp4dit.utils.errors import UserError
+from pipelines.config.compose import compose_config
 from pipelines.config.resolvers import CONF
 
 TYPE_NAMES = {
@@ -58,7 +58,7 @@ def check_override_types(cfg: DictConfig, overrides: Sequence[str], name: str = 
             texts[key] = text
     if not texts:
         return
-    defaults = compose(name, [text for text in overrides if text not in texts.values()])
+    defaults = compose_config(name, [text for text in overrides if text not in texts.values()])
     for key, text in texts.items():
         default, value = select_value(defaults, key), select_value(cfg, key)
         if default is None or has_same_type(value, default):

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fp4dit.store.manifest import compute_key
 from fp4dit.store.store import Store
 from fp4dit.utils.errors import UserError
-from pipelines.config.validation import check_numbers_finite, describe_type_error
+from pipelines.config.validation import check_numbers_finite
+from pipelines.planning.instantiate import instantiate_node
 from pipelines.planning.stage_kinds import make_identity
 from pipelines.runtime.oom import explain_out_of_memory
 from pipelines.runtime.trainer import Runtime
@@ -21,9 +20,6 @@ from pipelines.runtime.trainer import Runtime
 if TYPE_CHECKING:
     from pipelines.stages.base import Stage
 
-
-# The errors that a wrong value in a config causes in the code that receives it.
-CONFIG_ERRORS = (ValueError, TypeError, AttributeError, ArithmeticError, LookupError)
 
 # The keys of a stage node that belong to its identity, but are not arguments of its class.
 IDENTITY_KEYS = ("version", "content", "needs")
@@ -71,21 +67,7 @@ class PlannedStage:
         Raises:
             UserError: if the config names something that does not exist, or has a wrong value.
         """
-        try:
-            return instantiate(self.config, _convert_="all")
-        except InstantiationException as error:
-            cause = error.__cause__
-            if not isinstance(cause, (UserError, *CONFIG_ERRORS)):
-                raise
-            place = str(error).rpartition("full_key: ")[2]
-            message = f"{cause}. Is every value of {place} of the right kind?"
-            if isinstance(cause, UserError):
-                message = str(cause)
-            elif type_error := describe_type_error(self.config):
-                message = type_error
-            raise UserError(f"{self.name}: {message}") from error
-        except CONFIG_ERRORS as error:
-            raise UserError(f"{self.name}: {error}") from error
+        return instantiate_node(self.name, self.config)
 
 
 def make_plan(cfg: DictConfig) -> dict[str, PlannedStage]:

@@ -159,7 +159,7 @@ class ResultExplainer:
         """Yield lines that say why a run has no result, or where its result is.
 
         Args:
-            name: Name to print for the run.
+            name: The name to print for the run.
             plan: The planned stages of the run.
             target: The stage whose result is meant.
         """

@@ -73,7 +73,16 @@ def format_estimate(seconds_by_stage: Mapping[str, float | None]) -> str:
 
 
 class MeasuredTimes:
-    """Times that stages in the store took, as estimates of stages that are missing."""
+    """Times that stages in the store took, as estimates of stages that are missing.
+
+    Args:
+        stages: Stages that may be in the store.
+        store: The store.
+
+    Example:
+        >>> times = MeasuredTimes(stored_run.stages.values(), store)
+        >>> seconds_by_stage = times.estimate_run(missing_run)
+    """
 
     def __init__(self, stages: Iterable[PlannedStage], store: Store) -> None:
         self.store = store

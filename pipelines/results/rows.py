@@ -28,6 +28,11 @@ class PlannedRun:
         name: Name that is printed: the row's label, group and seed.
         overrides: Command line of `pipelines.run`.
         plan: Stages of the run, or why they cannot be planned.
+
+    Example:
+        >>> overrides = ["method=gptq", "seed=1"]
+        >>> [plan] = plan_runs([overrides], "outputs", [])
+        >>> row = PlannedRun("GPTQ, seed 1", overrides, plan).load_row(store, ScoredRow("GPTQ", {}))
     """
 
     name: str
@@ -91,7 +96,16 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of a table, and its runs by seed."""
+    """A row of a table, and its runs by seed.
+
+    Attributes:
+        empty_row: Row without numbers, as its config describes it.
+        runs: Run of each seed.
+
+    Example:
+        >>> row = TableRow(ScoredRow("GPTQ", {}), {0: first_run, 1: second_run})
+        >>> psnr = row.load_row(store).values["psnr"]  # the mean over seeds
+    """
 
     empty_row: ScoredRow
     runs: Mapping[int, PlannedRun]
@@ -145,7 +159,7 @@ def list_run_overrides(
         base: Overrides that stand before those of every row.
         node: Config of the row.
         overrides: Overrides that are added to every row.
-        seeds: The option `seeds`: null, a number or a list.
+        seeds: Option `seeds`: null, a number or a list.
 
     Raises:
         UserError: if the seeds are not different whole numbers.

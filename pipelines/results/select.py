@@ -38,6 +38,11 @@ class ConfiguredRow:
         label: Label of the row.
         name: Label and group of the row.
         runs: Overrides of its runs, one for each seed, by their names.
+
+    Example:
+        >>> row = ConfiguredRow("demo", "GPTQ", "GPTQ, 4 bits", {"GPTQ, 4 bits": ["method=gptq"]})
+        >>> row.matches("demo/GPTQ")
+        True
     """
 
     table: str

@@ -1,7 +1,9 @@
 """The stage that calibrates static activation quantizers."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fp4dit.calibration.activations import MeasureTask, ObserveTask, save_scales
@@ -17,7 +19,7 @@ from fp4dit.utils.files import write_csv, write_json
 from pipelines.runtime.trainer import Runtime
 from pipelines.stages.base import Needs, Stage
 from pipelines.stages.capture import Calibration
-from pipelines.stages.sharded import load_one_by_one
+from pipelines.stages.replay import replay_steps
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,16 @@ class Activate(Stage):
             # The reconstruct stage may have calibrated some already.
             if rule.observer and activations[name].qparams is None:
                 observed[name] = rule
-        steps = load_steps(needs["calls"] / "calls", self.calibration.num_prompts)
-        train_steps, val_steps = (load_one_by_one(each) for each in steps)
+        train_steps, val_steps = load_steps(needs["calls"] / "calls", self.calibration.num_prompts)
+        resume_folder = out / "activate.resume"
         if observed:
             observe = ObserveTask(pipeline, activations, observed)
-            trainer = runtime.make_trainer("activate: observe", devices=1)
-            trainer.test(observe, train_steps, verbose=False)
+            make_trainer = partial(runtime.make_trainer, "activate: observe", devices=1)
+            replay_steps(observe, train_steps, make_trainer, resume_folder / "observe.safetensors")
             observe.calibrate()
         measure = MeasureTask(pipeline, activations)
-        trainer = runtime.make_trainer("activate: measure", devices=1)
-        trainer.test(measure, val_steps, verbose=False)
+        make_trainer = partial(runtime.make_trainer, "activate: measure", devices=1)
+        replay_steps(measure, val_steps, make_trainer, resume_folder / "measure.safetensors")
         save_scales(activations, out / "scales.safetensors")
         write_csv(out / "sqnr.csv", measure.compute_sqnr())
         audit = measure.audit_activations(rules)
@@ -77,3 +79,4 @@ class Activate(Stage):
             "bit_operations": operations,
         }
         write_json(out / "audit.json", summary)
+        shutil.rmtree(resume_folder, ignore_errors=True)

@@ -31,11 +31,11 @@ class Export(Stage):
     """Stage that writes a pipeline with a packed transformer, and optionally a packed text encoder.
 
     Args:
-        text_encoder: rules for the text encoder; without any it is not quantized.
-        at_least: the least values that metrics must reach.
-        at_most: the greatest values that metrics may have.
-        force: whether to export although a metric misses its bound.
-        metrics: the names of all metrics that are scored.
+        text_encoder: Rules for the text encoder; without any it is not quantized.
+        at_least: The least values that metrics must reach.
+        at_most: The greatest values that metrics may have.
+        force: Whether to export although a metric misses its bound.
+        metrics: The names of all metrics that are scored.
 
     Example:
         See the node `export` of `conf/stages/default.yaml`.

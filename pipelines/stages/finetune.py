@@ -12,6 +12,7 @@ from fp4dit.calibration.captured_calls import load_calls, split_rows
 from fp4dit.calibration.dataset import UnitDataset
 from fp4dit.calibration.histograms import copy_weights
 from fp4dit.calibration.propagate import compute_relative_error, propagate_unit
+from fp4dit.calibration.saved_rows import SavedRows
 from fp4dit.data.columns import MemoryBudget, RowSource, RowSubset
 from fp4dit.estimate.stages import Estimator, StageCost
 from fp4dit.models.base import Pipeline, PipelineSource
@@ -75,19 +76,22 @@ class Finetune(Stage):
         unit = teacher.make_unit(list(columns))
         batch_size, device = self.calibration.replay_batch_size, runtime.device
         progress = partial(runtime.iter_with_progress, "finetune: outputs of the original")
-        target = propagate_unit(teacher, unit, columns, batch_size, device, memory, progress)
+        resume_folder = out / "finetune.resume"
+        saved = SavedRows(resume_folder / "targets")
+        target = propagate_unit(teacher, unit, columns, batch_size, device, memory, progress, saved)
         pipeline, activations = self.load_quantized(needs, runtime)
         student, layers = WholeModel(pipeline), find_quantized_layers(pipeline)
         val_columns, val_target = (select_subset(each, val_rows) for each in (columns, target))
 
-        def compute_error() -> float:
-            module = student.to(device)
-            outputs = propagate_unit(module, unit, val_columns, batch_size, device, memory)
+        def compute_error(name: str) -> float:
+            module, saved = student.to(device), SavedRows(resume_folder / name)
+            outputs = propagate_unit(
+                module, unit, val_columns, batch_size, device, memory, saved=saved
+            )
             return compute_relative_error(outputs, val_target)
 
-        error_before = compute_error()
+        error_before = compute_error("before")
         restore_latent_weights(layers, original)
-        resume_folder = out / "finetune.resume"
         trainers = ResumableTrainers(partial(runtime.make_trainer, "finetune"), resume_folder)
         dataset = UnitDataset(unit, columns, target, train_rows, memory)
         with pass_gradients_through(activations):
@@ -96,7 +100,7 @@ class Finetune(Stage):
         for number, block in enumerate(pipeline.units(), 1):
             save_layers(filter_by_unit(layers, block), unit_path(out / "units", number, block))
         write_csv(out / "curve.csv", [{"unit": "whole", **point} for point in curve])
-        errors = {"unit": "whole", "error": compute_error(), "before": error_before}
+        errors = {"unit": "whole", "error": compute_error("after"), "before": error_before}
         write_json(out / "blocks.json", [errors])
         # Fine-tuning does not minimize the error of single blocks, so it is not reported.
         summary = read_json(needs["weights"] / "audit.json")

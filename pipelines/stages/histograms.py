@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fp4dit.calibration import histograms
@@ -17,7 +18,7 @@ from fp4dit.utils.files import write_json
 from pipelines.runtime.trainer import Runtime
 from pipelines.stages.base import Needs, Stage
 from pipelines.stages.capture import Calibration
-from pipelines.stages.sharded import load_one_by_one
+from pipelines.stages.replay import replay_steps
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Histograms(Stage):
         )
         _, val_steps = load_steps(needs["calls"] / "calls", self.calibration.num_prompts)
         task = HistogramTask(pipeline, activations)
-        trainer = runtime.make_trainer("histograms", devices=1)
-        trainer.test(task, load_one_by_one(val_steps), verbose=False)
+        make_trainer = partial(runtime.make_trainer, "histograms", devices=1)
+        resume_path = out / "histograms.resume"
+        replay_steps(task, val_steps, make_trainer, resume_path)
         weights = {}
         for name, layer in model.named_modules():
             if isinstance(layer, QuantLayer):
@@ -64,3 +66,4 @@ class Histograms(Stage):
                 weights[name] = histograms.compute_weight_histogram(layer, original).to_dict()
         inputs = {name: histogram.to_dict() for name, histogram in task.histograms.items()}
         write_json(out / "histograms.json", {"weight": weights, "activation": inputs})
+        resume_path.unlink(missing_ok=True)

@@ -102,5 +102,7 @@ class Reconstruct(Stage):
             memory=memory,
         )
         return work.run(
-            columns, lambda label: partial(runtime.make_trainer, f"reconstruct {label}")
+            columns,
+            lambda label: partial(runtime.make_trainer, f"reconstruct {label}"),
+            partial(runtime.iter_with_progress, "reconstruct"),
         )

@@ -117,6 +117,9 @@ class ShardQueue(IterableDataset[Any]):
 class ShardedStage(Stage):
     """A stage that consists of shards, which several processes may make in parallel.
 
+    A task may keep the state of a shard in a file `*.resume` in the folder of the shards. The stage
+    removes such files at its end.
+
     Class attributes:
         label: The text before the progress.
         folder: The name of the folder that holds the shards, within the stage's folder.
@@ -146,6 +149,8 @@ class ShardedStage(Stage):
     def run(self, needs: Needs, out: Path, runtime: Runtime) -> None:
         (out / self.folder).mkdir(exist_ok=True)
         self.make_shards(needs, out, runtime, wait_for_others=True)
+        for path in (out / self.folder).glob("*.resume"):  # of a run killed at the end of a shard
+            path.unlink(missing_ok=True)
         self.finish(needs, out, runtime)
 
     def assist(self, needs: Needs, out: Path, runtime: Runtime) -> None:

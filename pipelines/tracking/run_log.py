@@ -71,7 +71,7 @@ def log_sqnr(run: Any, lines: Sequence[Mapping[str, str]]) -> None:
     """Log the SQNR table, the mean of each layer, and mean and worst of each timestep."""
     import wandb
 
-    rows: list[list[Any]] = []
+    rows: list[Any] = []
     for line in lines:
         rows.append([line["layer"], float(line["timestep"]), float(line["sqnr_db"])])
     run.log({"sqnr": wandb.Table(["layer", "timestep", "sqnr_db"], rows)})

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from fp4dit.store.store import Store
+from fp4dit.utils.extras import require_extra
 from pipelines.config.resolvers import CONF
 from pipelines.tracking.run_log import (
     Stages,
@@ -42,6 +43,10 @@ class WandbView:
         name: Name of the run; if empty, it is made from the overrides.
         images: Number of images that are shown beside their references.
         timeout: Seconds to wait for a server that does not answer.
+
+    Example:
+        >>> view = WandbView("fp4dit", "offline", "outputs", group=None, job_type=None, name="gptq")
+        >>> view.show(cfg, stages, store)
     """
 
     project: str
@@ -53,6 +58,9 @@ class WandbView:
     images: int = 8
     timeout: float = 300.0
 
+    def __post_init__(self) -> None:
+        require_extra("pipeline", "logger=wandb")
+
     def show(
         self, cfg: DictConfig, stages: Stages, store: Store, overrides: Sequence[str] = ()
     ) -> None:
@@ -61,7 +69,7 @@ class WandbView:
         Args:
             cfg: Config of the job.
             stages: Its stages.
-            store: The store with their results.
+            store: Store with their results.
             overrides: Its command line, from which the run gets its name.
         """
         try:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.conftest import wait_until
+from tests.helpers.waiting import PATIENCE, wait_until
 
 # A requeued job is held until its credential expires, which takes two minutes by default.
 SLURM = """
@@ -79,7 +79,7 @@ class Cluster:
 
     def run(self, *command: str) -> str:
         """Run a command of SLURM, which must succeed, and return its output."""
-        kw = {"env": self.environment, "capture_output": True, "text": True, "timeout": 60}
+        kw = {"env": self.environment, "capture_output": True, "text": True, "timeout": PATIENCE}
         done = subprocess.run(command, **kw)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
@@ -155,7 +155,7 @@ def start_database(folder: Path, port: int, start: Callable[..., object]) -> Non
 
 def succeeds(*command: str, env: dict[str, str] | None = None) -> bool:
     """Return True if a command succeeds."""
-    return subprocess.run(command, env=env, capture_output=True, timeout=60).returncode == 0
+    return subprocess.run(command, env=env, capture_output=True, timeout=PATIENCE).returncode == 0
 
 
 def find_free_ports(count: int) -> list[int]:

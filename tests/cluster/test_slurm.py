@@ -10,9 +10,9 @@ from fp4dit.store.store import Store
 from pipelines.planning.executor import execute_plan
 from pipelines.runtime.trainer import Runtime
 from tests.cluster.cluster import Cluster, start_cluster
-from tests.conftest import wait_until
 from tests.faults.conftest import DRILL, Plan, start_job
 from tests.faults.drill import check, results, units
+from tests.helpers.waiting import PATIENCE, wait_until
 
 PARTS = ["stages=shared", DRILL[1]]
 
@@ -63,7 +63,7 @@ def check_sweep(
     process: subprocess.Popen[str], outputs: Path, steps: Plan, stages: list[str] = DRILL
 ) -> None:
     """Check that a sweep succeeds, with the results of its jobs without a cluster."""
-    output = "".join(process.communicate(timeout=400))
+    output = "".join(process.communicate(timeout=PATIENCE))
     assert process.returncode == 0, output
     alone = outputs.with_name("alone")
     for seed in (1, 2):
@@ -126,7 +126,7 @@ def test_a_killed_job_is_named_and_can_be_resumed(slurm: Cluster, outputs: Path,
     process = sweep(slurm, outputs, 1)
     known = wait_for_units(outputs)
     slurm.run("scancel", "1_0")
-    out, error = process.communicate(timeout=200)
+    out, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert error.startswith("error: job 1_0 ended without a result (state: CANCELLED by 0)"), error
     assert "Traceback" not in out + error

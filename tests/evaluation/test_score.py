@@ -13,6 +13,7 @@ from fp4dit.evaluation.score import ScoreTask, list_score_files, load_shards, ma
 from fp4dit.metrics.base import PerImageMetric
 from fp4dit.metrics.clip import CLIPScore
 from fp4dit.metrics.full_reference import PSNR, SSIM
+from fp4dit.utils import save_timer
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.images import read_image
 from pipelines.runtime.trainer import Runtime
@@ -77,7 +78,11 @@ def score_images(
     files = [list_score_files(out, shard) for shard in shards]
     queue = ShardQueue(shards, files, out, "", wait_for_others=True)
     runtime = Runtime({"accelerator": "cpu", "devices": 1, **devices}, "none")
-    runtime.make_trainer("score").predict(task, load_one_by_one(queue), return_predictions=False)
+    trainer = runtime.make_trainer("score")
+    try:
+        trainer.predict(task, load_one_by_one(queue), return_predictions=False)
+    finally:
+        queue.close()
     return load_shards(out)
 
 
@@ -98,6 +103,28 @@ def test_two_processes_write_the_files_of_one(folders, tmp_path):
     assert read_folder(tmp_path / "one") == read_folder(tmp_path / "two")
     assert torch.equal(one["psnr"], two["psnr"])
     assert torch.equal(one["clip"], two["clip"])
+
+
+def test_a_killed_shard_continues_at_the_batch(folders, tmp_path, monkeypatch):
+    """The run is killed at the third of five batches, of which four are in the first shard."""
+    for name in ("SHORTEST", "SAVES_PER_INTERVAL"):
+        monkeypatch.setattr(save_timer, name, 0.0)
+    monkeypatch.setattr(save_timer, "process_age", lambda: 0.0)
+    scored = []
+
+    class Mortal(PSNR):
+        def score(self, images, reference, prompts):
+            scored.append(len(images))
+            if len(scored) == 3:
+                raise KeyError("killed")
+            return super().score(images, reference, prompts)
+
+    score_images({"psnr": PSNR()}, folders, tmp_path / "whole")
+    with pytest.raises(KeyError, match="killed"):
+        score_images({"psnr": Mortal()}, folders, tmp_path / "killed")
+    score_images({"psnr": Mortal()}, folders, tmp_path / "killed")
+    assert scored == [16, 16, 16, 16, 16, 6]
+    assert read_folder(tmp_path / "killed") == read_folder(tmp_path / "whole")
 
 
 def test_a_finished_shard_is_not_scored_again(folders, tmp_path):

@@ -16,6 +16,7 @@ from fp4dit.utils.files import atomic_write_checksummed
 from pipelines.runtime.trainer import Runtime
 from pipelines.stages.base import Stage
 from pipelines.stages.sharded import ShardedStage
+from tests.helpers.waiting import wait_until
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,7 @@ def wait_at(point: str) -> None:
     if not hold.exists() or hold.read_text() != point:
         return
     hold.with_name(f"{hold.name}.{os.getpid()}").touch()
-    while hold.exists():
-        time.sleep(0.01)
+    wait_until(lambda: not hold.exists())
 
 
 def append_log(line: str) -> None:

@@ -57,7 +57,9 @@ def srun(*arguments: str) -> None:
     ids = {f"SLURM_{name}": "0" for name in ("LOCALID", "NODEID", "PROCID")}
     ids |= {f"SLURM_{name}": "1" for name in ("NTASKS", "JOB_NUM_NODES")}
     paths = [Path(name.replace("%A_%a", job).replace("%t", "0")) for name in (path, error)]
+    end = time.monotonic() + 900
     while not paths[0].parent.exists():  # until the launcher has made the job's folder
+        assert time.monotonic() < end
         time.sleep(0.01)
     with paths[0].open("a") as out, paths[1].open("a") as err:
         running = subprocess.Popen(command, env=os.environ | ids, stdout=out, stderr=err)

@@ -25,10 +25,11 @@ from pipelines.planning.executor import execute_plan, list_pending_stages
 from pipelines.planning.plan import make_plan
 from pipelines.planning.plan_cache import plan_runs
 from pipelines.runtime.trainer import Runtime
-from tests.conftest import ROOT, TOY, wait_until
+from tests.conftest import ROOT, TOY
 from tests.faults.conftest import DRILL, LONG, Plan, fork_job, start_job
 from tests.faults.drill import check, results
 from tests.helpers.small_runs import SMALL
+from tests.helpers.waiting import PATIENCE, wait_until
 
 Mount = Callable[[str, str], Path]
 Hold = Callable[[str], Path]
@@ -48,7 +49,7 @@ def test_a_full_disk_is_reported_and_loses_nothing_finished(
     else:
         (place / "full").write_bytes(bytes(4096))
         process, known = start_job(place), {}
-        error = process.communicate(timeout=300)[1]
+        error = process.communicate(timeout=PATIENCE)[1]
         assert process.returncode == 1
         assert error.count("error: the disk is full") == 1
         assert "Traceback" not in error
@@ -77,7 +78,7 @@ def test_all_tensor_writers_report_a_full_disk(tmpfs: Mount, pipeline: PixArtAda
 
 def check_permission_error(process: subprocess.Popen, folder: Path) -> None:
     """Check that a job fails with one message that names the folder."""
-    error = process.communicate(timeout=300)[1]
+    error = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 1, error
     assert error.count("error:") == 1
     assert "Traceback" not in error

@@ -15,10 +15,10 @@ from fp4dit.store.locks import read_holder
 from fp4dit.store.store import Store
 from pipelines.planning.executor import execute_plan
 from pipelines.runtime.trainer import Runtime
-from tests.conftest import wait_until
 from tests.faults.conftest import LONG, Plan, fork_job, has_ended, start_job
 from tests.faults.drill import check, count_files, results
 from tests.helpers.small_runs import SMALL
+from tests.helpers.waiting import PATIENCE, wait_until
 
 Hold = Callable[[str], Path]
 
@@ -69,7 +69,7 @@ def test_kills_of_the_real_thing_lose_nothing_finished(tmp_path: Path):
         process = start_job(tmp_path, stages=small)
         number = count_files(root) + rng.randint(0, 5)
         has_files = lambda n=number: count_files(root) >= n
-        wait_until(lambda p=process, done=has_files: done() or p.poll() is not None, 600)
+        wait_until(lambda p=process, done=has_files: done() or p.poll() is not None)
         time.sleep(rng.uniform(0, 3))
         process.kill()
         code = process.wait()
@@ -160,7 +160,7 @@ def test_ctrl_c_leaves_a_clean_state(steps: Plan, tmp_path: Path, hold: Hold, ti
     for _ in range(times):
         process.send_signal(signal.SIGINT)
         time.sleep(0.001)
-    error = process.communicate(timeout=300)[1]
+    error = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 130, error
     assert "Traceback" not in error
     if times == 1:
@@ -176,10 +176,9 @@ def test_ctrl_c_leaves_a_clean_state(steps: Plan, tmp_path: Path, hold: Hold, ti
 def test_ctrl_c_during_training_exits_with_130(tmp_path: Path):
     process = start_job(tmp_path, stages=[*SMALL, "rounding.steps=100000"])
     try:
-        wait_for(tmp_path, "store/reconstruct/*.draft/units")
-        time.sleep(5)  # it learns by now
+        wait_for(tmp_path, "store/reconstruct/*.draft/units/*.resume/fit.safetensors")
         process.send_signal(signal.SIGINT)
-        error = process.communicate(timeout=300)[1]
+        error = process.communicate(timeout=PATIENCE)[1]
     finally:
         process.kill()
     assert process.returncode == 130, error

@@ -11,11 +11,11 @@ import pytest
 from fp4dit.store.store import Store
 from pipelines.planning.executor import execute_plan
 from pipelines.runtime.trainer import Runtime
-from tests.conftest import wait_until
 from tests.faults import slurm
 from tests.faults.conftest import DRILL, LONG, Plan, start_job
 from tests.faults.drill import check, results, units
 from tests.helpers.small_runs import SMALL, read_files, run_stages
+from tests.helpers.waiting import PATIENCE, wait_until
 
 SWEEP = ["-m", *DRILL, "generation.seed=1,2"]
 
@@ -31,9 +31,15 @@ def undisturbed(steps: Plan, tmp_path: Path) -> dict[str, bytes]:
     return results(root)
 
 
+def check_success(process: subprocess.Popen) -> None:
+    """Wait for a sweep, which must succeed."""
+    output = "".join(process.communicate(timeout=PATIENCE))
+    assert process.returncode == 0, output
+
+
 def test_jobs_of_submitit_make_the_same_results(tmp_path: Path, undisturbed: dict[str, bytes]):
     process = start_job(tmp_path / "local", "hydra/launcher=submitit_local", stages=SWEEP)
-    assert process.wait(600) == 0
+    check_success(process)
     assert results(tmp_path / "local" / "store") == undisturbed
 
 
@@ -67,7 +73,7 @@ def test_slurm_jobs_resume_after_preemption_and_timeout(
     wait_until(lambda: list((tmp_path / "cluster" / "sweeps").glob("*/1/.hydra")))
     os.kill(pid(1), signal.SIGUSR2)
     held.unlink()
-    assert process.wait(600) == 0
+    check_success(process)
     assert "Requeued job 7_1 (19 remaining timeouts)" in read_log(tmp_path, "7_1")
     check(root, known)
     assert results(root) == undisturbed

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import wait_until
+from tests.helpers.waiting import wait_until
 from tests.machines.machine import Machine, start_machines
 
 # The lock of a lost machine becomes free after a lease, which is 90 s by default.
@@ -32,7 +32,7 @@ def network(tmp_path: Path) -> Iterator[Network]:
     def start(*names: str) -> list[Machine]:
         started.extend(start_machines(tmp_path, names))
         for machine in started:
-            wait_until((machine.folder / "up").exists, 600)
+            wait_until((machine.folder / "up").exists)
         server, *others = started
         server.run(SERVE)
         for other in others:

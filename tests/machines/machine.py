@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 
-from tests.conftest import wait_until
+from tests.helpers.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 KERNEL = ROOT / "outputs" / "machines"  # `make test-machines` unpacks it here
@@ -101,9 +101,9 @@ class Machine:
         (self.folder / "given").rename(running.path.with_suffix(".sh"))
         return running
 
-    def run(self, script: str, seconds: float = 60.0) -> str:
+    def run(self, script: str) -> str:
         """Run a script, which must succeed, and return its output."""
-        return self.start(script).wait(seconds)
+        return self.start(script).wait()
 
     def start_module(self, module: str, *arguments: str) -> "Running":
         """Start `python -m module`."""
@@ -138,9 +138,9 @@ class Running:
         """Return True if the script or its machine has ended."""
         return self.code is not None or self.machine.process.poll() is not None
 
-    def wait(self, seconds: float = 600.0) -> str:
+    def wait(self) -> str:
         """Wait for the script, which must succeed, and return its output."""
-        wait_until(self.has_ended, seconds)
+        wait_until(self.has_ended)
         assert self.code == 0, f"{self.machine.name}: {self.path.read_text()}\n{self.output}"
         return self.output
 

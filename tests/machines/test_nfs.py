@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fp4dit.store.store import Store
-from tests.conftest import wait_until
+from tests.helpers.waiting import wait_until
 from tests.machines.conftest import Network
 from tests.machines.job import COUNT, unit_content
 from tests.machines.machine import Machine, Running
@@ -79,11 +79,11 @@ def test_a_killed_process_and_a_lost_machine_are_replaced(network: Network, tmp_
         message = f"waiting for process {holder['pid']} on"
         return holder if all(message in output for output in others) else None
 
-    killed = wait_until(lambda: find_holder(0), 600)
+    killed = wait_until(lambda: find_holder(0))
     by_name[killed["host"]].run(f"kill -9 {killed['pid']}")
     del jobs[killed["host"]]
     before = len(list_units(all_jobs))
-    gone = wait_until(lambda: find_holder(before), 600)
+    gone = wait_until(lambda: find_holder(before))
     by_name[gone["host"]].cut_off()
     del jobs[gone["host"]]
     [last] = jobs.values()

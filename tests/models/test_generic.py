@@ -168,7 +168,7 @@ def hide_dependency(_: Model, x: Tensor) -> Tensor:
     ],
 )
 def test_a_part_that_cannot_be_repeated_is_refused(between: Callable, message: str):
-    with pytest.raises(UserError, match=message + ".*docs/your_model.md"):
+    with pytest.raises(UserError, match=message + ".*docs/guides/your-model.md"):
         AdapterWithoutPipeline(Model(between), make_call()).units()
 
 

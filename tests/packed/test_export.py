@@ -170,7 +170,8 @@ def check_snippets(folder: Path, images: Path) -> None:
     The card's call draws the first scored image, except for rounding errors, because it is drawn
     alone.
     """
-    for page in (folder / "README.md", ROOT / "README.md", ROOT / "docs" / "checkpoint.md"):
+    guide, reference = "guides/export-and-load.md", "reference/checkpoint.md"
+    for page in (folder / "README.md", ROOT / "docs" / guide, ROOT / "docs" / reference):
         namespace: dict[str, Any] = {}
         code = next(
             code

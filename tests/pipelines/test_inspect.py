@@ -1,6 +1,8 @@
 """The inspect command prints what a run does to each layer, and what it needs."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,58 +11,61 @@ import torch
 import pipelines.inspect
 from fp4dit.estimate.footprint import measure_footprint
 from fp4dit.estimate.machine import Machine
-from fp4dit.estimate.stages import StageCost, audit_activation_shapes
-from fp4dit.quantization.audit import audit_weights, checkpoint_bytes, effective_bits
+from fp4dit.estimate.stages import StageCost
+from fp4dit.quantization.audit import (
+    audit_activation_shapes,
+    audit_weights,
+    checkpoint_bytes,
+    effective_bits,
+)
 from fp4dit.utils.formatting import format_bytes, format_duration
 from pipelines.cli.costs import list_cost_warnings
 from pipelines.planning.plan import make_plan
-from tests.conftest import Compose, Run
+from tests.conftest import ROOT, Compose, Run
 from tests.helpers.small_runs import FEW, run_stages
-from tests.models.test_published_models import PUBLISHED
 
 CPU = torch.device("cpu")
 
 
-def save_configs(folder: Path, model: str, pipeline: str) -> str:
-    """Save the configs of a published model, without its weights, and return the folder."""
-    kind, config = PUBLISHED[model]
-    (folder / "transformer").mkdir()
-    (folder / "transformer" / "config.json").write_text(
-        json.dumps(config | {"_class_name": kind.__name__})
-    )
-    index = {"_class_name": pipeline, "transformer": ["diffusers", kind.__name__]}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return str(folder)
-
-
 @pytest.mark.parametrize(
-    ("model", "pipeline", "line", "block"),
+    ("model", "line", "block"),
     [
-        ("pixart_alpha", "PixArtAlphaPipeline", "291 of 291", "transformer_blocks.0-27"),
-        ("pixart_sigma_512", "PixArtSigmaPipeline", "287 of 287", "transformer_blocks.0-27"),
-        ("hunyuan", "HunyuanDiTPipeline", "459 of 472", "blocks.21-39"),
+        ("pixart_alpha", "291 of 291", "transformer_blocks.0-27"),
+        ("pixart_sigma_512", "287 of 287", "transformer_blocks.0-27"),
+        ("hunyuan", "459 of 472", "blocks.21-39"),
     ],
 )
 @pytest.mark.unchecked
 def test_a_published_models_config_is_enough(
-    run: Run,
-    tmp_path: Path,
-    capfd,
-    monkeypatch: pytest.MonkeyPatch,
-    model: str,
-    pipeline: str,
-    line: str,
-    block: str,
+    run: Run, capfd, monkeypatch: pytest.MonkeyPatch, model: str, line: str, block: str
 ):
     monkeypatch.setattr(Machine, "detect", lambda *_: Machine(CPU, 1e12, 1 << 35, 1 << 50, None))
-    (tmp_path / "model").mkdir()
-    path = save_configs(tmp_path / "model", model, pipeline)
-    overrides = [f"model={model}", f"model.path={path}", "prompts=shapes", "activation=none"]
+    overrides = [f"model={model}", "prompts=shapes", "activation=none"]
     assert run(*overrides, main=pipelines.inspect.main) == 0
     shown = capfd.readouterr()
     assert f"layers       {line} quantized" in shown.out
     assert f"\n{block}\n" in shown.out
     assert "warning:" not in shown.err
+
+
+def test_the_layers_of_a_configured_model_need_neither_diffusers_nor_lightning():
+    """It would take seconds to import them."""
+    program = """
+import sys
+from pipelines.cli.main import run_command
+from pipelines.inspect import main
+run_command(main)
+print([name for name in ("diffusers", "lightning", "transformers") if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, "model=pixart_alpha", "costs=false"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.endswith("\n[]\n"), done.stderr
+    assert "291 of 291 quantized" in done.stdout
 
 
 @pytest.mark.unchecked
@@ -114,8 +119,12 @@ def test_everything_is_shown_and_no_stage_runs(
         (["layers=foo"], "layers=foo: choose one of merged, all"),
         (["memory_budget_gb=-1"], "memory_budget_gb=-1: give a number of GB, 0 or more"),
         (
-            ["model=pixart_alpha"],
-            "the transformer/config.json of PixArt-alpha/PixArt-XL-2-1024-MS cannot be read",
+            ["model=pixart_alpha", "model.path=owner/name"],
+            "owner/name is not on this machine, and HF_HUB_OFFLINE is set",
+        ),
+        (
+            ["model=generic", "model.path=owner/name", "costs=false"],
+            "owner/name is not on this machine, and HF_HUB_OFFLINE is set",
         ),
     ],
 )

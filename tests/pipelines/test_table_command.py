@@ -2,11 +2,18 @@
 
 import csv
 import re
+import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+import pipelines.report
 import pipelines.table
+from pipelines.cli.program import EXPERIMENT_COMMANDS, MODEL_COMMANDS
+from pipelines.cli.table_summary import NEXT_STEPS
+from pipelines.config.compose import compose_config
+from pipelines.config.resolvers import list_options
 from tests.conftest import ROOT, TOY, Run
 
 # The rows of a table with one row.
@@ -190,6 +197,45 @@ def test_missing_rows_are_run_after_a_failure_too(run: Run, grouped: str, capfd,
         ("Refused", "Seeds", "", ""),
         ("Seven", "Seeds", "36.0", ""),
     ]
+
+
+def test_a_summary_ends_with_what_to_try_next(run: Run, conf: str, capfd, tmp_path: Path):
+    assert run(*TOY) == 0
+    table = ["table=toy", conf]
+    assert run(*table, main=pipelines.report.main) == 0
+    capfd.readouterr()
+    assert run(*table, "summary=true", main=pipelines.table.main) == 0
+    text = capfd.readouterr().out
+    assert "\nWithout a result: Seven. If a job failed, its error is above; " in text
+    assert run(*TOY, "generation.seed=7") == 0
+    capfd.readouterr()
+    assert run(*table, "summary=true", main=pipelines.table.main) == 0
+    grid, *_, sentences, files, steps = read_paragraphs(capfd.readouterr().out)
+    assert grid.count("36.0 [35.4, 36.6]") == 2
+    assert sentences.endswith("The packed transformer takes 5.2 MB.")
+    for place in ("tables/toy.png", "reports/toy.html", "tables/toy.csv"):
+        assert str(tmp_path / place) in files
+        assert (tmp_path / place).is_file()
+    title, *commands = steps.splitlines()
+    assert title == "To try next:"
+    assert len(commands) == 3
+
+
+def test_the_steps_to_try_next_exist():
+    """Every command, method and option of them is known, and each fits a line."""
+    for text, purpose in NEXT_STEPS:
+        name, *arguments = shlex.split(text)
+        assert name in MODEL_COMMANDS or name in EXPERIMENT_COMMANDS
+        assert len(text) + len(purpose) < 120
+        for option, value in pairwise(arguments):
+            assert option != "--method" or value in list_options("method")
+        overrides = [word for word in arguments if re.match(r"\w+=", word)]
+        compose_config("run", overrides)
+
+
+def read_paragraphs(text: str) -> list[str]:
+    """Return the parts of a text between blank lines."""
+    return re.split(r"\n\n+", text.strip())
 
 
 def test_at_least_one_job_has_to_run(run: Run, conf: str, capfd):

@@ -138,6 +138,23 @@ def test_a_page_shows_results_and_says_what_is_missing(
     assert "The page lacks results of 2 of 3 rows." in text
 
 
+def test_histograms_are_offered_on_request(run: Run, tmp_path: Path, capfd):
+    """A page without them is complete."""
+    (tmp_path / "conf" / "table").mkdir(parents=True)
+    stage = "{_target_: tests.helpers.toy.Activate, version: 1, needs: {}}"
+    (tmp_path / "conf" / "table" / "toy.yaml").write_text(
+        "# @package _global_\npicture_prompts: 2\nrows:\n"
+        f"  - {{label: One, overrides: [stages=toy, '+stages.histograms={stage}']}}\n"
+    )
+    paths = f"hydra.searchpath=[file://{ROOT}/tests/conf,file://{tmp_path}/conf]"
+    assert run("stages=toy", paths) == 0
+    assert write_report(run, "table=toy", paths) == 0
+    text = capfd.readouterr().out
+    assert "The page is complete but for histograms of the values in 1 of 1 rows" in text
+    assert "lacks" not in text
+    assert text.rstrip().endswith("run_missing=true jobs=2")
+
+
 def test_its_commands_make_missing_results(run: Run, toy_table: list[str], tmp_path: Path, capfd):
     assert write_report(run, *toy_table, "run_missing=true") == 1
     assert "1 of 3 rows failed: Gone" in capfd.readouterr().err

@@ -33,7 +33,8 @@ from fp4dit.rounding.gptq import GPTQ
 from fp4dit.rounding.layerwise import LayerwiseReconstruction
 from fp4dit.rounding.learned import LearnedRounding, ReconstructionTask
 from fp4dit.rounding.objectives import RelativeMSE
-from fp4dit.rounding.reconstruction import Reconstruction, sample_inputs
+from fp4dit.rounding.preparation import sample_inputs
+from fp4dit.rounding.reconstruction import Reconstruction
 from fp4dit.rounding.rtn import RoundToNearest
 from fp4dit.rounding.signround import SignRound, SignSGD
 from fp4dit.rounding.unit_files import load_weights_

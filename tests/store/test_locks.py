@@ -10,21 +10,24 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
+from select import select
 
 import pytest
 
 from fp4dit.store.locks import describe_holder, hold_lock, read_holder, try_lock
+from tests.helpers.waiting import PATIENCE, wait_until
 
+# A process that holds a lock until its input ends. It prints what it logs.
 HOLD = """
-import sys, time
+import logging, sys
 from pathlib import Path
 from fp4dit.store.locks import hold_lock
 
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 with hold_lock(Path(sys.argv[1]), "capture/abc", "demo_4"):
     print("mine", flush=True)
-    time.sleep(float(sys.argv[2]))
+    sys.stdin.read()
 """
 SOFT = """
 import errno, fcntl
@@ -38,24 +41,35 @@ socket.gethostname = lambda: "elsewhere"
 """
 
 
-def hold(path: Path, seconds: float, code: str = HOLD) -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", code, str(path), str(seconds)],
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout
-    assert process.stdout.readline() == b"mine\n"
+def start(path: Path, code: str = HOLD) -> subprocess.Popen:
+    """Start a process that waits for a lock, and then holds it until its input is closed."""
+    command = [sys.executable, "-W", "ignore", "-c", code, str(path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, bufsize=0, **pipes)
+
+
+def read_line(process: subprocess.Popen) -> bytes:
+    """Return the next line that a process prints."""
+    ready, _, _ = select([process.stdout], [], [], PATIENCE)
+    assert ready
+    return process.stdout.readline()
+
+
+def hold(path: Path, code: str = HOLD) -> subprocess.Popen:
+    """Start a process, and return it once it holds a lock."""
+    process = start(path, code)
+    assert read_line(process) == b"mine\n"
     return process
 
 
 def test_waiting_logs_the_holder(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     path = tmp_path / "abc.lock"
-    with hold(path, 0.3) as process:
+    with hold(path) as process:
         with try_lock(path) as nobody:
             assert not nobody
-        with hold_lock(path, "capture/abc"):
-            assert process.wait(5) == 0
+        with hold_lock(path, "capture/abc", on_wait=process.stdin.close):
+            assert process.wait(PATIENCE) == 0
     [told] = [record.message for record in caplog.records]
     who = f"process {process.pid} on {re.escape(socket.gethostname())}"
     assert re.fullmatch(
@@ -75,19 +89,16 @@ def test_a_killed_holder_is_replaced_while_one_waits(
     """This holds also on a file system without locks, where only the existence of a file counts."""
     caplog.set_level(logging.INFO)
     path = tmp_path / "abc.lock"
-    with hold(path, 60, code) as process:
+    with hold(path, code) as process:
         if code != HOLD:
             monkeypatch.setattr(fcntl, "flock", refuse)
-        waiting = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code, str(path), "0"], stdout=subprocess.PIPE
-        )
-        with pytest.raises(subprocess.TimeoutExpired):
-            waiting.wait(0.5)
+        waiting = start(path, code)
+        assert read_line(waiting).startswith(b"waiting for process %d on" % process.pid)
         os.kill(process.pid, signal.SIGKILL)
     known = read_holder(path)
     assert known
     assert known.pid in (process.pid, waiting.pid)
-    assert waiting.communicate(timeout=30)[0] == b"mine\n"
+    assert waiting.communicate(timeout=PATIENCE)[0] == b"mine\n"
     with hold_lock(path, "capture/abc"):
         mine = read_holder(path)
         assert mine
@@ -105,18 +116,18 @@ def test_waiting_without_file_locks_says_what_to_remove(
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(fcntl, "flock", refuse)
     path = tmp_path / "a b.lock"
-    with hold(path, 60, SOFT + ELSEWHERE + HOLD) as process:
+    with hold(path, SOFT + ELSEWHERE + HOLD) as process:
         process.kill()
     waiting = threading.Thread(
         target=lambda: hold_lock(path, "capture/abc").__enter__(), daemon=True
     )
     waiting.start()
-    waiting.join(1.0)
+    wait_until(lambda: caplog.records)
     [told] = [record.message for record in caplog.records]
     assert f"waiting for process {process.pid} on elsewhere (demo_4), since " in told
     assert "if that one is dead, rm " in told
     subprocess.run(told[told.index("rm ") :], shell=True, check=True)
-    waiting.join(30)
+    waiting.join(PATIENCE)
     assert not waiting.is_alive()
 
 
@@ -146,9 +157,10 @@ def refuse(*_: object) -> None:
 def test_waiting_for_an_unknown_holder(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     path = tmp_path / "abc.lock"
-    with hold(path, 1.5):
+    with hold(path) as process:
         path.with_name("abc.lock.json").write_text('{"host": ')
-        with hold_lock(path, "capture/abc"):
+        release_once_logged = lambda: caplog.records and process.stdin.close()
+        with hold_lock(path, "capture/abc", on_wait=release_once_logged):
             pass
     assert [record.message for record in caplog.records] == [
         "waiting for another job, which makes capture/abc"
@@ -172,20 +184,16 @@ def test_a_holder_is_described_while_it_holds_the_lock(tmp_path: Path):
 def test_a_lock_removed_while_others_wait_has_one_holder(tmp_path: Path):
     """Garbage collection of the store removes lock files while it holds them."""
     path, count = tmp_path / "abc.lock", tmp_path / "count"
-    add = HOLD.replace(
-        'print("mine", flush=True)', "n = int(Path(sys.argv[3]).read_text())"
-    ).replace(
-        "time.sleep(float(sys.argv[2]))",
-        "time.sleep(0.02); Path(sys.argv[3]).write_text(str(n + 1))",
-    )
     count.write_text("0")
+    # Two holders at once would read the same number.
+    increment = "n = int(count.read_text()); time.sleep(0.02); count.write_text(str(n + 1))"
+    add = HOLD.replace("sys.stdin.read()", increment)
+    add = add.replace("with hold", f"import time\ncount = Path({str(count)!r})\nwith hold")
     with try_lock(path) as nobody:
         assert nobody
-        jobs = [
-            subprocess.Popen([sys.executable, "-c", add, str(path), "0", str(count)])
-            for _ in range(4)
-        ]
-        time.sleep(0.5)
+        jobs = [start(path, add) for _ in range(4)]
+        for job in jobs:
+            assert read_line(job).startswith(b"waiting for another job")
         path.unlink()
-    assert [job.wait(30) for job in jobs] == [0] * 4
+    assert [job.wait(PATIENCE) for job in jobs] == [0] * 4
     assert count.read_text() == "4"

@@ -24,6 +24,7 @@ from fp4dit.rounding.base import Curve, RoundingMethod
 from fp4dit.rounding.layerwise import LayerwiseReconstruction
 from fp4dit.rounding.learned import LearnedRounding
 from fp4dit.rounding.signround import SignRound, SignSGD, linear_decay, round_scale_to_format
+from fp4dit.utils import save_timer
 from fp4dit.utils.resumable import ResumableTrainers
 from tests.helpers import tiny
 from tests.rounding.test_reconstruction import (
@@ -188,10 +189,19 @@ def test_what_is_of_no_use_is_told_and_left(case: str, tmp_path: Path, caplog: A
     assert "begins again" in caplog.text
 
 
-def test_nothing_is_kept_of_what_is_short(tmp_path: Path):
-    fitted(ADAROUND, keeping(tmp_path / "one", seconds=60.0))
-    fitted(LayerwiseReconstruction(ADAROUND), keeping(tmp_path / "two", seconds=60.0))
+def test_nothing_is_kept_of_what_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(save_timer, "process_age", lambda: float("inf"))
+    fitted(ADAROUND, keeping(tmp_path / "one", seconds=float("inf")))
+    fitted(LayerwiseReconstruction(ADAROUND), keeping(tmp_path / "two", seconds=float("inf")))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_starts_quickly_saves_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first checkpoint does not wait for the longest interval."""
+    monkeypatch.setattr(save_timer, "process_age", lambda: 0.0)
+    monkeypatch.setattr(save_timer, "SHORTEST", 0.0)
+    fitted(ADAROUND, keeping(tmp_path, seconds=float("inf")))
+    assert [path.name for path in tmp_path.iterdir()] == ["fit.safetensors"]
 
 
 @pytest.mark.parametrize("case", ["adaround", "layerwise"])

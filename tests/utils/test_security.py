@@ -1,4 +1,4 @@
-"""Each line of docs/security.md that no other test named there checks."""
+"""Each line of docs/internals/security.md that no other test named there checks."""
 
 import json
 import re

@@ -2,5 +2,5 @@
 
 `codes` maps values to integers, `bitpack` packs them, `qparams` encodes scales, `layout` joins both
 to the buffers of a weight, `schema` describes a model in JSON, and `integrity` verifies the files.
-docs/checkpoint.md specifies the format.
+docs/reference/checkpoint.md specifies the format.
 """

@@ -39,7 +39,13 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Dtype, shape and hash of a tensor in a file."""
+    """Dtype, shape and hash of a tensor in a file.
+
+    Attributes:
+        dtype: The dtype of the tensor.
+        shape: The shape of the tensor.
+        sha256: The hash that `hash_tensor` computes, in hexadecimal digits.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -77,7 +83,7 @@ def verify_files(files: Iterable[Path], config: Mapping[str, Any]) -> dict[str, 
     No memory of a size that a file claims is allocated before the claim is checked.
 
     Args:
-        config: the `quantization_config` of the checkpoint.
+        config: The `quantization_config` of the checkpoint.
 
     Raises:
         UserError: if a file is damaged or has another version, or if a tensor or the config was

@@ -3,7 +3,7 @@
 A layout says which buffers a weight has, and what their bytes mean. The `config.json` of a
 checkpoint contains it, so its fields are part of the file format. To change them or the buffers,
 change `buffer_shapes`, `pack_weight` and `dequantize` together, the JSON that
-`tests/packed/test_schema.py` pins, docs/checkpoint.md, and the version (see `VERSION` in
+`tests/packed/test_schema.py` pins, docs/reference/checkpoint.md, and the version (see `VERSION` in
 `integrity.py`).
 """
 
@@ -48,8 +48,12 @@ class Layout:
     - `shared_bits`: one bit for each group of values that share their last mantissa bit. Their
       codes lack this bit.
     - `format_index`: for each block its index in `formats`, if there are several formats.
-    - one or two buffers for each tensor of the qparams, in the order of the blocks. `encodings`
-      gives the encoding of each.
+    - one or two buffers for each tensor of the qparams, in the order of the blocks.
+
+    Args:
+        formats: The number formats of the blocks, of the same number of bits.
+        granularity: The division of the weight into blocks.
+        encodings: The encoding of each tensor of the qparams, by its name.
 
     Example:
         >>> layout = Layout((floating(2, 1),), PerGroup(128), {"scale": FloatEncoding(2)})

@@ -34,6 +34,12 @@ class QParamEncoding(Protocol):
     """Encoding of a vector of n numbers, one for each block of a weight.
 
     `format_index` says which of a weight's formats each block has.
+
+    Example:
+        >>> encoding, format_index = UIntEncoding(bits=4), torch.zeros(3, dtype=torch.uint8)
+        >>> parts = encoding.encode(torch.tensor([0.0, 7.0, 15.0]), format_index)
+        >>> encoding.decode(parts, format_index)
+        tensor([ 0.,  7., 15.])
     """
 
     def encode(self, x: Vector, format_index: FormatIndices) -> EncodedParts | None:
@@ -52,6 +58,9 @@ class QParamEncoding(Protocol):
 @dataclass(frozen=True)
 class UIntEncoding:
     """Integers from 0 to 2^bits - 1, packed densely.
+
+    Args:
+        bits: The bits of one integer.
 
     Example:
         >>> UIntEncoding(bits=4).part_sizes(100)
@@ -80,6 +89,9 @@ class E8M0Encoding:
     """Powers of two from 2^-127 to 2^127 (E8M0), optionally times one shared fp32 factor.
 
     A byte is the exponent plus 127. The factor lies in [1, 2).
+
+    Args:
+        has_factor: Whether there is a shared factor.
 
     Example:
         >>> E8M0Encoding(has_factor=True).part_sizes(100)
@@ -119,7 +131,10 @@ class E8M0Encoding:
 class E4M3Encoding:
     """Positive FP8 E4M3 numbers times one fp32 factor for each number format.
 
-    These are the two levels of NVFP4's scales. `num_factors` is the number of formats.
+    These are the two levels of NVFP4's scales.
+
+    Args:
+        num_factors: The number of formats.
 
     Example:
         >>> E4M3Encoding(num_factors=1).part_sizes(100)
@@ -159,7 +174,7 @@ def find_common_factor(x: Vector) -> Float[Tensor, ""] | None:
     neighbours in fp32 are tried.
 
     Args:
-        x: ascending numbers without repetition.
+        x: Ascending numbers without repetition.
     """
     if len(x) > 126 or not x[0] > 0:
         return None
@@ -180,6 +195,9 @@ def add_neighbours(quotient: Vector) -> Float[Tensor, "m 1"]:
 @dataclass(frozen=True)
 class FloatEncoding:
     """IEEE floats of 2 or 4 bytes, little-endian.
+
+    Args:
+        num_bytes: The bytes of one number, 2 or 4.
 
     Example:
         >>> FloatEncoding(num_bytes=2).part_sizes(100)

@@ -94,8 +94,8 @@ def from_tagged_json(json: Any, expected: Any = Any, path: str = "quantization_c
     """Construct the value that `to_tagged_json` converted to JSON.
 
     Args:
-        expected: the annotation that the value must fit.
-        path: the name of the JSON in messages.
+        expected: The annotation that the value must fit.
+        path: The name of the JSON in messages.
 
     Raises:
         UserError: if the JSON is anything else. The message contains the path to the mistake.

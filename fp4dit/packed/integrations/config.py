@@ -1,13 +1,17 @@
 """`quantization_config` in the config.json of a packed model, for diffusers and transformers."""
 
 import json
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
+
+from torch import nn
 
 from fp4dit.packed.encoding import integrity
 from fp4dit.packed.encoding.schema import from_tagged_json, to_tagged_json
 from fp4dit.packed.model import ModelDescription
+from fp4dit.packed.quantize import AssignedRules
 from fp4dit.utils.errors import UserError
 
 
@@ -15,6 +19,7 @@ class QuantMethod(str, Enum):  # noqa: UP042, both libraries expect a str with a
     """Name of the quantization method in config.json."""
 
     FP4DIT = "fp4dit"
+    ON_LOAD = "fp4dit_on_load"  # never in a config.json, because a quantized model is packed
 
 
 class PackedConfigMixin:
@@ -78,10 +83,44 @@ class PackedConfigMixin:
         return self.to_dict()
 
 
+class OnLoadConfigMixin(ABC):
+    """Config by which a model is quantized while it is loaded. It quantizes without calibration.
+
+    Example:
+        See `fp4dit.QuantizationConfig`.
+    """
+
+    @abstractmethod
+    def assign_rules(self, model: nn.Module) -> AssignedRules:
+        """Return the rules that quantize a model, which has no weights yet.
+
+        Raises:
+            UserError: if the model cannot be quantized by this config.
+        """
+
+
 def require_prequantized(pre_quantized: bool) -> None:
     """Raise UserError if a model is loaded whose weights are not packed yet."""
     if not pre_quantized:
         raise UserError(
-            "fp4dit does not quantize while a model is loaded, because it has to calibrate: run "
-            "python -m pipelines.run targets=[export], and load the folder that it makes"
+            "this quantization_config describes weights that are packed, and those of the model "
+            "are not: to quantize them give fp4dit.QuantizationConfig(method), or use "
+            "fp4dit.quantize(pipe, method, prompts=...) for a method that calibrates"
+        )
+
+
+def require_one_device(device_map: Any) -> None:
+    """Raise UserError if a model that is quantized while loading would be spread over devices.
+
+    Args:
+        device_map: A device for each part of the model. Anything but a mapping is accepted, because
+            it does not tell the devices.
+    """
+    if not isinstance(device_map, Mapping):
+        return
+    devices = {str(device) for device in device_map.values()}
+    if len(devices) > 1 or "disk" in devices:
+        raise UserError(
+            f"a model cannot be quantized while it is loaded to {', '.join(sorted(devices))}: load "
+            "it to one device and save it; the packed model can be loaded with any device_map"
         )

@@ -16,8 +16,15 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor
 
 from fp4dit.packed.encoding import integrity
-from fp4dit.packed.integrations.config import PackedConfigMixin, QuantMethod, require_prequantized
+from fp4dit.packed.integrations.config import (
+    OnLoadConfigMixin,
+    PackedConfigMixin,
+    QuantMethod,
+    require_one_device,
+    require_prequantized,
+)
 from fp4dit.packed.model import ModelDescription, insert_packed_layers_, uncastable_state_keys
+from fp4dit.packed.quantize import quantize_and_pack_
 from fp4dit.quantization.fake_quant import FakeQuantize
 from fp4dit.utils.errors import UserError
 
@@ -37,6 +44,7 @@ class DiffusersPackedQuantizer(DiffusersQuantizer):
     """
 
     quantization_config: DiffusersPackedConfig
+    use_keep_in_fp32_modules = True  # as without a quantizer; diffusers reads this attribute
 
     def __init__(self, quantization_config: DiffusersPackedConfig, **others: Any) -> None:
         super().__init__(quantization_config, **others)
@@ -57,8 +65,13 @@ class DiffusersPackedQuantizer(DiffusersQuantizer):
         )
         return loaded_keys
 
-    def _process_model_before_weight_loading(self, model: ModelMixin, **_: Any) -> None:
-        insert_packed_layers_(model, self.quantization_config.description, self.dtype)
+    def _process_model_before_weight_loading(
+        self, model: ModelMixin, keep_in_fp32_modules: Sequence[str] = (), **_: Any
+    ) -> None:
+        layers = insert_packed_layers_(model, self.quantization_config.description, self.dtype)
+        for name, layer in layers.items():
+            if not set(keep_in_fp32_modules).isdisjoint(name.split(".")):
+                layer.dtype = torch.float32
         register_static_scales_(model, self.stored)
         self.uncastable_keys = uncastable_state_keys(model)
 
@@ -116,6 +129,45 @@ class DiffusersPackedQuantizer(DiffusersQuantizer):
         return False
 
 
+class DiffusersOnLoadQuantizer(DiffusersPackedQuantizer):
+    """Quantizer that diffusers calls to quantize a model after its weights are loaded.
+
+    The rules are checked before that. Afterwards the model is packed and can be saved.
+
+    Example:
+        >>> config = fp4dit.QuantizationConfig("nvfp4_4over6")
+        >>> model = AutoModel.from_pretrained("path/of/a/transformer", quantization_config=config)
+    """
+
+    quantization_config: Any  # an `OnLoadConfigMixin`, and a packed config after loading
+
+    def __init__(self, quantization_config: OnLoadConfigMixin, **others: Any) -> None:
+        DiffusersQuantizer.__init__(self, quantization_config, **others)  # pyright: ignore
+
+    def validate_environment(self, device_map: Any = None, **_: Any) -> None:
+        require_one_device(device_map)
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        return torch_dtype
+
+    def maybe_update_loaded_keys(
+        self, loaded_keys: list[str], checkpoint_files: Sequence[str | Path]
+    ) -> list[str]:
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: ModelMixin, **_: Any) -> None:
+        self.assigned = self.quantization_config.assign_rules(model)
+
+    def check_if_quantized_param(self, *_: Any, **__: Any) -> bool:
+        return False
+
+    def _process_model_after_weight_loading(self, model: ModelMixin, **_: Any) -> ModelMixin:
+        attach_diffusers_config_(model, quantize_and_pack_(model, self.assigned))
+        # diffusers then makes this object the model's quantizer, which saves the model.
+        self.quantization_config = model.config["quantization_config"]
+        return model
+
+
 def register_static_scales_(
     model: torch.nn.Module, stored: dict[str, integrity.StoredTensor]
 ) -> None:
@@ -144,3 +196,5 @@ def attach_diffusers_config_(model: ModelMixin, description: ModelDescription) -
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.FP4DIT.value] = DiffusersPackedConfig
 
 auto.AUTO_QUANTIZER_MAPPING[QuantMethod.FP4DIT.value] = DiffusersPackedQuantizer
+
+auto.AUTO_QUANTIZER_MAPPING[QuantMethod.ON_LOAD.value] = DiffusersOnLoadQuantizer

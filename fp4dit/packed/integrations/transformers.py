@@ -17,9 +17,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fp4dit.packed.encoding import integrity
-from fp4dit.packed.integrations.config import PackedConfigMixin, QuantMethod, require_prequantized
+from fp4dit.packed.integrations.config import (
+    OnLoadConfigMixin,
+    PackedConfigMixin,
+    QuantMethod,
+    require_one_device,
+    require_prequantized,
+)
 from fp4dit.packed.model import ModelDescription, insert_packed_layers_
 from fp4dit.packed.nn.linear import PackedLinear
+from fp4dit.packed.quantize import quantize_and_pack_
 from fp4dit.utils.errors import UserError
 
 
@@ -79,6 +86,44 @@ class TransformersPackedQuantizer(HfQuantizer):
         return None, integrity.build_metadata(
             list_saved_tensors(model), self.quantization_config.to_dict()
         )
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+class TransformersOnLoadQuantizer(HfQuantizer):
+    """Quantizer that transformers calls to quantize a model after its weights are loaded.
+
+    The rules are checked before that. Afterwards the model is packed, and has a
+    `TransformersPackedQuantizer`, which can save it.
+
+    Example:
+        >>> config = fp4dit.QuantizationConfig("nvfp4_4over6")
+        >>> encoder = T5EncoderModel.from_pretrained("a/text_encoder", quantization_config=config)
+    """
+
+    quantization_config: Any  # an `OnLoadConfigMixin`
+
+    def __init__(self, quantization_config: OnLoadConfigMixin, **others: Any) -> None:
+        super().__init__(quantization_config, **others)  # pyright: ignore[reportArgumentType]
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        require_one_device(device_map)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        with use_default_tensors():
+            self.assigned = self.quantization_config.assign_rules(model)
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **_: Any
+    ) -> PreTrainedModel:
+        require_one_device(getattr(model, "hf_device_map", None))
+        attach_transformers_config_(model, quantize_and_pack_(model, self.assigned))
+        return model
 
     def is_serializable(self) -> bool:
         return True
@@ -148,3 +193,5 @@ def attach_transformers_config_(model: PreTrainedModel, description: ModelDescri
 register_quantization_config(QuantMethod.FP4DIT.value)(TransformersPackedConfig)
 
 register_quantizer(QuantMethod.FP4DIT.value)(TransformersPackedQuantizer)
+
+register_quantizer(QuantMethod.ON_LOAD.value)(TransformersOnLoadQuantizer)

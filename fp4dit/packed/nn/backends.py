@@ -24,7 +24,22 @@ from fp4dit.packed.nn.token_quant import fast_token_format
 
 
 class PackedWeight(nn.Module):
-    """Attributes of a packed layer that backends read. `PackedLinear` is the implementation."""
+    """Attributes of a packed layer that backends read. `PackedLinear` is the implementation.
+
+    Attributes:
+        layout: Layout of the packed buffers.
+        codes: Packed codes, with one row for each output.
+        bias: Bias in the model's dtype, or None.
+        dtype: Dtype that the weight is dequantized to.
+        in_features: Number of inputs, k.
+        out_features: Number of outputs, o.
+        input_fake_quant: `FakeQuantize` of the input, or the identity.
+
+    Example:
+        >>> packed = pack_layer(quant_layer)  # a `QuantLayer` whose weight is committed
+        >>> packed.dequantize(torch.float32).equal(quant_layer.weight)
+        True
+    """
 
     layout: Layout
     codes: UInt8[Tensor, "o b"]
@@ -72,6 +87,11 @@ class DequantizeBackend:
     """Dequantize the weight to the model's dtype for one product, then call `F.linear`.
 
     It runs everywhere, and its results are bit-exact with the simulation.
+
+    Example:
+        >>> packed = pack_layer(quant_layer)  # a `QuantLayer` whose weight is committed
+        >>> DequantizeBackend()(packed, x).equal(quant_layer(x))
+        True
     """
 
     name, min_rows = "dequantize", 0
@@ -84,7 +104,13 @@ class DequantizeBackend:
 
 
 class WeightOnlyBackend:
-    """Triton kernel that expands and scales a 4-bit weight in registers."""
+    """Triton kernel that expands and scales a 4-bit weight in registers.
+
+    Example:
+        >>> x = torch.zeros(3, packed_layer.in_features)  # on the CPU
+        >>> WeightOnlyBackend().supports(packed_layer, x)
+        False
+    """
 
     name, min_rows = "weight_only", 0
 
@@ -106,6 +132,11 @@ class Fp8Backend:
 
     With fewer than `min_rows` rows, reading the weight takes most of the time, so that a faster
     product does not make up for the separate kernel that quantizes the tokens.
+
+    Example:
+        >>> x = torch.zeros(128, packed_layer.in_features)  # on the CPU
+        >>> Fp8Backend().supports(packed_layer, x)
+        False
     """
 
     name, min_rows = "fp8", 65

@@ -21,9 +21,9 @@ class PackedLinear(QuantLinearBase, PackedWeight, nn.Linear):
     It is a subclass of `nn.Linear`, so that adapters such as peft's LoRA find it.
 
     Args:
-        layout: the layout of the packed buffers.
-        shape: out features and in features.
-        dtype: the dtype that the weight is dequantized to.
+        layout: The layout of the packed buffers.
+        shape: Out features and in features.
+        dtype: The dtype that the weight is dequantized to.
 
     Example:
         >>> packed = pack_layer(quant_layer)  # after its weight is committed
@@ -159,11 +159,20 @@ def pack_layers_(model: nn.Module) -> dict[str, PackedLinear]:
     """
     packed = {}
     for name, layer in list(model.named_modules()):
-        if not isinstance(layer, QuantLayer):
-            continue
-        try:
-            packed[name] = pack_layer(layer)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from error
-        model.set_submodule(name, packed[name])
+        if isinstance(layer, QuantLayer):
+            packed[name] = pack_layer_(model, name, layer)
+    return packed
+
+
+def pack_layer_(model: nn.Module, name: str, layer: QuantLayer) -> PackedLinear:
+    """Replace one quantized layer of a model by a packed layer, in place, and return this.
+
+    Raises:
+        UserError: if the weight cannot be packed. The message names the layer.
+    """
+    try:
+        packed = pack_layer(layer)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    model.set_submodule(name, packed)
     return packed

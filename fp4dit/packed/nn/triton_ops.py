@@ -31,10 +31,10 @@ class Tile:
     """Tile of the output that one program computes.
 
     Args:
-        tokens: rows of the input.
-        rows: rows of the weight.
-        warps: warps of a program.
-        stages: steps along K whose loads are in flight.
+        tokens: Rows of the input.
+        rows: Rows of the weight.
+        warps: Warps of a program.
+        stages: Steps along K whose loads are in flight.
     """
 
     tokens: int
@@ -191,8 +191,8 @@ def launch_matmul(
     """Launch the kernel of a product.
 
     Args:
-        x_scale: one scale for each token, or None if the tokens are not quantized.
-        dtype: the dtype of the output.
+        x_scale: One scale for each token, or None if the tokens are not quantized.
+        dtype: The dtype of the output.
     """
     (m, k), (n, half), groups = x.shape, codes.shape, scale.shape[1]
     if half * 2 != k or not is_supported_shape(k, groups):

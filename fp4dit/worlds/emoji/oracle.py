@@ -23,6 +23,9 @@ class SceneReader(nn.Module):
 
     The last feature map keeps its 4 x 4 positions, because the answers depend on places.
 
+    Args:
+        choices: Number of choices of each question.
+
     Example:
         >>> reader = SceneReader(EmojiWorld().slot_choices)
         >>> logits = reader(torch.zeros(1, 3, 64, 64))
@@ -77,7 +80,12 @@ def judge_images(
 
 @dataclass(frozen=True)
 class Reading:
-    """The emoji at each place that is not empty, by its index in PLACES, and the background."""
+    """What a network reads in a picture.
+
+    Attributes:
+        emoji: Emoji at each place that is not empty, by the index of the place in `PLACES`.
+        background: Name of the background.
+    """
 
     emoji: Mapping[int, str]
     background: str

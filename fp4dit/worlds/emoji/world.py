@@ -103,7 +103,18 @@ EMOJI = {
 
 @dataclass(frozen=True)
 class EmojiThing(Thing):
-    """An emoji in a scene."""
+    """An emoji in a scene.
+
+    Args:
+        emoji: Noun for the emoji, a key of `EMOJI`.
+        size: Word for the size, a key of `LENGTHS`.
+        x: Centre in pixels, from the left.
+        y: Centre in pixels, from the top.
+
+    Example:
+        >>> describe_thing(EmojiThing("slice of pizza", "large", x=32.0, y=32.0))
+        'a large slice of pizza'
+    """
 
     emoji: str
     size: str

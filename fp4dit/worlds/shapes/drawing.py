@@ -44,7 +44,19 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class ShapeThing(Thing):
-    """A coloured shape in a scene."""
+    """A coloured shape in a scene.
+
+    Args:
+        shape: Word for the shape, a key of `SHAPES`.
+        colour: Word for the colour, a key of `COLOURS`.
+        size: Word for the size, a key of `RADII`.
+        x: Centre in pixels, from the left.
+        y: Centre in pixels, from the top.
+
+    Example:
+        >>> ShapeThing("circle", "red", "small", x=32.0, y=32.0).kind
+        'red circle'
+    """
 
     shape: str
     colour: str

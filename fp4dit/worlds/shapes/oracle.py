@@ -8,7 +8,6 @@ from itertools import permutations
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy import ndimage
 from torch import Tensor
 
 from fp4dit.worlds.base import RELATIONS, Scene
@@ -37,8 +36,8 @@ def compare_scenes(seen: Scene, said: Scene) -> dict[str, bool]:
     which shape.
 
     Args:
-        seen: The scene read in the picture.
-        said: The scene that the caption describes.
+        seen: Scene read in the picture.
+        said: Scene that the caption describes.
     """
     result = {
         "shapes": list_values(seen, "shape") == list_values(said, "shape"),
@@ -108,6 +107,8 @@ def inspect_region(pixels: np.ndarray, ground: np.ndarray, region: np.ndarray) -
         ground: Colour of the background, (3,).
         region: Mask of the region, (h, w).
     """
+    from scipy import ndimage  # here, because the core works without SciPy
+
     if region.sum() < SMALLEST:
         return []
     contrast = np.linalg.norm(pixels - ground, axis=-1) * region
@@ -198,6 +199,8 @@ def compute_centroid(alpha: np.ndarray) -> tuple[float, float]:
 
 def list_regions(mask: np.ndarray) -> list[np.ndarray]:
     """Return the connected regions of a mask; neighbours share an edge."""
+    from scipy import ndimage
+
     label, number = ndimage.label(mask)  # pyright: ignore[reportGeneralTypeIssues]
     return [label == i for i in range(1, number + 1)]
 

@@ -227,7 +227,7 @@ def test_an_unusable_launcher_says_what_it_needs(run: Run, tmp_path: Path, capfd
         error = MissingConfigException("there is none", f"hydra/launcher/{name}")
         assert explain_error(error) == (
             f"hydra/launcher={name} is not installed. To install it: "
-            "pip install -c constraints.txt -e '.[launchers]'"
+            "pip install 'fp4dit[launchers]'"
         )
     monkeypatch.setenv("PATH", str(tmp_path))
     assert run("-m", "generation.seed=1,2", *TOY, "hydra/launcher=slurm") == 1

@@ -44,7 +44,7 @@ def test_helpers_make_free_shards_only(tmp_path: Path):
 
 def test_shards_of_a_dead_helper_are_made(tmp_path: Path):
     queue = make_queue(tmp_path / "abc", wait_for_others=True)
-    with hold(queue.lock_path(1), 60) as other:
+    with hold(queue.lock_path(1)) as other:
         shards = iter(queue)
         assert queue.num_available == 3
         for expected in (0, 2):

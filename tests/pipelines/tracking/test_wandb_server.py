@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, TOY
+from tests.helpers.waiting import PATIENCE
 from tests.pipelines.tracking.records import make_view, merge_summary, read_records
 
 
@@ -72,23 +73,28 @@ def server() -> Iterator[Server]:
 def test_a_job_does_not_wait_for_a_silent_server(server: Server, tmp_path: Path):
     """The job is a process, because W&B reads the address of its server only once."""
     url = f"http://127.0.0.1:{server.server_port}"
-    options = ["logger=wandb", "logger.timeout=1", f"outputs={tmp_path}"]
+    options = ["logger=wandb", f"outputs={tmp_path}"]
     account = {"WANDB_BASE_URL": url, "WANDB_API_KEY": "a" * 40, "WANDB_CONFIG_DIR": str(tmp_path)}
 
-    def run_job(mode: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "pipelines.run", *TOY, *options, f"logger.mode={mode}"]
+    def run_job(mode: str, seconds: int) -> subprocess.CompletedProcess:
+        logger = [f"logger.mode={mode}", f"logger.timeout={seconds}"]
+        command = [sys.executable, "-m", "pipelines.run", *TOY, *options, *logger]
         environment = {**os.environ, **account}
         return subprocess.run(
-            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
         )
 
-    job = run_job("online")
+    # On a busy machine a job may need more than a second to begin its run on the server.
+    for seconds in (1, 10, 100):
+        job = run_job("online", seconds)
+        if "TimeoutError" in job.stdout + job.stderr:
+            break
     assert server.has_run
     assert job.returncode == 0
     assert "W&B does not show all of this job: TimeoutError" in job.stdout + job.stderr
     assert "Traceback" not in job.stderr
     assert list(tmp_path.glob("store/score/*/metrics.json"))
-    assert run_job("offline").returncode == 0
+    assert run_job("offline", 100).returncode == 0
     assert "score/psnr" in merge_summary(read_records(tmp_path))  # from the store
 
 

@@ -1,0 +1,9 @@
+from .api.compare import compare as compare
+from .api.comparison import Comparison as Comparison
+from .api.inspect import inspect as inspect
+from .api.methods import methods as methods
+from .api.quantization_config import QuantizationConfig as QuantizationConfig
+from .api.quantize import quantize as quantize
+from .api.report import QuantizationReport as QuantizationReport
+
+__version__: str

@@ -1,0 +1,46 @@
+"""Show what a preset would quantize, before anything is done."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from fp4dit.api.families import find_model_option
+from fp4dit.api.live import LivePipeline
+from fp4dit.api.presets import compose_for_pipeline, compose_preset
+from fp4dit.api.quantize import audit_transformer, check_components
+from fp4dit.api.report import TRANSFORMER, QuantizationReport
+from fp4dit.models.hub_files import INDEX, read_config
+
+
+def inspect(
+    pipe_or_path: DiffusionPipeline | Path | str, method: str, *, overrides: Sequence[str] = ()
+) -> QuantizationReport:
+    """Return the report that `quantize` would give for a transformer, before anything is done.
+
+    Nothing is loaded but configs, and nothing is changed. Errors of blocks are not known yet.
+
+    Args:
+        pipe_or_path: A pipeline in memory, or the folder or hub id of one.
+        method: Name of a preset, or the path of a YAML file with one.
+        overrides: Overrides of the preset, as on the command line.
+
+    Raises:
+        UserError: if there is no such preset or pipeline, or they do not fit each other.
+
+    Example:
+        >>> print(fp4dit.inspect("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "nvfp4_4over6"))
+    """
+    if isinstance(pipe_or_path, DiffusionPipeline):
+        check_components(pipe_or_path, (TRANSFORMER,))
+        preset = compose_for_pipeline(pipe_or_path, method, overrides)
+        live = LivePipeline.register(pipe_or_path, preset.source)
+        audit, name = audit_transformer(live, preset), type(pipe_or_path).__name__
+    else:
+        path = str(pipe_or_path)
+        name = read_config(path, INDEX)["_class_name"]
+        preset = compose_preset(method, overrides, find_model_option(name))
+        preset.config.model.path = path
+        preset.source.check([])
+        audit = audit_transformer(preset.source, preset)
+    return QuantizationReport(method, name, {TRANSFORMER: audit})

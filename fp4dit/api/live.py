@@ -1,0 +1,123 @@
+"""Run stages on a pipeline that is in memory, not in a folder."""
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+from weakref import WeakValueDictionary
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from fp4dit.models.adapter import TransformerAdapter
+from fp4dit.models.generic import GenericAdapter
+from fp4dit.models.pretrained import PretrainedSource
+from fp4dit.packed.quantize import copy_to_meta
+from fp4dit.utils.errors import UserError
+
+# The pipelines that stages can use now, by a name. A stage's config holds plain values, and so the
+# name stands for the pipeline there.
+_pipelines: WeakValueDictionary[str, DiffusionPipeline] = WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class LivePipeline:
+    """A pipeline in memory, as the source of the stages' model.
+
+    Args:
+        digest: Name of the pipeline, which is a part of the identity of all results.
+        source: Source of pipelines of its class, which makes the adapter. Its path is not read.
+
+    Example:
+        >>> live = LivePipeline.register(pipe, PixArt("", tokens=20))
+        >>> live.load().sample(["a red square"], seeds=[0], steps=20, guidance=4.5)
+    """
+
+    digest: str
+    source: PretrainedSource
+
+    @classmethod
+    def register(
+        cls, pipe: DiffusionPipeline, source: PretrainedSource, by_content: bool = False
+    ) -> "LivePipeline":
+        """Make a pipeline known for as long as it is referred to elsewhere.
+
+        Args:
+            pipe: The pipeline.
+            source: Source of pipelines of its class.
+            by_content: Name it by the hash of its transformer, so that another process gives an
+                equal pipeline the same name; otherwise by random digits.
+        """
+        transformer: Any = pipe.transformer  # pyright: ignore[reportAttributeAccessIssue]
+        digest = hash_module(transformer) if by_content else uuid4().hex[:16]
+        _pipelines[digest] = pipe
+        return cls(digest, source)
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline itself."""
+        return _pipelines[self.digest]
+
+    @property
+    def draws_from_embeddings(self) -> bool:
+        return self.source.draws_from_embeddings
+
+    def load(self) -> TransformerAdapter:
+        """Return an adapter of a copy of the transformer; all other components are shared."""
+        return self.adapt(copy.deepcopy(self.pipe.transformer))
+
+    def adapt(self, transformer: Any) -> TransformerAdapter:
+        """Return an adapter of a transformer, with the other components of the pipeline."""
+        pipe = replace_transformer(self.pipe, transformer)
+        adapter = self.source.make_adapter(transformer, pipe)
+        adapter.device = self.pipe.device
+        return adapter
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise a UserError if the transformer is quantized already."""
+        check_not_quantized(self.pipe.transformer)
+
+    def check_text_encoder(self) -> None:
+        """Do nothing: the text encoder is quantized apart from the stages."""
+
+    def build_on_meta(self) -> TransformerAdapter:
+        """Build the transformer alone on the meta device, without weights."""
+        original = self.pipe.transformer
+        # Unlike accelerate's `init_empty_weights`, this changes nothing for other threads.
+        skeleton: Any = copy_to_meta(original)
+        adapter = self.source.make_adapter(skeleton)
+        if isinstance(adapter, GenericAdapter):  # it traces a call of the real transformer
+            adapter.load = lambda: self.adapt(original)
+        return adapter
+
+
+def replace_transformer(pipe: Any, transformer: Any) -> Any:
+    """Return a pipeline with another transformer, which shares all other components."""
+    clone = copy.copy(pipe)
+    # `setattr` would change the configs that the copy shares with the original pipeline.
+    clone.__dict__["transformer"] = transformer
+    return clone
+
+
+def hash_module(module: nn.Module) -> str:
+    """Return the SHA-256 of a module's tensors with their names, shapes and dtypes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        values = tensor.detach().cpu().contiguous().flatten()
+        if values.numel():
+            digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def check_not_quantized(model: Any) -> None:
+    """Raise a UserError if a model has quantized weights."""
+    if config := getattr(model.config, "quantization_config", None):
+        method = getattr(config, "quant_method", "")
+        raise UserError(
+            f"this {type(model).__name__} is quantized already "
+            f"({getattr(method, 'value', method)}): load the original model"
+        )

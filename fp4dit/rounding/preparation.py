@@ -1,0 +1,87 @@
+"""Preparation of a unit's layers for rounding: scales, and transforms fitted to inputs."""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from fp4dit.calibration.dataset import UnitDataset
+from fp4dit.quantization.layers import QuantLayer
+from fp4dit.quantization.observers import spread_indices
+from fp4dit.quantization.timestep_ranges import base_layer_name, rows_per_range
+from fp4dit.utils.calls import remove_hooks
+from fp4dit.utils.errors import UserError
+
+
+def prepare_layers(
+    model: nn.Module,
+    teacher: nn.Module,
+    layers: Mapping[str, QuantLayer],
+    dataset: UnitDataset,
+    num_sampled: int,
+) -> None:
+    """Choose scales, and fit transforms to the inputs of the original model's layers.
+
+    Args:
+        model: The model that the layers belong to.
+        teacher: The unit's module in the original model.
+        layers: The quantized layers of the unit.
+        dataset: The unit's data.
+        num_sampled: The number of training rows that transforms and static scales are fitted to.
+
+    Raises:
+        UserError: if a layer needs inputs and the model does not call it.
+    """
+    local_names = {}
+    for name in map(base_layer_name, layers):
+        local_names[name] = name.removeprefix(dataset.unit.module).lstrip(".")
+    need_inputs = set()
+    for name, layer in layers.items():
+        if layer.needs_calibration_inputs:
+            need_inputs.add(base_layer_name(name))
+    rows = dataset.train_rows
+    sampled_rows = rows[spread_indices(len(rows), num_sampled)]
+    names = [local_names[name] for name in need_inputs]
+    inputs = sample_inputs(teacher, names, dataset, sampled_rows)
+    timesteps = dataset.inputs["timestep"][sampled_rows]
+    for name, local_name in local_names.items():
+        x = inputs.get(local_name)
+        if name in need_inputs and x is None:
+            raise UserError(
+                f"{name} cannot be calibrated, because the model does not call it: "
+                f"+weight.ignore=['{name}'] leaves it in 16 bits"
+            )
+        layer_or_ranges = model.get_submodule(name)
+        for layer, layer_rows in rows_per_range(layer_or_ranges, timesteps):
+            if x is None:
+                layer.prepare(None)
+            else:
+                # A layer may read several vectors for each row.
+                vectors = layer_rows.repeat_interleave(len(x) // len(layer_rows))
+                layer.prepare(x[vectors])
+
+
+@torch.no_grad()
+def sample_inputs(
+    teacher: nn.Module, names: Iterable[str], dataset: UnitDataset, index: Int[Tensor, "n"]
+) -> dict[str, Float[Tensor, "n ..."]]:
+    """Return the inputs of the teacher's layers at the given rows.
+
+    Some layers read several vectors for each row, as PixArt-alpha's embeddings of height and width
+    do. The vectors of a row then follow one another.
+    """
+    inputs: dict[str, Tensor] = {}
+
+    def hook(name: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs[name] = args[0]
+
+    hooks = []
+    for name in names:
+        layer = teacher.get_submodule(name)
+        hooks.append(layer.register_forward_pre_hook(partial(hook, name)))
+    if hooks:
+        with remove_hooks(hooks):
+            dataset.make_call(index, next(teacher.parameters()).device)(teacher)
+    return inputs

@@ -1,0 +1,107 @@
+"""`fp4dit.compare`, `inspect` and `methods`."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers import PixArtSigmaPipeline
+
+import fp4dit
+from fp4dit.packed.nn.linear import PackedLinear
+from fp4dit.utils.errors import UserError
+from tests.helpers import tiny
+
+pytestmark = pytest.mark.unchecked
+
+TOKENS = ["model.tokens=20"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pixart")
+    tiny.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Path) -> Any:
+    pipe: Any = PixArtSigmaPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_scores_are_those_of_the_images(pipe: Any):
+    comparison = fp4dit.compare(
+        pipe, ["rtn", "mxfp8_rtn"], prompts=tiny.PROMPTS[:2], overrides=TOKENS, steps=2
+    )
+    assert not any(isinstance(layer, PackedLinear) for layer in pipe.transformer.modules())
+    full, *others = comparison.methods
+    assert [compared.method for compared in others] == ["rtn", "mxfp8_rtn"]
+    for compared, row in zip(others, comparison.to_rows()[1:], strict=True):
+        expected = []
+        for image, reference in zip(compared.images, full.images, strict=True):
+            error = (np.asarray(image) / 255.0 - np.asarray(reference) / 255.0) ** 2
+            expected.append(-10 * np.log10(error.mean()))
+        assert compared.values["psnr"] == pytest.approx(expected, abs=1e-3)
+        assert row["psnr"] == pytest.approx(np.mean(expected), abs=1e-3)
+        assert row["psnr_low"] <= row["psnr"] <= row["psnr_high"]
+    assert others[1].values["psnr"] > others[0].values["psnr"]  # 8 bits against 4
+    text = str(comparison)
+    assert text.startswith("method")
+    assert "PSNR, dB" in text
+    width, height = comparison.draw_grid(tile=32).size
+    assert width > 4 * 32
+    assert height > 2 * 32
+    assert "<img src=" in comparison._repr_mimebundle_()["text/html"]
+
+
+def test_prompts_are_drawn_or_calibrated_on_but_not_both(pipe: Any):
+    options: Any = {"overrides": [*TOKENS, "weight.granularity.size=32"], "steps": 1}
+    comparison = fp4dit.compare(pipe, ["gptq"], prompts=tiny.PROMPTS, **options)
+    assert list(comparison.prompts) == tiny.PROMPTS[:2]
+    with pytest.raises(UserError, match="is both calibrated on and drawn"):
+        fp4dit.compare(
+            pipe, ["gptq"], prompts=tiny.PROMPTS, calibration_prompts=tiny.PROMPTS[1:], **options
+        )
+    with pytest.raises(UserError, match="there is no psnrr; did you mean psnr"):
+        fp4dit.compare(pipe, ["rtn"], prompts=["a fox"], metrics=["psnrr"])
+
+
+def test_inspect_says_what_quantize_does(folder: Path):
+    pipe: Any = PixArtSigmaPipeline.from_pretrained(folder)
+    from_path = fp4dit.inspect(folder, "nvfp4_rtn", overrides=TOKENS)
+    from_memory = fp4dit.inspect(pipe, "nvfp4_rtn", overrides=TOKENS)
+    assert str(from_path) == str(from_memory)
+    done = fp4dit.quantize(pipe, "nvfp4_rtn", overrides=TOKENS)
+    assert done.transformer.list_blocks() == from_path.transformer.list_blocks()
+    assert done.bits_weight == from_path.bits_weight
+    left = fp4dit.inspect(
+        folder, "nvfp4_rtn", overrides=[*TOKENS, "+weight.ignore=[proj_out]"]
+    ).reasons_left
+    assert list(left) == ["transformer.proj_out"]
+    assert "in 16 bits" in left["transformer.proj_out"]
+    assert "<table>" in from_path._repr_html_()
+    with pytest.raises(UserError, match=r"model_index\.json"):
+        fp4dit.inspect(folder / "vae", "nvfp4_rtn")
+
+
+def test_methods_are_listed_without_torch():
+    code = (
+        "import sys, fp4dit; presets = fp4dit.methods(); print(presets); "
+        "assert 'torch' not in sys.modules; assert presets['gptq'].path.is_file()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(fp4dit.methods())
+    assert any(line.startswith("gptq  ") and "GPTQ (arXiv:2210.17323)" in line for line in lines)
+    assert all(info.description for info in fp4dit.methods().values())
+
+
+def test_public_names_are_all_there():
+    names = {"quantize", "inspect", "methods", "compare", "QuantizationConfig"}
+    assert names <= set(fp4dit.__all__)
+    for name in fp4dit.__all__:
+        assert getattr(fp4dit, name).__doc__
