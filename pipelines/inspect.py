@@ -1,7 +1,6 @@
 """Print what a run does to each layer, and estimate its stages, without loading a weight."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,14 +8,8 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from fp4dit.models.outline import ModelOutline, find_outline
-from fp4dit.quantization.audit import (
-    LayerAudit,
-    audit_activation_shapes,
-    audit_layer,
-    audit_weights,
-)
+from fp4dit.quantization.audit import audit_activation_shapes, audit_layers
 from fp4dit.quantization.audit_table import ModelAudit, audit_model
-from fp4dit.quantization.rules import Rule, find_layers
 from fp4dit.store.store import Store
 from fp4dit.utils.errors import UserError
 from pipelines.cli.costs import collect_costs, format_costs, list_cost_warnings, make_estimator
@@ -74,14 +67,10 @@ def audit_outline(outline: ModelOutline, images: PlannedStage) -> ModelAudit:
 def audit_skeleton(images: PlannedStage) -> ModelAudit:
     """Audit a model that is built on the meta device, where its activations are recorded."""
     # Imported here because it takes seconds, and the outline of a model does without it.
-    from fp4dit.estimate.footprint import measure_activation_shapes
+    from fp4dit.estimate.audit import audit_transformer
 
     generate: Any = build_stages([images])[images.name]
-    weights = audit_layers(generate.model.build_on_meta().transformer, generate.weight)
-    shapes = measure_activation_shapes(generate.model.build_on_meta(), generate.weight)
-    inputs = audit_activation_shapes(shapes, generate.activation)
-    model = generate.model.build_on_meta().transformer
-    return audit_model(model, weights, inputs, list(shapes))
+    return audit_transformer(generate.model, generate.weight, generate.activation)
 
 
 def print_audit_and_costs(
@@ -116,13 +105,6 @@ def describe_speed(estimator: "Estimator") -> str:
         f"speed of a {estimator.dtype} matrix product. Text encoders and autoencoders are not "
         "counted."
     )
-
-
-def audit_layers(model: Any, rules: Sequence[Rule]) -> list[LayerAudit]:
-    """Audit the weights of a transformer; without rules, all of them are in full precision."""
-    if rules:
-        return audit_weights(model, rules)
-    return [audit_layer(name, layer, None) for name, layer in find_layers(model).items()]
 
 
 if __name__ == "__main__":

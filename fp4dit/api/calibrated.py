@@ -55,8 +55,8 @@ def quantize_with_calls_(
         config = configure_stages(preset.config, live, write_prompts(folder, prompts), len(prompts))
         needs = dict(preset.config.stages.generate.needs)
         stages, store = make_plan(config), Store(folder / "store")
-        made = execute_plan(stages, list(needs.values()), store, make_runtime(live, preset))
-        folders = {role: made[name] for role, name in needs.items()}
+        results = execute_plan(stages, list(needs.values()), store, make_runtime(live, preset))
+        folders = {role: results[name] for role, name in needs.items()}
         load_and_pack_(live, preset, folders)
         errors = read_block_errors(folders["weights"] / "blocks.json")
     return errors
@@ -166,8 +166,8 @@ def load_and_pack_(live: LivePipeline, preset: Preset, folders: Mapping[str, Pat
         live.adapt(transformer),
         preset.weight,
         preset.activation,
-        folders["weights"] / "units",
-        folders["activations"] / "scales.safetensors",
+        folders["weights"],
+        folders["activations"],
     )
     pack_transformer_(transformer, rules, input_rules)
     live.pipe.transformer.__dict__.update(transformer.__dict__)

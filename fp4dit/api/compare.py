@@ -81,7 +81,7 @@ def compare(
         check_quantizes(presets[method])
     prompts, calibration_prompts = split_prompts(presets, prompts, calibration_prompts)
     if device is not None:
-        pipe.to(device)
+        pipe.to(device, silence_dtype_warnings=True)  # diffusers says that a CPU cannot run fp16
     first = next(iter(presets.values()))  # all draw with the same sampler and seeds
     compared = [ComparedMethod(FULL_PRECISION, draw_images(pipe, first, prompts), {})]
     for method, preset in presets.items():

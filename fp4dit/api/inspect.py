@@ -8,8 +8,10 @@ from diffusers import DiffusionPipeline
 from fp4dit.api.families import find_model_option
 from fp4dit.api.live import LivePipeline
 from fp4dit.api.presets import compose_for_pipeline, compose_preset
-from fp4dit.api.quantize import audit_transformer, check_components
+from fp4dit.api.quantize import check_components, check_quantizes
 from fp4dit.api.report import TRANSFORMER, QuantizationReport
+from fp4dit.estimate.audit import audit_transformer
+from fp4dit.models.base import PipelineSource
 from fp4dit.models.hub_files import INDEX, read_config
 
 
@@ -34,13 +36,15 @@ def inspect(
     if isinstance(pipe_or_path, DiffusionPipeline):
         check_components(pipe_or_path, (TRANSFORMER,))
         preset = compose_for_pipeline(pipe_or_path, method, overrides)
-        live = LivePipeline.register(pipe_or_path, preset.source)
-        audit, name = audit_transformer(live, preset), type(pipe_or_path).__name__
+        source: PipelineSource = LivePipeline.register(pipe_or_path, preset.source)
+        name = type(pipe_or_path).__name__
     else:
         path = str(pipe_or_path)
         name = read_config(path, INDEX)["_class_name"]
         preset = compose_preset(method, overrides, find_model_option(name))
         preset.config.model.path = path
-        preset.source.check([])
-        audit = audit_transformer(preset.source, preset)
+        source = preset.source
+        source.check([])
+    check_quantizes(preset)
+    audit = audit_transformer(source, preset.weight, preset.activation)
     return QuantizationReport(method, name, {TRANSFORMER: audit})

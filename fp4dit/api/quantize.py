@@ -14,13 +14,10 @@ from fp4dit.api.live import LivePipeline, check_not_quantized
 from fp4dit.api.presets import Preset, compose_for_pipeline
 from fp4dit.api.report import TRANSFORMER, QuantizationReport
 from fp4dit.api.settings import keep_torch_settings
-from fp4dit.estimate.footprint import measure_activation_shapes
-from fp4dit.estimate.stages import audit_activation_shapes
-from fp4dit.models.base import PipelineSource
+from fp4dit.estimate.audit import audit_transformer
 from fp4dit.packed.encoding.schema import to_tagged_json
 from fp4dit.packed.export import count_state_bytes, quantize_encoder_, quantize_to_nearest_
 from fp4dit.packed.quantize import assign_text_encoder_rules
-from fp4dit.quantization.audit import audit_weights
 from fp4dit.quantization.audit_table import ModelAudit, audit_model
 from fp4dit.quantization.rules import Rule
 from fp4dit.utils.errors import UserError
@@ -85,7 +82,7 @@ def quantize(
     for name in encoders:
         assign_text_encoder_rules(pipe.components[name], preset.text_encoder)  # only checks them
     if device is not None:
-        pipe.to(device)
+        pipe.to(device, silence_dtype_warnings=True)  # diffusers says that a CPU cannot run fp16
     with keep_torch_settings():
         if TRANSFORMER in components:
             audits[TRANSFORMER] = quantize_transformer_(pipe, preset, prompts, work_dir)
@@ -105,9 +102,10 @@ def quantize_transformer_(
     Raises:
         UserError: if the preset does not fit the model, or needs prompts and there are none.
     """
+    check_quantizes(preset)
     check_storable(preset)
     live = LivePipeline.register(pipe, preset.source, by_content=work_dir is not None)
-    audit = audit_transformer(live, preset)
+    audit = audit_transformer(live, preset.weight, preset.activation)
     transformer, errors = live.pipe.transformer, {}
     if preset.data_need is None:
         rounding = preset.rounding.elementwise_rounding
@@ -142,20 +140,6 @@ def quantize_component_(encoder: Any, rules: Sequence[Rule]) -> ModelAudit:
     weights = quantize_encoder_(encoder, rules)
     sizes = {"bytes": count_state_bytes(encoder), "bytes16": blank.bytes16}
     return replace(blank, weights=weights, **sizes)
-
-
-def audit_transformer(source: PipelineSource, preset: Preset) -> ModelAudit:
-    """Return what a preset would quantize in the transformer of a pipeline.
-
-    Raises:
-        UserError: if the preset quantizes nothing, or does not fit the model.
-    """
-    check_quantizes(preset)
-    skeleton = source.build_on_meta()
-    audit = audit_model(skeleton.transformer, audit_weights(skeleton.transformer, preset.weight))
-    shapes = measure_activation_shapes(skeleton, preset.weight)
-    inputs = audit_activation_shapes(shapes, preset.activation)
-    return replace(audit, inputs=inputs, operands=list(shapes))
 
 
 def check_quantizes(preset: Preset) -> None:

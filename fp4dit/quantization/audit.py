@@ -72,6 +72,17 @@ def audit_weights(model: nn.Module, rules: Sequence[Rule]) -> list[LayerAudit]:
     return [audit_layer(name, layer, assigned.get(name)) for name, layer in layers.items()]
 
 
+def audit_layers(model: nn.Module, rules: Sequence[Rule]) -> list[LayerAudit]:
+    """Return the audit of the weights; without rules, all of them are in full precision.
+
+    Raises:
+        UserError: as `audit_weights` does, if there are rules.
+    """
+    if rules:
+        return audit_weights(model, rules)
+    return [audit_layer(name, layer, None) for name, layer in find_layers(model).items()]
+
+
 def audit_layer(name: str, layer: nn.Module, rule: Rule | None) -> LayerAudit:
     """Return the row of one layer."""
     weight: Tensor = layer.weight  # pyright: ignore[reportAssignmentType]

@@ -16,13 +16,16 @@ from fp4dit.quantization.timestep import TimestepContext
 from fp4dit.utils.files import atomic_write_checksummed
 from fp4dit.utils.safetensors_io import save_tensors
 
+# What the results of stages contain: the folder of the units, and the file of activation scales.
+UNITS, SCALES = "units", "scales.safetensors"
+
 
 def load_quantized_(
     pipeline: Pipeline,
     weight: Sequence[Rule],
     activation: Sequence[Rule],
-    units: Path,
-    scales: Path,
+    weights_folder: Path,
+    activations_folder: Path,
 ) -> tuple[dict[str, FakeQuantize], dict[str, Rule]]:
     """Quantize a model in place, with weights and static activation scales from files.
 
@@ -30,8 +33,8 @@ def load_quantized_(
         pipeline: The pipeline with the original model.
         weight: The rules for weights.
         activation: The rules for activations.
-        units: The folder of the reconstruction's units.
-        scales: The file of the activation scales.
+        weights_folder: The result of the stage that made the weights.
+        activations_folder: The result of the stage that calibrated the activations.
 
     Returns:
         The quantizers of the activations, and their rules, by name.
@@ -39,8 +42,8 @@ def load_quantized_(
     Raises:
         UserError: if the file has no scale of a static quantizer.
     """
-    activations, rules = load_weights_(pipeline, weight, activation, units)
-    load_scales_(activations, scales)
+    activations, rules = load_weights_(pipeline, weight, activation, weights_folder / UNITS)
+    load_scales_(activations, activations_folder / SCALES)
     return activations, rules
 
 

@@ -53,7 +53,7 @@ def exit_with_explanation(config: str = "run") -> Iterator[None]:
     Args:
         config: The root config of the command, for messages about its keys.
     """
-    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    asked = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints the error itself and exits
     try:
         yield
@@ -66,9 +66,11 @@ def exit_with_explanation(config: str = "run") -> Iterator[None]:
         sys.exit(INTERRUPTED)
     except Exception as error:
         message = explain_error(error, config)
-        if show_traceback or message is None:
+        if asked == "1" or message is None:
             raise
         sys.exit(f"error: {message}\n(HYDRA_FULL_ERROR=1 shows where)")
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = asked  # a program may run two commands, one after another
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from fp4dit.models.base import PipelineSource
 from fp4dit.quantization.apply import check_activations
 from fp4dit.quantization.audit import audit_to_dicts, effective_bits
 from fp4dit.quantization.rules import Rule
-from fp4dit.rounding.unit_files import load_weights_
+from fp4dit.rounding.unit_files import SCALES, UNITS, load_weights_
 from fp4dit.utils.files import write_csv, write_json
 from pipelines.runtime.trainer import Runtime
 from pipelines.stages.base import Needs, Stage
@@ -52,7 +52,7 @@ class Activate(Stage):
     def run(self, needs: Needs, out: Path, runtime: Runtime) -> None:
         pipeline = self.model.load()
         activations, rules = load_weights_(
-            pipeline, self.weight, self.activation, needs["weights"] / "units"
+            pipeline, self.weight, self.activation, needs["weights"] / UNITS
         )
         observed = {}
         for name, rule in rules.items():
@@ -69,7 +69,7 @@ class Activate(Stage):
         measure = MeasureTask(pipeline, activations)
         make_trainer = partial(runtime.make_trainer, "activate: measure", devices=1)
         replay_steps(measure, val_steps, make_trainer, resume_folder / "measure.safetensors")
-        save_scales(activations, out / "scales.safetensors")
+        save_scales(activations, out / SCALES)
         write_csv(out / "sqnr.csv", measure.compute_sqnr())
         audit = measure.audit_activations(rules)
         operations = count_bit_operations(self.model.build_on_meta(), self.weight, self.activation)

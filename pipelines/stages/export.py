@@ -116,8 +116,8 @@ class Export(Stage):
             pipeline,
             self.weight,
             self.activation,
-            needs["weights"] / "units",
-            needs["activations"] / "scales.safetensors",
+            needs["weights"],
+            needs["activations"],
         )
         bytes16 = checkpoint_bytes(pipeline.transformer, [])
         pack_transformer_(pipeline.transformer, rules, input_rules)  # pyright: ignore[reportArgumentType]

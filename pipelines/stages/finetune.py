@@ -29,7 +29,7 @@ from fp4dit.rounding.finetune import (
     pass_gradients_through,
     restore_latent_,
 )
-from fp4dit.rounding.unit_files import load_quantized_, save_layers, unit_path
+from fp4dit.rounding.unit_files import UNITS, load_quantized_, save_layers, unit_path
 from fp4dit.utils.files import read_json, write_csv, write_json
 from fp4dit.utils.resumable import ResumableTrainers
 from pipelines.runtime.trainer import Runtime
@@ -96,9 +96,9 @@ class Finetune(Stage):
         dataset = UnitDataset(unit, columns, target, train_rows, memory)
         with pass_gradients_through(activations):
             curve = self.finetune.round_unit(student, list(layers.values()), dataset, trainers)
-        (out / "units").mkdir(exist_ok=True)
+        (out / UNITS).mkdir(exist_ok=True)
         for number, block in enumerate(pipeline.units(), 1):
-            save_layers(filter_by_unit(layers, block), unit_path(out / "units", number, block))
+            save_layers(filter_by_unit(layers, block), unit_path(out / UNITS, number, block))
         write_csv(out / "curve.csv", [{"unit": "whole", **point} for point in curve])
         errors = {"unit": "whole", "error": compute_error("after"), "before": error_before}
         write_json(out / "blocks.json", [errors])
@@ -118,8 +118,8 @@ class Finetune(Stage):
             pipeline,
             self.weight,
             self.activation,
-            needs["weights"] / "units",
-            needs["activations"] / "scales.safetensors",
+            needs["weights"],
+            needs["activations"],
         )
         return pipeline, activations
 

@@ -108,8 +108,8 @@ class Generate(ShardedStage):
                 pipeline,
                 self.weight,
                 self.activation,
-                needs["weights"] / "units",
-                needs["activations"] / "scales.safetensors",
+                needs["weights"],
+                needs["activations"],
             )
         return GenerateTask(pipeline, folder, self.generation.steps, self.generation.guidance)
 

@@ -51,8 +51,8 @@ class Histograms(Stage):
             pipeline,
             self.weight,
             self.activation,
-            needs["weights"] / "units",
-            needs["activations"] / "scales.safetensors",
+            needs["weights"],
+            needs["activations"],
         )
         _, val_steps = load_steps(needs["calls"] / "calls", self.calibration.num_prompts)
         task = HistogramTask(pipeline, activations)

@@ -21,6 +21,7 @@ from fp4dit.quantization.rules import Rule, assign_rules, find_layers
 from fp4dit.rounding import reconstruction
 from fp4dit.rounding.base import RoundingMethod
 from fp4dit.rounding.reconstruction import Reconstruction
+from fp4dit.rounding.unit_files import UNITS
 from fp4dit.utils.files import write_csv, write_json
 from pipelines.runtime.trainer import Runtime
 from pipelines.stages.base import Needs, Stage
@@ -86,7 +87,7 @@ class Reconstruct(Stage):
         """Round the weights of the pipeline, and return the report of each unit."""
         model = pipeline.transformer
         rules = assign_rules(find_layers(model), self.weight)
-        (out / "units").mkdir(exist_ok=True)
+        (out / UNITS).mkdir(exist_ok=True)
         memory = MemoryBudget(1e9 * runtime.memory_budget_gb, out)
         columns = load_calls(needs["calls"] / "calls", memory)
         train_rows, val_rows = split_rows(columns, self.calibration.num_prompts)
@@ -97,7 +98,7 @@ class Reconstruct(Stage):
             train_rows,
             val_rows,
             self.calibration.replay_batch_size,
-            out / "units",
+            out / UNITS,
             activation=self.activation or (),
             memory=memory,
         )

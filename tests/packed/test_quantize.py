@@ -103,9 +103,8 @@ def test_equals_the_stages(composed: Compose, short_folder: Path, outputs: Path,
     pipeline = reconstruct.model.load()
     transformer = pipeline.transformer
     rules = assign_rules(find_layers(transformer), weight)
-    scales = folders["activate"] / "scales.safetensors"
-    units = folders["reconstruct"] / "units"
-    _, inputs = load_quantized_(pipeline, weight, activation, units, scales)
+    results = folders["reconstruct"], folders["activate"]
+    _, inputs = load_quantized_(pipeline, weight, activation, *results)
     pack_transformer_(transformer, rules, inputs)
 
     quantized = reconstruct.model.load().transformer

@@ -80,6 +80,7 @@ def test_help_of_each_experiment_command_fits_a_screen(run: Run, capfd, name: st
         (["qantize"], "error: there is no command 'qantize'; did you mean quantize?"),
         (["table", "table=demmo"], "error: table=demmo: 'table' has no option 'demmo'; did you"),
         (["inspect", "pixart_alfa"], "error: pixart_alfa: this is no folder, no hub id"),
+        (["inspect", "shapes", "weight.format=e1m3x"], "format 'e1m3x' is not known; did you mean"),
     ],
 )
 def test_a_mistake_gets_one_message(arguments: list[str], message: str):
