@@ -193,10 +193,10 @@ def add_pipeline_arguments(parser: ArgumentParser) -> None:
 
 def collect_sampling(options: Namespace) -> dict[str, Any]:
     """Return the arguments that the functions of `fp4dit` have in common."""
-    import torch
+    from torch import cuda
 
     names = ("steps", "guidance", "seed")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or ("cuda" if cuda.is_available() else "cpu")
     return {name: getattr(options, name) for name in names} | {"device": device}
 
 

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def no_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide Optuna from imports, as if it were not installed."""
+    for name in [name for name in sys.modules if name.startswith("optuna.")]:
+        monkeypatch.delitem(sys.modules, name)  # another test may have imported it
     monkeypatch.setitem(sys.modules, "optuna", None)
 
 

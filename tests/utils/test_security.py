@@ -194,7 +194,7 @@ def test_no_prompt_names_a_file(pixart_folder: Path, tmp_path: Path):
 
 def test_every_bound_of_a_requirement_has_its_reason():
     """Bounds stand in pyproject.toml, and the Makefile forces some on other packages."""
-    page = (ROOT / "docs" / "security.md").read_text()
+    page = (ROOT / "docs/internals/security.md").read_text()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = chain.from_iterable(project["project"]["optional-dependencies"].values())
     required = [*project["build-system"]["requires"], *project["project"]["dependencies"], *extras]
