@@ -9,6 +9,7 @@ integrations are registered when those libraries are imported, because importing
 The public functions are in `fp4dit.api`, and are imported when they are first used.
 """
 
+import logging
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +19,12 @@ import wrapt
 __version__ = version("fp4dit")
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+# While diffusers is imported, it warns that torchao 0.18 lacks classes of earlier versions. Nothing
+# here needs them.
+logging.getLogger("diffusers.quantizers.torchao.torchao_quantizer").addFilter(
+    lambda record: "Unable to import `torchao`" not in record.getMessage()
+)
 
 
 @wrapt.when_imported("diffusers.models.modeling_utils")

@@ -46,16 +46,20 @@ def generate_config_groups() -> str:
 
 
 def sort_groups(defaults: Collection[str]) -> list[str]:
-    """Return the names of all groups, first those that a run has, in the order of its defaults."""
+    """Return the names of all groups, first those that a command has by default, in that order."""
     groups = list_groups()
     ordered = [group for group in defaults if group in groups]
     return ordered + [group for group in groups if group not in ordered]
 
 
 def read_defaults() -> dict[str, tuple[str, str]]:
-    """Return the default and the comment of each group that conf/run.yaml chooses."""
-    text = (CONF / "run.yaml").read_text()
-    return {group: (option, purpose) for group, option, purpose in DEFAULT.findall(text)}
+    """Return the default and the comment of each group that a command chooses, `run` before all."""
+    defaults: dict[str, tuple[str, str]] = {}
+    for path in [CONF / "run.yaml", *sorted(CONF.glob("*.yaml"))]:
+        for group, option, purpose in DEFAULT.findall(path.read_text()):
+            if not defaults.get(group, ("", ""))[1]:
+                defaults[group] = option, purpose
+    return defaults
 
 
 def list_groups() -> list[str]:
@@ -79,7 +83,7 @@ def read_comment(path: Path) -> str:
     """Return the first sentence of the comment at the head of a file."""
     lines = []
     for line in path.read_text().splitlines():
-        if line == "# @package _global_":
+        if line.startswith("# @package "):
             continue
         if not line.startswith("# "):
             break

@@ -5,7 +5,6 @@ import hashlib
 import json
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from fp4dit.rounding.unit_files import load_quantized_
 from fp4dit.store.store import Store
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.files import atomic_write, read_json
+from fp4dit.utils.warn import warn_user
 from pipelines.planning.executor import execute_plan
 from pipelines.planning.plan import make_plan
 from pipelines.runtime.trainer import Runtime
@@ -76,9 +76,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
             "learned from; 32 to 128 are sensible"
         )
     if len(prompts) < FEW_PROMPTS:
-        warnings.warn(
-            f"{len(prompts)} prompts are few to calibrate on: 32 to 128 are sensible", stacklevel=5
-        )
+        warn_user(f"{len(prompts)} prompts are few to calibrate on: 32 to 128 are sensible")
 
 
 @contextmanager

@@ -5,8 +5,9 @@ without them.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -20,6 +21,7 @@ from fp4dit.api.quantize import check_components, check_quantizes, quantize
 from fp4dit.api.report import TRANSFORMER
 from fp4dit.calibration.capture import batch_prompts
 from fp4dit.models.adapter import TransformerAdapter
+from fp4dit.quantization.rules import assign_rules, find_layers
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.extras import require_extra
 from pipelines.config.resolvers import CONF, list_options, suggest_names
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from fp4dit.metrics.base import PerImageMetric
 
 FULL_PRECISION = "full precision"
+
+T = TypeVar("T")
 
 
 def compare(
@@ -56,7 +60,8 @@ def compare(
         calibration_prompts: Prompts for the presets that need data. None of them may be drawn.
             Without them, such a preset calibrates on the second half of `prompts`, and only the
             first half is drawn, for all methods.
-        overrides: Overrides of all presets, as on the command line.
+        overrides: Overrides of all presets, as on the command line. What fits only some of them
+            belongs in a YAML file of the preset, whose path is then given in `methods`.
         steps: Denoising steps; the default is that of the pipeline's call.
         guidance: Guidance scale; the default is that of the pipeline's call.
         seed: Another seed draws and calibrates with other random numbers.
@@ -77,8 +82,8 @@ def compare(
     options: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": seed}
     presets = {}
     for method in methods:
-        presets[method] = compose_for_pipeline(pipe, method, overrides, **options)
-        check_quantizes(presets[method])
+        compose = partial(compose_and_check, pipe, method, **options)
+        presets[method] = compose_with_shared_overrides(method, overrides, compose)
     prompts, calibration_prompts = split_prompts(presets, prompts, calibration_prompts)
     if device is not None:
         pipe.to(device, silence_dtype_warnings=True)  # diffusers says that a CPU cannot run fp16
@@ -95,6 +100,40 @@ def compare(
     seeds = range(first.config.generation.seed, first.config.generation.seed + len(prompts))
     titles = {name: (scorer.title, scorer.digits) for name, scorer in scorers.items()}
     return Comparison(prompts, seeds, compared, titles)
+
+
+def compose_and_check(
+    pipe: DiffusionPipeline, method: str, overrides: Sequence[str], **options: Any
+) -> Preset:
+    """Compose a preset, and check that it fits the transformer.
+
+    Raises:
+        UserError: if there is no such preset, an override is wrong, or a rule matches no layer.
+    """
+    preset = compose_for_pipeline(pipe, method, overrides, **options)
+    check_quantizes(preset)
+    assign_rules(find_layers(pipe.transformer), preset.weight)  # pyright: ignore
+    return preset
+
+
+def compose_with_shared_overrides(
+    method: str, overrides: Sequence[str], compose: Callable[[Sequence[str]], T]
+) -> T:
+    """Compose one of several methods, and say which one it is if it refuses the overrides.
+
+    Args:
+        method: Name or file of the method, for the message.
+        overrides: Overrides of all methods.
+        compose: Composes this method with overrides.
+    """
+    try:
+        return compose(overrides)
+    except UserError as error:
+        compose(())  # raises the error of a method that is wrong by itself
+        raise UserError(
+            f"{method}: {error} (overrides go to all methods: if one fits only some of them, write "
+            "it into a YAML file of the method, and give the file in place of the name)"
+        ) from error
 
 
 def split_prompts(

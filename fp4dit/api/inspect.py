@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from fp4dit.api.families import find_model_option
+from fp4dit.api.families import find_lower_tokens, find_model_option, read_token_limit
 from fp4dit.api.live import LivePipeline
 from fp4dit.api.presets import compose_for_pipeline, compose_preset
 from fp4dit.api.quantize import check_components, check_quantizes
@@ -41,7 +41,8 @@ def inspect(
     else:
         path = str(pipe_or_path)
         name = read_config(path, INDEX)["_class_name"]
-        preset = compose_preset(method, overrides, find_model_option(name))
+        tokens = find_lower_tokens(name, read_token_limit(path), overrides)
+        preset = compose_preset(method, overrides, find_model_option(name), model__tokens=tokens)
         preset.config.model.path = path
         source = preset.source
         source.check([])

@@ -15,13 +15,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fp4dit.api.families import find_model_option
+from fp4dit.api.families import find_lower_tokens, find_model_option
 from fp4dit.models.pretrained import PretrainedSource
 from fp4dit.quantization.rules import Rule
 from fp4dit.rounding.base import RoundingMethod
 from fp4dit.rounding.data_free import explain_data_need
 from fp4dit.utils.errors import UserError
-from pipelines.cli.errors import explain_error
+from pipelines.cli.errors import STAGED_FILE, explain_error
 from pipelines.config.compose import compose_config
 from pipelines.config.resolvers import list_options, register_resolvers, suggest_names
 from pipelines.config.validation import check_override_types
@@ -125,7 +125,8 @@ def compose_for_pipeline(
     """Compose a preset for a pipeline in memory.
 
     Args:
-        pipe: The pipeline, whose class chooses the file of `conf/model`.
+        pipe: The pipeline, whose class chooses the file of `conf/model`. If its tokenizer takes
+            fewer tokens than that file says, prompts have this number of tokens.
         method: Name or file of the preset.
         overrides: Overrides in the grammar of the command line.
         steps: Denoising steps while calibrating; None for the default of the pipeline's call.
@@ -140,15 +141,18 @@ def compose_for_pipeline(
         steps = parameters["num_inference_steps"].default
     if guidance is None and "guidance_scale" in parameters:
         guidance = parameters["guidance_scale"].default
+    class_name, tokenizer = type(pipe).__name__, pipe.components.get("tokenizer")
+    limit = getattr(tokenizer, "model_max_length", None)
     preset = compose_preset(
         method,
         overrides,
-        find_model_option(type(pipe).__name__),
+        find_model_option(class_name),
+        model__tokens=find_lower_tokens(class_name, limit, overrides),
         generation__steps=steps,
         generation__guidance=guidance,
         seed=seed,
     )
-    preset.config.model.path = str(pipe.name_or_path or type(pipe).__name__)
+    preset.config.model.path = str(pipe.name_or_path or class_name)
     return preset
 
 
@@ -194,7 +198,7 @@ def stage_method_file(method: str) -> Iterator[list[str]]:
     if "@package _global_" not in path.read_text():
         raise UserError(f"method={method}: its first line must be `# @package _global_`")
     with tempfile.TemporaryDirectory() as folder:
-        name = f"file_{path.stem}"  # differs from the names of the presets, which Hydra prefers
+        name = f"{STAGED_FILE}{path.stem}"  # Hydra would prefer a preset of the file's own name
         (Path(folder) / "method").mkdir()
         shutil.copy(path, Path(folder) / "method" / f"{name}.yaml")
         yield [f"hydra.searchpath=[file://{folder}]", f"method={name}"]

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from fp4dit.models.adapter import TransformerAdapter
 from fp4dit.models.blocks import ActivationState, Unit
+from fp4dit.models.hub_files import INDEX, read_config
 from fp4dit.models.pretrained import PretrainedSource
 from fp4dit.models.testing import verify_adapter
 from fp4dit.models.traced_arguments import RowShape, TracedArguments
@@ -53,8 +54,7 @@ class Generic(PretrainedSource):
                 disappears in `**kwargs` is an error, too.
         """
         super().check(prompts)
-        index: Any = DiffusionPipeline.load_config(self.pipeline_path())
-        class_name = index["_class_name"]
+        class_name = read_config(self.pipeline_path(), INDEX)["_class_name"]
         parameters = list(signature(getattr(diffusers, class_name).__call__).parameters)[1:]
         for option in sorted(self.options.keys() - parameters):
             close = get_close_matches(option, parameters)

@@ -14,6 +14,7 @@ from fp4dit.numerics.quantizer import Quantizer
 from fp4dit.numerics.rounding import RoundingFunction
 from fp4dit.quantization.fake_quant import candidate_formats
 from fp4dit.quantization.layers import QuantLayer
+from fp4dit.utils.errors import UserError
 from fp4dit.utils.resumable import ResumableTrainers
 
 # The points of a learning curve. Each has a `step`, its `error` as a share of the error of rounding
@@ -72,6 +73,20 @@ class RoundingMethod(ABC):
         Raises:
             ValueError: if it cannot.
         """
+
+
+def check_curve(method: RoundingMethod, curve: Curve) -> Curve:
+    """Return what a method's `round_unit` has returned, if it is a learning curve.
+
+    Raises:
+        UserError: if it is not a list, because a method forgot its last line.
+    """
+    if not isinstance(curve, list):
+        raise UserError(
+            f"{type(method).__name__}.round_unit has returned {curve!r}: it must return the "
+            "learning curve, which is an empty list if nothing is learned; end it with `return []`"
+        )
+    return curve
 
 
 def iter_blank_blocks(

@@ -12,7 +12,7 @@ from fp4dit.calibration.dataset import UnitDataset
 from fp4dit.calibration.layer_inputs import iter_layer_inputs
 from fp4dit.models.blocks import Unit
 from fp4dit.quantization.layers import QuantLayer
-from fp4dit.rounding.base import Curve, RoundingMethod
+from fp4dit.rounding.base import Curve, RoundingMethod, check_curve
 from fp4dit.utils.calls import Call
 from fp4dit.utils.resumable import ResumableTrainers
 
@@ -82,7 +82,8 @@ class LayerwiseReconstruction(RoundingMethod):
         target = memory.gather(len(x), self._iter_targets(product, x))
         assert target is not None
         layer_dataset = UnitDataset(unit, {"x": x}, {"y": target}, torch.arange(len(x)), memory)
-        return self.inner.round_unit(product, [layer], layer_dataset, trainers)
+        curve = self.inner.round_unit(product, [layer], layer_dataset, trainers)
+        return check_curve(self.inner, curve)
 
     @torch.no_grad()
     def _iter_targets(self, product: "LayerProduct", x: Any) -> Iterator[Tensor]:

@@ -34,7 +34,7 @@ from fp4dit.quantization.audit import audit_weights
 from fp4dit.quantization.layers import QuantLayer
 from fp4dit.quantization.rules import Rule, assign_rules, find_layers, unused_rules
 from fp4dit.quantization.timestep import TimestepContext
-from fp4dit.rounding.base import Curve, RoundingMethod
+from fp4dit.rounding.base import Curve, RoundingMethod, check_curve
 from fp4dit.rounding.preparation import prepare_layers
 from fp4dit.rounding.unit_boundary import BoundaryFiles, UnitBoundary
 from fp4dit.rounding.unit_files import load_layers, save_layers, unit_path
@@ -255,6 +255,7 @@ class Reconstruction:
             curve = []
             if layers:
                 curve = self.method.round_unit(module, list(layers.values()), dataset, trainers)
+                check_curve(self.method, curve)
             results.save(lambda: [{"states": get_states(layers), "curve": curve}])
         return curve
 

@@ -34,8 +34,6 @@ def hide_loading_bars() -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    # diffusers looks for classes that torchao 0.18 no longer has, and nothing here needs them.
-    logging.getLogger("diffusers.quantizers.torchao.torchao_quantizer").setLevel(logging.ERROR)
     # Without a network the hub is asked five more times, each time with two lines of warnings; the
     # failure itself is an error anyway.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)

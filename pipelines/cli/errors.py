@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.extras import explain_missing_package
 from pipelines.config.compose import compose_config
-from pipelines.config.resolvers import list_options, suggest_names
+from pipelines.config.resolvers import CONF, list_options, suggest_names
 from pipelines.config.validation import get_parameter_types, select_value
 from pipelines.runtime.oom import last_error_line
 
@@ -27,6 +27,10 @@ INSTALL_LAUNCHERS = "pip install 'fp4dit[launchers]'"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+# A method's file outside of conf/ is composed under its own name with this prefix, so that it
+# differs from the names of the presets.
+STAGED_FILE = "file_"
 
 
 class Explanation(NamedTuple):
@@ -119,10 +123,15 @@ def _explain_os_error(error: OSError) -> str | None:
 
 
 def _explain_config_error(error: Exception, config: str) -> str:
-    if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
-        return _explain_missing_option(str(error.missing_cfg_file))
-    if match := re.match(r"Could not override '(.+?)'", str(error)):
-        return _explain_unknown_key(match[1].split("=")[0], config)
+    text, place = str(error), ""
+    if match := re.match(r"In '[^']+/([^'/]+)': (.*)", text, re.DOTALL):  # not in a root config
+        place, text = _format_place(match[1]), match[2]
+    if isinstance(error, MissingConfigException):
+        place = place or _find_file_of_default(error)
+        return place + _explain_missing_option(error.missing_cfg_file or "", error.options)
+    if match := re.match(r"Could not override '(.+?)'", text):
+        key = match[1].split("=")[0]
+        return place + _explain_missing_group(key) if place else _explain_unknown_key(key, config)
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read: {error.message}"
     cause = error.__cause__
@@ -133,12 +142,42 @@ def _explain_config_error(error: Exception, config: str) -> str:
     return str(error)
 
 
-def _explain_missing_option(file: str) -> str:
+def _explain_missing_option(file: str, options: Sequence[str] | None) -> str:
     group, _, name = file.rpartition("/")
     if group == "hydra/launcher" and name in LAUNCHERS:
         return f"{group}={name} is not installed. To install it: {INSTALL_LAUNCHERS}"
-    suggestion = suggest_names(name, list_options(group))
-    return f"{group}={name}: {group!r} has no option {name!r}; {suggestion}"
+    options = options or list_options(group)
+    if not options:
+        return _explain_missing_group(group) if group else f"there is no config {name!r}"
+    return f"{group}={name}: {group!r} has no option {name!r}; {suggest_names(name, options)}"
+
+
+def _find_file_of_default(error: MissingConfigException) -> str:
+    """Return the file whose list of defaults overrides a group by an option that does not exist.
+
+    Hydra names the root config as the place of such an override.
+    """
+    group, _, name = (error.missing_cfg_file or "").rpartition("/")
+    line = re.compile(rf"^\s*- override /?{group}: *{re.escape(name)}\s*(#.*)?$", re.MULTILINE)
+    for folder in re.findall(r"path=file://(.+)", str(error)):
+        for path in sorted(Path(folder).rglob("*.yaml")):
+            if line.search(path.read_text()):
+                return _format_place(path.stem)
+    return ""
+
+
+def _format_place(config: str) -> str:
+    return f"{config.removeprefix(STAGED_FILE)}.yaml: "
+
+
+def _explain_missing_group(group: str) -> str:
+    """Explain that a file's list of defaults names a group that does not exist."""
+    group = group.partition("@")[0]
+    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
+    name = group.rpartition("/")[2]
+    if group != name and name in groups:  # without a slash, it is looked for beside the file
+        return f"there is no group {group!r}; write /{name}, with a slash before it"
+    return f"there is no group {group!r}; {suggest_names(group, groups)}"
 
 
 def _explain_unknown_key(key: str, config: str) -> str:

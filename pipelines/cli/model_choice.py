@@ -3,6 +3,7 @@
 import atexit
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from fp4dit.utils.errors import UserError
 from pipelines.config.resolvers import CONF, HUB_ID, list_options, suggest_names
 
 
-def find_model_overrides(model: str) -> list[str]:
+def find_model_overrides(model: str, overrides: Sequence[str] = ()) -> list[str]:
     """Return the overrides that choose a model.
 
     Args:
         model: A name of conf/model, the folder of a pipeline, or a hub id.
+        overrides: The user's overrides, which come after those that are returned.
 
     Raises:
         UserError: if there is no such model, or the hub cannot be asked for it.
@@ -32,11 +34,14 @@ def find_model_overrides(model: str) -> list[str]:
             f"{model}: this is no folder, no hub id (owner/name) and no name of conf/model; "
             f"{suggest_names(model, names)}"
         )
-    from fp4dit.api.families import find_model_option
+    from fp4dit.api.families import find_lower_tokens, find_model_option, read_token_limit
 
     class_name = read_config(model, INDEX).get("_class_name", "")
     path = model.replace("\\", "\\\\").replace("'", "\\'")
-    return [f"model={find_model_option(class_name)}", f"model.path='{path}'"]
+    texts = [f"model={find_model_option(class_name)}", f"model.path='{path}'"]
+    if tokens := find_lower_tokens(class_name, read_token_limit(model), overrides):
+        texts.append(f"model.tokens={tokens}")
+    return texts
 
 
 def choose_method(method: str) -> list[str]:
@@ -73,6 +78,30 @@ def find_source(method: str, overrides: Sequence[str], has_prompts: bool = True)
             "prompts are sensible"
         )
     return preset.source
+
+
+def find_shared_source(
+    methods: Sequence[str], model: Sequence[str], overrides: Sequence[str]
+) -> Any:
+    """Return the source of the pipeline on which methods are compared, and check each method.
+
+    Args:
+        methods: Names or files of the methods.
+        model: Overrides that choose the model.
+        overrides: The user's overrides, which all methods get.
+
+    Raises:
+        UserError: as `find_source` does. It says which method refuses the overrides.
+    """
+    from fp4dit.api.compare import compose_with_shared_overrides
+
+    def find(method: str, texts: Sequence[str]) -> Any:
+        return find_source(method, [*model, *texts])
+
+    sources = []
+    for method in methods:
+        sources.append(compose_with_shared_overrides(method, overrides, partial(find, method)))
+    return sources[0]
 
 
 def load_pipeline(source: Any) -> Any:

@@ -11,6 +11,7 @@ from fp4dit.utils.errors import UserError
 from pipelines.cli.model_choice import (
     choose_method,
     find_model_overrides,
+    find_shared_source,
     find_source,
     load_pipeline,
 )
@@ -42,7 +43,10 @@ def inspect(arguments: Sequence[str]) -> list[str]:
     parser.add_argument("--costs", action="store_true", help="estimate time and memory too")
     parser.add_argument("overrides", metavar="option=value", nargs="*", help=OVERRIDES_HELP)
     options = parser.parse_intermixed_args(arguments)
-    overrides = [*find_model_overrides(options.model), *choose_method(options.method)]
+    overrides = [
+        *find_model_overrides(options.model, options.overrides),
+        *choose_method(options.method),
+    ]
     overrides.append(f"costs={str(options.costs).lower()}")
     overrides.append(f"layers={'all' if options.all else 'merged'}")
     return [*overrides, *options.overrides]
@@ -70,7 +74,7 @@ def quantize(arguments: Sequence[str]) -> None:
     options = parser.parse_intermixed_args(arguments)
     check_new_folder(options.out)
     prompts = read_prompts(options.prompts) if options.prompts else None
-    overrides = [*find_model_overrides(options.model), *options.overrides]
+    overrides = [*find_model_overrides(options.model, options.overrides), *options.overrides]
     source = find_source(options.method, overrides, has_prompts=prompts is not None)
     quantize_and_save(options, source, overrides, prompts)
 
@@ -133,9 +137,9 @@ def compare(arguments: Sequence[str]) -> None:
     prompts, calibration = read_prompts(options.prompts), None
     if options.calibration_prompts:
         calibration = read_prompts(options.calibration_prompts)
-    overrides = [*find_model_overrides(options.model), *options.overrides]
-    sources = [find_source(method, overrides) for method in options.methods]  # checks each
-    compare_and_save(options, sources[0], overrides, prompts, calibration)
+    model = find_model_overrides(options.model, options.overrides)
+    source = find_shared_source(options.methods, model, options.overrides)
+    compare_and_save(options, source, [*model, *options.overrides], prompts, calibration)
 
 
 def compare_and_save(

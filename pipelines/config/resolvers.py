@@ -6,6 +6,7 @@ The files in a model's folder are a part of the identity of everything that is m
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -50,15 +51,15 @@ def hash_content(
     if node is None:
         raise UserError("null is neither a file nor a folder: give a path in its place")
     outputs = _root_.get("outputs")
-    cache = None
-    if outputs and not _root_.get("dry_run"):  # a dry run writes nothing
-        cache = Path(outputs) / "store" / ".checksums.json"
+    cache = Path(outputs) / "store" / ".checksums.json" if outputs else None
+    read_only = bool(_root_.get("dry_run"))  # a dry run writes nothing
+    hash_one = partial(hash_path, cache=cache, read_only=read_only)
     if isinstance(node, str):
-        hashes = [hash_path(node, marker, cache)]
-        hashes += [hash_path(path, None, cache) for path in others if path]
+        hashes = [hash_one(node, marker)]
+        hashes += [hash_one(path, None) for path in others if path]
         return " ".join(hashes)
     paths = sorted(find_paths(node))
-    return OmegaConf.create({name: hash_path(path, marker, cache) for name, path in paths})
+    return OmegaConf.create({name: hash_one(path, marker) for name, path in paths})
 
 
 def find_paths(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -130,7 +131,7 @@ def find_unavailable_metrics(metrics: DictConfig) -> dict[str, str]:
     return unavailable
 
 
-def hash_path(path: str, marker: str | None, cache: Path | None) -> str:
+def hash_path(path: str, marker: str | None, cache: Path | None, read_only: bool) -> str:
     """Return the hash of a file or of a model's folder, or `hub:` and the hub id.
 
     Raises:
@@ -147,15 +148,16 @@ def hash_path(path: str, marker: str | None, cache: Path | None) -> str:
         kind = "a diffusers pipeline" if marker == "model_index.json" else "such a model"
         reason = f"the folder has no {marker}" if place.is_dir() else "this is a file"
         raise UserError(f"{path!r} is not {kind}: {reason}")
-    return compute_key(hash_files(place, cache))
+    return compute_key(hash_files(place, cache, read_only))
 
 
-def hash_files(place: Path, cache: Path | None) -> dict[str, str]:
+def hash_files(place: Path, cache: Path | None, read_only: bool) -> dict[str, str]:
     """Return the SHA-256 of every file that can change what a model computes, by name.
 
     Args:
         place: A file, or the folder of a model.
         cache: The file that caches checksums, or None.
+        read_only: Leave the cache as it is.
     """
     paths = [place]
     if not place.is_file():
@@ -168,7 +170,7 @@ def hash_files(place: Path, cache: Path | None) -> dict[str, str]:
         if state not in known:
             new[state] = file_sha256(path)
         hashes[path.relative_to(place).as_posix()] = known.get(state) or new[state]
-    if cache and new:
+    if cache and new and not read_only:
         write_cache(cache, {**known, **new})
     return hashes
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,11 @@ from diffusers import PixArtSigmaPipeline
 
 import fp4dit
 from fp4dit.packed.nn.linear import PackedLinear
+from fp4dit.utils.calls import remove_hooks
 from fp4dit.utils.errors import UserError
 from tests.helpers import tiny
 
 pytestmark = pytest.mark.unchecked
-
-TOKENS = ["model.tokens=20"]
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,7 @@ def pipe(folder: Path) -> Any:
 
 
 def test_scores_are_those_of_the_images(pipe: Any):
-    comparison = fp4dit.compare(
-        pipe, ["rtn", "mxfp8_rtn"], prompts=tiny.PROMPTS[:2], overrides=TOKENS, steps=2
-    )
+    comparison = fp4dit.compare(pipe, ["rtn", "mxfp8_rtn"], prompts=tiny.PROMPTS[:2], steps=2)
     assert not any(isinstance(layer, PackedLinear) for layer in pipe.transformer.modules())
     full, *others = comparison.methods
     assert [compared.method for compared in others] == ["rtn", "mxfp8_rtn"]
@@ -59,8 +57,12 @@ def test_scores_are_those_of_the_images(pipe: Any):
 
 
 def test_prompts_are_drawn_or_calibrated_on_but_not_both(pipe: Any):
-    options: Any = {"overrides": [*TOKENS, "weight.granularity.size=32"], "steps": 1}
-    comparison = fp4dit.compare(pipe, ["gptq"], prompts=tiny.PROMPTS, **options)
+    options: Any = {"overrides": ["weight.granularity.size=32"], "steps": 1}
+    with pytest.warns(UserWarning, match="2 prompts are few") as warned:
+        # Without the wrapper that checks shapes, from whose line it would be called.
+        comparison = unwrap(fp4dit.compare)(pipe, ["gptq"], prompts=tiny.PROMPTS, **options)
+    files = [warning.filename for warning in warned if "few" in str(warning.message)]
+    assert files == [__file__]
     assert list(comparison.prompts) == tiny.PROMPTS[:2]
     with pytest.raises(UserError, match="is both calibrated on and drawn"):
         fp4dit.compare(
@@ -70,17 +72,50 @@ def test_prompts_are_drawn_or_calibrated_on_but_not_both(pipe: Any):
         fp4dit.compare(pipe, ["rtn"], prompts=["a fox"], metrics=["psnrr"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rounding.damping=0.1"], "rtn: 'rounding.damping' is not in the configuration"),
+        (["+activation.ignore=[proj_out]"], "gptq: a key before .ignore in an override holds"),
+        (["+weight.ignore=[proj]"], "rtn: no layer is left for the rule 'proj'"),
+    ],
+)
+def test_an_override_names_the_method_that_refuses_it(pipe: Any, overrides: Any, message: str):
+    with pytest.raises(UserError) as error:
+        fp4dit.compare(pipe, ["rtn", "gptq"], prompts=tiny.PROMPTS, overrides=overrides)
+    assert str(error.value).startswith(message)
+    assert "overrides go to all methods" in str(error.value)
+    with pytest.raises(UserError, match=r"^method=gptk: there is no such preset"):
+        fp4dit.compare(pipe, ["gptk"], prompts=tiny.PROMPTS, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tokens"),
+    [([], 20), (["model.tokens=30"], 30), (["model=pixart_sigma"], 300)],
+)
+def test_prompts_have_as_many_tokens_as_the_tokenizer_takes(
+    pipe: Any, overrides: list[str], tokens: int
+):
+    assert pipe.tokenizer.model_max_length == 20
+    counts = set()
+
+    def count_tokens(_: Any, args: Any, kwargs: Any) -> None:
+        counts.add(kwargs["encoder_hidden_states"].shape[1])
+
+    with remove_hooks([pipe.transformer.register_forward_pre_hook(count_tokens, with_kwargs=True)]):
+        fp4dit.compare(pipe, ["rtn"], prompts=["a star"], overrides=overrides, steps=1)
+    assert counts == {tokens}
+
+
 def test_inspect_says_what_quantize_does(folder: Path):
     pipe: Any = PixArtSigmaPipeline.from_pretrained(folder)
-    from_path = fp4dit.inspect(folder, "nvfp4_rtn", overrides=TOKENS)
-    from_memory = fp4dit.inspect(pipe, "nvfp4_rtn", overrides=TOKENS)
+    from_path = fp4dit.inspect(folder, "nvfp4_rtn")
+    from_memory = fp4dit.inspect(pipe, "nvfp4_rtn")
     assert str(from_path) == str(from_memory)
-    done = fp4dit.quantize(pipe, "nvfp4_rtn", overrides=TOKENS)
+    done = fp4dit.quantize(pipe, "nvfp4_rtn")
     assert done.transformer.list_blocks() == from_path.transformer.list_blocks()
     assert done.bits_weight == from_path.bits_weight
-    left = fp4dit.inspect(
-        folder, "nvfp4_rtn", overrides=[*TOKENS, "+weight.ignore=[proj_out]"]
-    ).reasons_left
+    left = fp4dit.inspect(folder, "nvfp4_rtn", overrides=["+weight.ignore=[proj_out]"]).reasons_left
     assert list(left) == ["transformer.proj_out"]
     assert "in 16 bits" in left["transformer.proj_out"]
     assert "<table>" in from_path._repr_html_()

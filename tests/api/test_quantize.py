@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 
 import fp4dit
 from fp4dit.api.compare import draw_images
-from fp4dit.api.presets import compose_for_pipeline
+from fp4dit.api.presets import compose_for_pipeline, compose_preset
 from fp4dit.packed.nn.linear import PackedLinear
 from fp4dit.utils.errors import UserError
 from tests.helpers import tiny
@@ -140,6 +141,7 @@ print(*(name for name in ("hydra", "omegaconf", "lightning", "wandb") if name in
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
     )
     assert done.stdout.strip() == ""  # loading needs none of these
+    assert "torchao" not in done.stderr
     assert (np.load(tmp_path / "images.npy") == expected).all()
 
 
@@ -208,6 +210,59 @@ def test_a_method_from_a_file(pipe: Any, tmp_path: Path):
     assert report.bits_activation == 16.0
 
 
+ROUNDING = """
+from dataclasses import dataclass
+from fp4dit.rounding import RoundingMethod
+
+@dataclass(frozen=True)
+class Forgetful(RoundingMethod):
+    def round_unit(self, module, layers, dataset, trainers):
+        for layer in layers:
+            layer.commit_weight()
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "target", "message"),
+    [
+        ("", "Forgetful", "Forgetful.round_unit has returned None: it must return the learning"),
+        ("", "Forgetfull", "has no Forgetfull; did you mean Forgetful?"),
+        ("", "Forgetful.GPTQ", "own_rounding.Forgetful has no GPTQ; correct the path"),
+        ("override /weight: e2m1_chanel", "Forgetful", "mine.yaml: weight=e2m1_chanel: 'weight' "),
+        ("override /wieght: x", "Forgetful", "mine.yaml: there is no group 'wieght'; did you mean"),
+        (
+            "override weight: x",
+            "Forgetful",
+            "mine.yaml: there is no group 'method/weight'; write /",
+        ),
+    ],
+)
+def test_a_mistake_in_ones_own_method_gets_one_line(
+    pipe: Any, tmp_path: Path, monkeypatch, line: str, target: str, message: str
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_rounding.py").write_text(ROUNDING)
+    path, defaults = tmp_path / "mine.yaml", ["rtn", "override /activation: none", line]
+    lines = ["# @package _global_", "defaults:", *(f"  - {item}" for item in defaults if item)]
+    path.write_text("\n".join([*lines, f"rounding: {{_target_: own_rounding.{target}}}"]))
+    with pytest.raises(UserError) as error:
+        fp4dit.quantize(pipe, str(path), prompts=CALIBRATION, overrides=OPTIONS[:2], steps=1)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_target_is_explained():
+    paths = {
+        "own_roundin.Mine": "own_roundin: correct the path, or put own_roundin.py where Python",
+        "../x": "give the path by which Python imports the class",
+    }
+    for target, message in paths.items():
+        with pytest.raises(UserError) as error:
+            compose_preset("rtn", [f"rounding._target_={target}"]).rounding  # noqa: B018
+        assert str(error.value).startswith(f"rounding._target_={target}: ")
+        assert message in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
@@ -240,5 +295,8 @@ def test_a_quantized_pipeline_is_refused(pipe: Any):
 
 
 def test_few_prompts_are_a_warning(pipe: Any):
-    with pytest.warns(UserWarning, match="5 prompts are few"):
-        fp4dit.quantize(pipe, "gptq", prompts=CALIBRATION, overrides=[*OPTIONS, GROUPS], steps=1)
+    quantize = unwrap(fp4dit.quantize)  # without the wrapper that checks shapes
+    with pytest.warns(UserWarning, match="5 prompts are few") as warned:
+        quantize(pipe, "gptq", prompts=CALIBRATION, overrides=[*OPTIONS, GROUPS], steps=1)
+    files = [warning.filename for warning in warned if "few" in str(warning.message)]
+    assert files == [__file__]

@@ -84,6 +84,12 @@ def test_an_unknown_option_is_refused_with_the_nearest_one(
     assert not (tmp_path / "store" / "capture").exists()
 
 
+def test_the_options_of_a_published_pipeline_are_checked_without_a_network():
+    source = Generic("PixArt-alpha/PixArt-XL-2-1024-MS", options={"heigth": 512})
+    with pytest.raises(UserError, match="Pipeline has no such option; did you mean height"):
+        source.check([])
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()

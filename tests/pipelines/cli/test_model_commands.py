@@ -154,6 +154,8 @@ def test_methods_are_compared(program: Program, sigma: Path, prompts: str, tmp_p
     assert f"{float(rows[1]['psnr']):.1f}" in text
     with Image.open(out / "comparison.png") as picture:
         assert picture.width > picture.height / 2
+    assert program(*arguments, "rounding.rounding=x", "--methods", "rtn", "gptq") == 1
+    assert "error: rtn: 'rounding.rounding' is not in " in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,10 @@ def test_methods_are_compared(program: Program, sigma: Path, prompts: str, tmp_p
     [
         ("hunyuan_v1_2", ["model=hunyuan_v1_2"]),
         ("PixArt-alpha/PixArt-Sigma-XL-2-2K-MS", ["model=pixart_sigma_2k"]),
-        ("{folder}/sigma", ["model=pixart_sigma", "model.path='{folder}/sigma'"]),
+        (
+            "{folder}/sigma",
+            ["model=pixart_sigma", "model.path='{folder}/sigma'", "model.tokens=20"],
+        ),
     ],
 )
 def test_a_model_is_found_by_name_id_or_folder(
@@ -179,8 +184,11 @@ def test_quotes_in_a_folder_survive(tmp_path: Path):
     assert compose_config("run", overrides).model.path == str(folder)
 
 
-def test_a_method_is_inspected(program: Program, sigma: Path, capfd):
-    assert program("inspect", str(sigma), "--method", "nvfp4_rtn", TOKENS) == 0
+def test_a_method_is_inspected(
+    program: Program, sigma: Path, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert program("inspect", str(sigma), "--method", "nvfp4_rtn") == 0
     text = capfd.readouterr().out
     assert "transformer_blocks.0-1" in text
     assert "e2m1" in text
@@ -189,6 +197,7 @@ def test_a_method_is_inspected(program: Program, sigma: Path, capfd):
     text = capfd.readouterr().out
     assert "transformer_blocks.5" in text
     assert "GFLOP/s" in text
+    assert list(tmp_path.iterdir()) == [sigma]  # nothing was written
 
 
 def test_a_method_may_be_a_file(program: Program, tmp_path: Path, capfd):
