@@ -90,7 +90,7 @@ bench-gpu: $(STAMP)
 	env -u OMP_NUM_THREADS $(BIN)/python -m benchmarks.bench_training
 
 # --no-deps: hpsv2 pins an old pytest and protobuf, which break other packages and are not needed here.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard fp4dit/packed/nn/*.[ch])
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 was found. Install one, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
 		echo "Could not make a virtual environment. On Debian and Ubuntu: apt install python3-venv"; exit 1; }

@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests: one thread, no network, no W&B account."""
 
 import copy
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -9,14 +10,15 @@ from typing import TYPE_CHECKING
 
 import jaxtyping
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
 from omegaconf import DictConfig
 
 import pipelines.run
+from fp4dit.packed.nn.integer_ops import find_kernels
 from pipelines.cli.main import run_command
-from pipelines.config.resolvers import CONF, register_resolvers
+from pipelines.config.compose import compose_config
+from pipelines.config.resolvers import register_resolvers
 
 # An example may take any time.
 settings.register_profile("untimed", deadline=None)
@@ -33,19 +35,32 @@ Run = Callable[..., int]
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keep the garbage collector from visiting all imported modules again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Check shapes at every call, except in tests marked `unchecked`, which run whole models."""
     jaxtyping.config.update("jaxtyping_disable", item.get_closest_marker("unchecked") is not None)
 
 
 @pytest.fixture
-def composed(tmp_path: Path) -> Iterator[Compose]:
+def composed(tmp_path: Path) -> Compose:
     """A function that composes conf/run.yaml, with its outputs under tmp_path."""
     register_resolvers()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield lambda *overrides: compose("run", [*overrides, f"outputs={tmp_path}"])
-    GlobalHydra.instance().clear()
+    return lambda *overrides: compose_config("run", [*overrides, f"outputs={tmp_path}"])
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Turn compiled kernels off, so that packed layers equal the simulation to the bit."""
+    monkeypatch.setenv("FP4DIT_KERNEL", "none")
+    find_kernels.cache_clear()
+    yield
+    find_kernels.cache_clear()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from torchvision.transforms.functional import to_pil_image
 from fp4dit.calibration.capture import PromptBatch
 from fp4dit.models.base import Pipeline
 from fp4dit.models.nan_guard import nan_guard
+from fp4dit.packed.integer_inference import use_integer_arithmetic_
 from fp4dit.utils.files import atomic_write_checksummed
 from fp4dit.utils.resumable_calls import resume_calls
 
@@ -28,15 +29,29 @@ class GenerateTask(L.LightningModule):
         out: The folder of the images.
         steps: The number of sampling steps.
         guidance: The scale of classifier-free guidance.
+        in_integers: Whether quantized layers compute in whole numbers where that is exact. They do
+            on a CPU for which the kernels were compiled.
 
     Example:
         >>> task = GenerateTask(pipeline, Path("images"), steps=20, guidance=4.5)
         >>> trainer.predict(task, load_one_by_one(batch_prompts(prompts, 8, seed=0)))
     """
 
-    def __init__(self, pipeline: Pipeline, out: Path, steps: int, guidance: float) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        out: Path,
+        steps: int,
+        guidance: float,
+        in_integers: bool = False,
+    ) -> None:
         super().__init__()
+        self.in_integers = in_integers
         self.pipeline, self.out, self.steps, self.guidance = pipeline, out, steps, guidance
+
+    def on_predict_start(self) -> None:
+        if self.in_integers and self.device.type == "cpu":
+            use_integer_arithmetic_(self.pipeline.transformer)
 
     def predict_step(self, batch: PromptBatch) -> None:
         self.pipeline.to(self.device)

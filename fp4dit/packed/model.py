@@ -8,15 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import nn
 
-from fp4dit.numerics.quantizer import Quantizer
-from fp4dit.numerics.rounding import RoundingFunction, round_to_nearest
 from fp4dit.packed.encoding.layout import Layout
 from fp4dit.packed.nn.linear import PackedLinear, make_empty_layer
-from fp4dit.packed.nn.token_quant import fast_token_format, quantize_tokens
+from fp4dit.packed.nn.token_quant import CachedFakeQuantize
 from fp4dit.quantization.apply import ActivationSlot, find_activation_slots
 from fp4dit.quantization.attention import QuantProcessor
 from fp4dit.quantization.fake_quant import FakeQuantize
@@ -215,44 +211,6 @@ def install_attention_processors_(model: nn.Module, inputs: Sequence[InputGroup]
         if name in attention_names and hasattr(module, "set_processor"):
             attention: Any = module
             attention.set_processor(QuantProcessor(attention.processor))
-
-
-class CachedFakeQuantize(FakeQuantize):
-    """Dynamic quantizer of several layers that quantizes a tensor only once.
-
-    The projections of q, k and v have the same input, and every block has the text as input. The
-    result is kept as long as the input exists and is not written to. This saves 3 to 8 % of a
-    packed call of the shipped model on a CPU.
-
-    Example:
-        >>> fake_quant = CachedFakeQuantize(Quantizer(floating(3, 4), PerToken()))
-        >>> with torch.no_grad():
-        ...     fake_quant(x) is fake_quant(x)
-        True
-    """
-
-    def __init__(self, quantizer: Quantizer) -> None:
-        super().__init__(quantizer)
-        self.cache = WeakTensorKeyDictionary()
-        self.fast_format = fast_token_format(self)
-
-    def forward(
-        self, x: Float[Tensor, "..."], rounding: RoundingFunction = round_to_nearest
-    ) -> Float[Tensor, "..."]:
-        # A compiler finds equal expressions itself.
-        is_plain_inference = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
-        if not is_plain_inference or rounding is not round_to_nearest:
-            return super().forward(x, rounding)
-        if x.is_inference():  # an inference tensor has no version, so writes go unnoticed
-            return self.quantize(x)
-        entry = self.cache.get(x)
-        if entry is None or entry[0] != x._version:
-            entry = self.cache[x] = (x._version, self.quantize(x))
-        return entry[1]
-
-    def quantize(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Fake-quantize `x`, by the fast path for tokens if there is one."""
-        return quantize_tokens(x, self.fast_format) if self.fast_format else super().forward(x)
 
 
 def uncastable_state_keys(model: nn.Module) -> set[str]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import omegaconf
 from hydra import __version__ as hydra_version
-from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
@@ -25,13 +24,14 @@ from fp4dit.store import manifest
 from fp4dit.store.manifest import compute_key, read_cache, write_cache
 from fp4dit.utils import files, hub
 from fp4dit.utils.errors import UserError
-from pipelines.config import resolvers, validation
+from pipelines.config import compose, resolvers, validation
+from pipelines.config.compose import compose_config
 from pipelines.config.resolvers import CONF, FILE_RESOLVERS, register_resolvers
 from pipelines.planning import plan, stage_kinds
 from pipelines.planning.plan import PlannedStage, make_plan, make_planned_stage
 
 # The modules whose code determines a plan, besides this one.
-SOURCE_MODULES = (plan, stage_kinds, resolvers, validation, registry, manifest, hub, files)
+SOURCE_MODULES = (plan, stage_kinds, compose, resolvers, validation, registry, manifest, hub, files)
 
 # The name of a resolver, its arguments, and its result.
 Answer = list[Any]
@@ -103,7 +103,7 @@ def _unpack_plan(entry: Mapping[str, Any]) -> RunPlan:
 
 def compose_plan(overrides: Sequence[str], outputs: str) -> tuple[list[Answer], RunPlan]:
     """Compose and plan one run, and record the answers of the resolvers that read files."""
-    config = compose("run", list(overrides))
+    config = compose_config("run", overrides)
     config.outputs = outputs
     model = OmegaConf.select(config, "model.path") or ""
     with record_answers() as answers:

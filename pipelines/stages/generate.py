@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lightning import LightningModule
 
@@ -23,6 +23,8 @@ from fp4dit.utils.files import write_json
 from pipelines.runtime.trainer import Runtime
 from pipelines.stages.base import Needs
 from pipelines.stages.sharded import ShardedStage
+
+Arithmetic = Literal["integer", "simulated"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Generate(ShardedStage):
 
     The transformer depends on the roles of the inputs: `weights` and `activations` for a quantized
     one, `transformer` for one that was trained with `lowbit_linear`, none for full precision.
+    `arithmetic` says whether products of quantized numbers are summed up exactly, in whole numbers,
+    where that is possible, or in the simulation's floating point.
 
     Example:
         See the nodes `generate` and `reference` of `conf/stages/default.yaml`.
@@ -72,6 +76,7 @@ class Generate(ShardedStage):
     generation: Generation
     prompts: PromptSource
     count: int
+    arithmetic: Arithmetic = "simulated"
     lowbit_linear: Sequence[TrainRule] = ()
 
     def estimate_cost(self, make_estimator: Callable[[], Estimator]) -> StageCost:
@@ -89,6 +94,9 @@ class Generate(ShardedStage):
     def check(self) -> None:
         if self.count < 1:
             raise UserError("prompts.count must be at least 1")
+        if self.arithmetic not in get_args(Arithmetic):
+            choices = " or ".join(get_args(Arithmetic))
+            raise UserError(f"arithmetic={self.arithmetic} is not known: choose {choices}")
         self.model.check(get_texts(self.prompts(self.count)))
 
     def list_shards(self, needs: Needs) -> list[PromptBatch]:
@@ -111,7 +119,13 @@ class Generate(ShardedStage):
                 needs["weights"],
                 needs["activations"],
             )
-        return GenerateTask(pipeline, folder, self.generation.steps, self.generation.guidance)
+        return GenerateTask(
+            pipeline,
+            folder,
+            self.generation.steps,
+            self.generation.guidance,
+            in_integers=self.arithmetic == "integer",
+        )
 
     def finish(self, needs: Needs, out: Path, runtime: Runtime) -> None:
         if not {"transformer", "weights"} & needs.keys():

@@ -14,12 +14,15 @@ from fp4dit.rounding.reconstruction import check_reconstruction
 from pipelines.config.resolvers import CONF, list_options
 from pipelines.planning.plan import make_plan
 from tests.conftest import Compose
+from tests.helpers.identities import find_own_paths
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "fp4dit").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")])
 METHODS = list_options("method")
 OPTIONS: list[str] = []
-for _group in ("weight", "activation", "rounding", "transform"):
+PARTS = ("weight", "activation", "rounding", "transform")
+TESTED_GROUPS = ("method", *PARTS)
+for _group in PARTS:
     OPTIONS += [f"{_group}={name}" for name in list_options(_group)]
 
 
@@ -31,8 +34,14 @@ def skeleton() -> nn.Module:
 
 
 def check_run(composed: Compose, skeleton: nn.Module, *overrides: str) -> None:
-    """Raise what a run would raise before its first stage."""
+    """Raise what a run would raise before its first stage.
+
+    Every class of ours that a stage's config names must have a tag.
+    """
     steps = make_plan(composed(*overrides))
+    assert steps["score"]
+    for step in steps.values():
+        assert find_own_paths(step.identity) == []
     stages = {name: step.instantiate_stage() for name, step in steps.items()}
     if "reconstruct" in stages:
         weights, inputs = stages["reconstruct"], stages["activate"]

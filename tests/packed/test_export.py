@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from fp4dit.quantization.apply import (
     quantize_activations_,
     quantize_weights_,
 )
-from fp4dit.quantization.audit import audit_weights
+from fp4dit.quantization.audit import LayerAudit, audit_weights
 from fp4dit.quantization.fake_quant import FakeQuantize, TimestepFakeQuantize
-from fp4dit.quantization.rules import assign_rules, find_layers
+from fp4dit.quantization.rules import Rule, assign_rules, find_layers
 from fp4dit.quantization.timestep import TimestepContext
 from fp4dit.utils.hub import resolve_package_path
 from pipelines.config.resolvers import list_options
@@ -77,11 +78,17 @@ def run_transformer(dit: Any) -> torch.Tensor:
     )[0]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.unchecked
-def test_presets_are_bit_exact_after_loading(
-    composed: Compose, block_folder: Path, tmp_path: Path, method: str
-):
+@dataclass
+class QuantizedBlock:
+    """A transformer that a preset quantized, the rules of its layers, and the audit of its weights."""
+
+    dit: PixArtTransformer2DModel
+    weight: dict[str, Rule]
+    activation: dict[str, Rule]
+    audit: list[LayerAudit]
+
+
+def quantize_by_preset(composed: Compose, folder: Path, method: str) -> QuantizedBlock:
     """Round to nearest and fit transforms to noise, because only packing is tested."""
     torch.manual_seed(0)
     steps = make_plan(composed(f"method={method}"))
@@ -89,7 +96,7 @@ def test_presets_are_bit_exact_after_loading(
         steps["reconstruct"].instantiate_stage().weight,
         steps["activate"].instantiate_stage().activation,
     )
-    dit = PixArtTransformer2DModel.from_pretrained(block_folder)
+    dit = PixArtTransformer2DModel.from_pretrained(folder)
     audit = audit_weights(dit, weight)
     rules, context = assign_rules(find_layers(dit), weight), TimestepContext()
     context.attach(dit)
@@ -103,16 +110,25 @@ def test_presets_are_bit_exact_after_loading(
     for name, grid in grids.items():
         if grid.static:
             calibrate(grid, find_activation_slots(dit)[name].width)
-    before = run_transformer(dit)
-    pack_transformer_(dit, rules, inputs)
-    dit.save_pretrained(tmp_path)
+    return QuantizedBlock(dit, rules, inputs, audit)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.unchecked
+def test_presets_are_bit_exact_after_loading(
+    composed: Compose, block_folder: Path, tmp_path: Path, no_kernels: None, method: str
+):
+    block = quantize_by_preset(composed, block_folder, method)
+    before = run_transformer(block.dit)
+    pack_transformer_(block.dit, block.weight, block.activation)
+    block.dit.save_pretrained(tmp_path)
     again = PixArtTransformer2DModel.from_pretrained(tmp_path)
     assert run_transformer(again).equal(before)
     packed_layers = [layer for layer in again.modules() if isinstance(layer, PackedLinear)]
     packed = sum(
         value.nbytes for layer in packed_layers for value in layer.packed_buffers.values()
     ) + sum(count_state_bytes(layer.transforms) for layer in packed_layers)
-    counted = sum(layer.bits * layer.values for layer in audit if layer.rule != "-") / 8
+    counted = sum(layer.bits * layer.values for layer in block.audit if layer.rule != "-") / 8
     assert packed == pytest.approx(
         counted, rel=1e-3, abs=8 * len(packed_layers)
     )  # factors of scales, and short last groups

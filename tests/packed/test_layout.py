@@ -258,7 +258,7 @@ def run_model(dit: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tenso
     [(), (Hadamard(16),), (Smoothing(), LowRank(2))],
     ids=["none", "rotation", "branch"],
 )
-def test_packed_model_equals_the_simulated_one(transforms):
+def test_packed_model_equals_the_simulated_one(no_kernels: None, transforms):
     """Include the convolution, whose patches are transformed."""
     dit = make_simulated_model(
         tiny.rules_for(QUANTIZERS["e2m1 g16, fp16"], transforms=transforms), DYNAMIC

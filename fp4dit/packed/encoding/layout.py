@@ -177,11 +177,19 @@ class Layout:
     def decode_qparams(self, buffers: PackedBuffers, format_index: FormatIndices) -> QParams:
         """Return the qparams in fp32, a row for each block."""
         tensors = {}
-        for name, encoding in self.encodings.items():
-            part_names = encoding.part_sizes(len(format_index))
-            parts = {part: buffers[buffer_name(name, part)] for part in part_names}
-            tensors[name] = encoding.decode(parts, format_index).view(-1, 1)
+        for name in self.encodings:
+            tensors[name] = self.decode_qparam(name, buffers, format_index).view(-1, 1)
         return from_tensors(tensors)
+
+    def decode_qparam(
+        self, name: str, buffers: PackedBuffers, format_index: FormatIndices
+    ) -> Float[Tensor, "blocks"]:
+        """Return one tensor of the qparams in fp32, a number for each block."""
+        encoding = self.encodings[name]
+        parts = {}
+        for part in encoding.part_sizes(len(format_index)):
+            parts[part] = buffers[buffer_name(name, part)]
+        return encoding.decode(parts, format_index)
 
 
 def apply_qparams(values: WeightMatrix, qparams: QParams, width: int) -> WeightMatrix:

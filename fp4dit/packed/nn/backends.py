@@ -8,6 +8,7 @@ in the rounding of fp32 sums.
 import math
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, UInt8
@@ -18,9 +19,21 @@ from fp4dit.numerics.block_scales import E4M3
 from fp4dit.numerics.formats import NumberFormat
 from fp4dit.numerics.qparams import QParams, Scale
 from fp4dit.numerics.quantizer import PerGroup, PerRow
-from fp4dit.packed.encoding.layout import Layout
+from fp4dit.packed.encoding.layout import Layout, PackedBuffers
+from fp4dit.packed.nn.integer_ops import (
+    IntegerWeight,
+    find_segment,
+    multiply_integers,
+)
+from fp4dit.packed.nn.integer_weight import describe_weight
 from fp4dit.packed.nn.limits import MAX_ROW_VALUES
-from fp4dit.packed.nn.token_quant import fast_token_format
+from fp4dit.packed.nn.token_quant import (
+    TokenGrid,
+    can_use_kernels,
+    fast_token_format,
+    find_token_grid,
+    quantize_to_grid,
+)
 
 
 class PackedWeight(nn.Module):
@@ -48,6 +61,11 @@ class PackedWeight(nn.Module):
     in_features: int
     out_features: int
     input_fake_quant: nn.Module
+
+    @property
+    def packed_buffers(self) -> dict[str, UInt8[Tensor, "..."]]:
+        """The buffers of `layout`, by name."""
+        raise NotImplementedError
 
     @property
     def qparams(self) -> QParams:
@@ -169,7 +187,71 @@ class Fp8Backend:
         return y.unflatten(0, x.shape[:-1])
 
 
-BACKENDS: Sequence[Backend] = (Fp8Backend(), WeightOnlyBackend(), DequantizeBackend())
+IntegerOperands = tuple[TokenGrid, IntegerWeight]
+
+
+class IntegerBackend:
+    """Compiled kernels for CPUs that multiply whole numbers.
+
+    The tokens and the weight have to be whole numbers times scales. The sums of their products are
+    exact, so that the result differs from the simulation in the rounding of fp32 sums only.
+
+    Example:
+        >>> x = torch.zeros(3, packed_layer.in_features)
+        >>> IntegerBackend().supports(packed_layer, x)  # if the kernels were compiled
+        True
+    """
+
+    name, min_rows = "integer", 0
+
+    def __init__(self) -> None:
+        # The operands of each layer, and the state of its buffers when they were found.
+        self.known: WeakKeyDictionary[PackedWeight, tuple[object, IntegerOperands | None]]
+        self.known = WeakKeyDictionary()
+
+    def supports(self, layer: PackedWeight, x: Float[Tensor, "*b k"]) -> bool:
+        has_other_bias = layer.bias is not None and layer.bias.dtype != x.dtype
+        return can_use_kernels(x) and not has_other_bias and self.find_operands(layer) is not None
+
+    def __call__(self, layer: PackedWeight, x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b o"]:
+        operands = self.find_operands(layer)
+        assert operands is not None, "call `supports` first"
+        token_grid, weight = operands
+        tokens = quantize_to_grid(layer.input_fake_quant, x, token_grid)
+        y = multiply_integers(tokens, weight, layer.bias, x.dtype)
+        return y.view(*x.shape[:-1], layer.out_features)
+
+    def find_operands(self, layer: PackedWeight) -> IntegerOperands | None:
+        """Return what `find_integer_operands` finds, or found since the buffers changed last."""
+        buffers, fake_quant = layer.packed_buffers, layer.input_fake_quant
+        # An inference tensor has no version. Static scales are buffers as soon as there are any.
+        versions = [None if b.is_inference() else b._version for b in buffers.values()]
+        addresses = [b.data_ptr() for b in buffers.values()]
+        state = versions, addresses, id(fake_quant), list(fake_quant._buffers)
+        known = self.known.get(layer)
+        if known is None or known[0] != state:
+            known = self.known[layer] = state, find_integer_operands(layer, buffers)
+        return known[1]
+
+
+def find_integer_operands(layer: PackedWeight, buffers: PackedBuffers) -> IntegerOperands | None:
+    """Return how tokens become whole numbers, and the weight; None if a product is inexact."""
+    grid = find_token_grid(layer.input_fake_quant, layer.in_features)
+    if grid is None:
+        return None
+    weight = describe_weight(layer.layout, buffers, layer.in_features)
+    if weight is None:
+        return None
+    segment = find_segment(grid.numbers, grid.group, weight.group, weight.largest)
+    return None if segment is None else (grid, weight)
+
+
+BACKENDS: Sequence[Backend] = (
+    Fp8Backend(),
+    WeightOnlyBackend(),
+    IntegerBackend(),
+    DequantizeBackend(),
+)
 
 
 def choose_backend(layer: PackedWeight, x: Float[Tensor, "*b k"]) -> Backend:
@@ -181,7 +263,9 @@ def choose_backend(layer: PackedWeight, x: Float[Tensor, "*b k"]) -> Backend:
        in a format that E4M3 holds, and more than 64 rows.
     2. Weight-only needs a GPU and such a weight. It reads a quarter of the bytes of a 16-bit
        weight, which is what counts for few rows.
-    3. Dequantize runs for every format on every device.
+    3. Integer needs a CPU and the compiled kernels, and tokens and a weight that are whole numbers
+       times scales.
+    4. Dequantize runs for every format on every device.
     """
     rows = x.numel() // layer.in_features
     for backend in BACKENDS:
