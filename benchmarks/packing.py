@@ -9,7 +9,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from fp4dit.numerics.block_scales import E4M3
-from fp4dit.numerics.formats import NumberFormat, floating
+from fp4dit.numerics.formats import NumberFormat, floating, integer
 from fp4dit.packed.export import pack_transformer_
 from fp4dit.quantization.apply import quantize_activations_, quantize_weights_
 from fp4dit.quantization.rule_specs import activation_rules, weight_rules
@@ -41,11 +41,20 @@ def make_token_rules(fmt: NumberFormat, leave: Sequence[str] = ()) -> list[Rule]
 # The operands of attention stay in 16 bits, as torchao leaves them.
 W4A8 = RulePair(make_group_rules(), make_token_rules(E4M3, ATTENTION))
 W4A6 = RulePair(make_group_rules(), make_token_rules(floating(2, 3), ATTENTION))
+PRE_GELU = {"match": "*.ff.net.0.proj", "format": "e3m0"}
 # Equal to method=rtn_fp4.
-RTN_FP4 = RulePair(
-    make_group_rules(pre_gelu={"match": "*.ff.net.0.proj", "format": "e3m0"}),
-    make_token_rules(floating(3, 4)),
+RTN_FP4 = RulePair(make_group_rules(pre_gelu=PRE_GELU), make_token_rules(floating(3, 4)))
+RTN_FP4_A6 = RulePair(make_group_rules(pre_gelu=PRE_GELU), make_token_rules(floating(2, 3)))
+W8A8 = RulePair(
+    weight_rules("int8", "channel", "absmax", ["pos_embed.proj"]), make_token_rules(integer(8))
 )
+BLOCKS_OF_16 = {"per": "group", "size": 16}
+FOUR_OVER_SIX = {"rule": "nvfp4", "top": 256.0, "candidates": [1.0, 1.5]}
+NVFP4_W4A4 = RulePair(
+    weight_rules("e2m1", BLOCKS_OF_16, FOUR_OVER_SIX),
+    activation_rules("e2m1", BLOCKS_OF_16, FOUR_OVER_SIX),
+)
+NVFP4_W4A16 = RulePair(NVFP4_W4A4.weight, [])
 
 
 def quantize_to_nearest_(

@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,10 +21,17 @@ from fp4dit.numerics.quantizer import PerGroup, PerToken, Quantizer
 from fp4dit.numerics.scale_rules import AbsMax
 from fp4dit.packed.nn.backends import BACKENDS, Fp8Backend
 from fp4dit.packed.nn.linear import PackedLinear, pack_layer
+from fp4dit.packed.nn.token_quant import (
+    can_use_kernels,
+    fast_token_format,
+    find_token_grid,
+    quantize_to_grid,
+)
 from fp4dit.quantization.fake_quant import FakeQuantize
 from fp4dit.quantization.layers import make_quant_layer
 
 PLAIN = "plain"
+TOKEN_FORMATS = (E4M3, floating(3, 4), floating(2, 3))
 WEIGHT_QUANTIZER = Quantizer(floating(2, 1), PerGroup(128), AbsMax(fp16))
 PEAK_FLOPS = {"H100": 1979e12, "H200": 1979e12}  # dense FP8 operations per second of the SXM cards
 # Bytes of weights that take turns, so that none of them stays in a cache, as in a model.
@@ -53,11 +61,13 @@ class Product:
 
     Args:
         backend: the name of the backend, or `PLAIN`.
+        tokens: the name of the tokens' format.
         quantizing: milliseconds of quantizing the tokens alone.
         error: the error relative to the product of the same operands in fp64.
     """
 
     backend: str
+    tokens: str
     dtype: torch.dtype
     m: int
     o: int
@@ -96,31 +106,33 @@ def make_linear_pair(
     plain = nn.Linear(k, o, device=device, dtype=dtype)
     quantized = make_quant_layer(deepcopy(plain), WEIGHT_QUANTIZER)
     quantized.prepare().commit_weight()
-    layer = pack_layer(quantized)
-    layer.input_fake_quant = FakeQuantize(Quantizer(E4M3, PerToken()))
-    return plain, layer
+    return plain, pack_layer(quantized)
 
 
 def time_backends(
     plain: nn.Linear, layer: PackedLinear, x: Float[Tensor, "m k"], sizes: Sizes
 ) -> Iterator[Product]:
-    """Measure the plain product, and that of every backend that supports the layer."""
-    products: dict[str, tuple[Callable[..., Tensor], nn.Linear]] = {
-        PLAIN: (nn.Linear.forward, plain)
+    """Measure the plain product, and that of every backend and format that supports the layer."""
+    products: dict[tuple[str, str], tuple[Callable[..., Tensor], nn.Linear]] = {
+        (PLAIN, ""): (nn.Linear.forward, plain)
     }
-    for backend in BACKENDS:
-        if backend.supports(layer, x):
-            products[backend.name] = (backend, layer)
-    runs: dict[str, Callable[[], object]] = {}
-    for name, (multiply, module) in products.items():
-        runs[name] = cycle_weights(multiply, module, x)
-    runs[""] = partial(quantize_tokens_alone, layer, x)
+    quantizing: dict[str, Callable[[], object]] = {}
+    for fmt in TOKEN_FORMATS:
+        quantized = deepcopy(layer)
+        quantized.input_fake_quant = FakeQuantize(Quantizer(fmt, PerToken()))
+        quantizing[fmt.name] = partial(quantize_tokens_alone, quantized, x)
+        for backend in BACKENDS:
+            if backend.supports(quantized, x):
+                products[backend.name, fmt.name] = (backend, quantized)
+    runs: dict[Any, Callable[[], object]] = dict(quantizing)
+    for key, (multiply, module) in products.items():
+        runs[key] = cycle_weights(multiply, module, x)
     times = compute_medians(time_in_turn(runs, sizes.repeats, x.device, sizes.calls))
-    o, k = layer.weight.shape
-    for name, (multiply, module) in products.items():
+    for key, (multiply, module) in products.items():
         reference = multiply_exactly(module, x)
         error = (multiply(module, x).double() - reference).norm() / reference.norm()
-        yield Product(name, x.dtype, len(x), o, k, times[name], times[""], error.item())
+        alone = times.get(key[1], 0.0)
+        yield Product(*key, x.dtype, len(x), *layer.weight.shape, times[key], alone, error.item())
 
 
 def cycle_weights(
@@ -136,12 +148,17 @@ def cycle_weights(
 
 
 def quantize_tokens_alone(layer: PackedLinear, x: Float[Tensor, "m k"]) -> object:
-    """Quantize tokens by the kernel of the FP8 backend, or else as the simulation does."""
-    if not Fp8Backend().supports(layer, x):
+    """Quantize tokens by the kernel of a backend, or else as the simulation does."""
+    if can_use_kernels(x):
+        grid = find_token_grid(layer.input_fake_quant, layer.in_features)
+        assert grid is not None
+        return quantize_to_grid(layer.input_fake_quant, x, grid)
+    fmt = fast_token_format(layer.input_fake_quant)
+    if fmt is None or not Fp8Backend().supports(layer, x):
         return layer.input_fake_quant(x)
     from fp4dit.packed.nn import triton_ops  # imports Triton, which not every machine has
 
-    return triton_ops.quantize_rows(x, E4M3.mantissa, E4M3.min_exponent, E4M3.max)
+    return triton_ops.quantize_rows(x, fmt.mantissa, fmt.min_exponent, fmt.max)
 
 
 def multiply_exactly(module: nn.Linear, x: Float[Tensor, "m k"]) -> Float[Tensor, "m o"]:
@@ -160,15 +177,16 @@ def format_products(products: Sequence[Product], card: str) -> Iterator[str]:
     It has a column for the share of the FP8 peak if the peak of the card is known.
     """
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in card), None)
-    columns = ["o x k", "rows", "dtype", "product", "ms", "of plain"]
+    columns = ["o x k", "rows", "dtype", "product", "tokens", "ms", "times the speed of plain"]
     if peak:
         columns.append("of FP8 peak")
     yield from format_header(*columns, "quantizing alone, ms", "error")
     plain_ms = {(p.dtype, p.m, p.o, p.k): p.ms for p in products if p.backend == PLAIN}
     for p in products:
         dtype = str(p.dtype).removeprefix("torch.")
-        slowdown = p.ms / plain_ms[p.dtype, p.m, p.o, p.k]
-        cells = [f"{p.o} x {p.k}", f"{p.m}", dtype, p.backend, f"{p.ms:.3f}", f"{slowdown:.2f}"]
+        speed = plain_ms[p.dtype, p.m, p.o, p.k] / p.ms
+        cells = [f"{p.o} x {p.k}", f"{p.m}", dtype, p.backend, p.tokens]
+        cells += [f"{p.ms:.3f}", f"{speed:.2f}"]
         if peak:
             cells.append(f"{2 * p.m * p.o * p.k / p.ms / 1e-3 / peak:.0%}")
         quantizing = "" if p.backend == PLAIN else f"{p.quantizing:.3f}"

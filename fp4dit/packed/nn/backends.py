@@ -211,7 +211,13 @@ class IntegerBackend:
 
     def supports(self, layer: PackedWeight, x: Float[Tensor, "*b k"]) -> bool:
         has_other_bias = layer.bias is not None and layer.bias.dtype != x.dtype
-        return can_use_kernels(x) and not has_other_bias and self.find_operands(layer) is not None
+        operands = None
+        if can_use_kernels(x) and not has_other_bias:
+            operands = self.find_operands(layer)
+        if operands is None:
+            return False
+        # Three products of bytes take longer than one in bf16, and less than one in fp32.
+        return operands[0].numbers.planes < 3 or x.dtype == torch.float32
 
     def __call__(self, layer: PackedWeight, x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b o"]:
         operands = self.find_operands(layer)

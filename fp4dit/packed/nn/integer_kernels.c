@@ -70,7 +70,8 @@ struct Kernel {
     void (*tile)(const Tokens *, int64_t row, const Panel *, int64_t first, float *y);
     void (*row)(const Tokens *, int64_t row, const Panel *, int64_t first, float *y);
     void (*sum)(const int8_t *weight, int64_t count, int32_t *sums);
-    void (*expand)(const uint8_t *codes, int64_t rows, int64_t k, const int8_t *table, int8_t *weight);
+    void (*expand)(const uint8_t *codes, int64_t rows, int64_t k, int bits, const int8_t *table,
+                   int8_t *weight);
     void (*store)(const Product *, int64_t row, int64_t rows, int64_t first, const float *total);
     int64_t rows, columns;
     int32_t is_signed; /* whether the tile subtracts 128 from each byte */
@@ -147,7 +148,9 @@ ALWAYS_INLINE void store_rows(const Product *p, int64_t row, int64_t rows, int64
 #define EACH_VECTOR EACH_4
 #define vint vint16
 #define vfloat vfloat16
+#define vbyte vbyte16
 typedef uint32_t vint16 __attribute__((vector_size(64), may_alias));
+typedef int8_t vbyte16 __attribute__((vector_size(64), may_alias));
 typedef float vfloat16 __attribute__((vector_size(64), may_alias));
 #define REPEAT_TABLE(table) \
     (vint)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(table)))
@@ -175,6 +178,7 @@ typedef float vfloat16 __attribute__((vector_size(64), may_alias));
 #undef EACH_VECTOR
 #undef vint
 #undef vfloat
+#undef vbyte
 #undef REPEAT_TABLE
 #undef LOOK_UP
 #undef TARGET
@@ -186,7 +190,9 @@ typedef float vfloat16 __attribute__((vector_size(64), may_alias));
 #define EACH_VECTOR EACH_2
 #define vint vint8
 #define vfloat vfloat8
+#define vbyte vbyte8
 typedef uint32_t vint8 __attribute__((vector_size(32), may_alias));
+typedef int8_t vbyte8 __attribute__((vector_size(32), may_alias));
 typedef float vfloat8 __attribute__((vector_size(32), may_alias));
 #define REPEAT_TABLE(table) \
     (vint)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(table)))
@@ -287,7 +293,9 @@ static int is_supported(int kernel) {
 #define EACH_VECTOR EACH_4
 #define vint vint4
 #define vfloat vfloat4
+#define vbyte vbyte4
 typedef uint32_t vint4 __attribute__((vector_size(16), may_alias));
+typedef int8_t vbyte4 __attribute__((vector_size(16), may_alias));
 typedef float vfloat4 __attribute__((vector_size(16), may_alias));
 #define REPEAT_TABLE(table) (vint)vld1q_s8(table)
 #define LOOK_UP(values, index) (vint)vqtbl1q_s8((int8x16_t)(values), (uint8x16_t)(index))
@@ -411,10 +419,10 @@ static void expand_panel(const Product *p, int64_t first, Panel *panel) {
     const Weight *w = p->w;
     const int64_t k = w->k, groups = k / w->group;
     const int64_t rows = w->n - first < PANEL ? w->n - first : PANEL;
-    if (w->bits == 4 && !w->table_index && k % 8 == 0) {
+    if (!w->table_index && k % 8 == 0) {
         int8_t values[16];
         for (int code = 0; code < 16; code++) values[code] = w->tables[2 * code];
-        p->kernel->expand(w->codes + first * k / 2, rows, k, values, panel->weight);
+        p->kernel->expand(w->codes + first * k * w->bits / 8, rows, k, w->bits, values, panel->weight);
     } else {
         if (rows < PANEL) memset(panel->weight, 0, (size_t)(k * PANEL));
         expand_by_tables(w, first, rows, panel->weight);

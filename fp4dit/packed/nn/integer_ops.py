@@ -9,6 +9,7 @@ with the scale, and one addition, for each group of a row.
 """
 
 import ctypes
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -269,6 +270,10 @@ def find_kernels() -> Kernels | None:
         path = Path(__file__).with_name(f"_integer{suffix}")
         if path.is_file():
             return load_kernels(path, wanted)
+    logging.getLogger(__name__).warning(
+        "fp4dit was installed without a C compiler, so quantized layers are slower on the CPU: "
+        "install gcc, then fp4dit again"
+    )
     return None
 
 
@@ -452,11 +457,10 @@ def find_segment(
     Returns:
         The number of columns; None if a group is no multiple of 4, or 4 columns may overflow.
     """
-    segment = math.gcd(token_group, weight_group)
-    while segment % 4 == 0:
-        if segment * grid.largest * largest <= MAX_SUM:
-            return segment
-        segment //= 2
+    group = math.gcd(token_group, weight_group)
+    for parts in range(1, group // 4 + 1):
+        if group % (4 * parts) == 0 and group // parts * grid.largest * largest <= MAX_SUM:
+            return group // parts
     return None
 
 

@@ -86,24 +86,32 @@ TARGET static void SUM_NAME(const int8_t *weight, int64_t count, int32_t *sums) 
         EACH(STORE)
     }
 }
-/* Expands 4-bit codes, 8 of each of LANES rows at a time. The table has 16 values. */
-TARGET static void EXPAND_NAME(const uint8_t *codes, int64_t rows, int64_t k, const int8_t *table,
-                               int8_t *weight) {
+/* Expands codes, some of each of LANES rows at a time. Those of 4 bits are looked up in a table of
+ * 16 values, and those of 8 bits are a sign and a magnitude. */
+TARGET static void EXPAND_NAME(const uint8_t *codes, int64_t rows, int64_t k, int bits,
+                               const int8_t *table, int8_t *weight) {
     const vint values = REPEAT_TABLE(table);
+    const int64_t codes_in_word = 32 / bits, row_bytes = k * bits / 8;
     for (int64_t first = 0; first < PANEL; first += LANES) {
         const uint8_t *row[LANES];
         for (int64_t j = 0; j < LANES; j++)
-            row[j] = codes + (first + j < rows ? first + j : rows - 1) * k / 2;
-        for (int64_t i = 0; i < k; i += 8) {
+            row[j] = codes + (first + j < rows ? first + j : rows - 1) * row_bytes;
+        int8_t *out = weight + 4 * first;
+        for (int64_t i = 0; i < k; i += codes_in_word, out += codes_in_word * PANEL) {
             int32_t words[LANES];
-            for (int64_t j = 0; j < LANES; j++) memcpy(&words[j], row[j] + i / 2, 4);
-            vint both;
-            memcpy(&both, words, sizeof both);
+            for (int64_t j = 0; j < LANES; j++) memcpy(&words[j], row[j] + i * bits / 8, 4);
+            vint word;
+            memcpy(&word, words, sizeof word);
+            if (bits == 8) {
+                const vbyte code = (vbyte)word, is_negative = code < 0;
+                *(vint *)out = (vint)(((code & 127) ^ is_negative) - is_negative);
+                continue;
+            }
             for (int half = 0; half < 2; half++) {
-                vint four = both >> (16 * half) & 0xffff; /* spread over the bytes of a word */
+                vint four = word >> (16 * half) & 0xffff; /* spread over the bytes of a word */
                 four = (four | four << 8) & 0x00ff00ff;
                 four = (four | four << 4) & 0x0f0f0f0f;
-                *(vint *)(weight + (i + 4 * half) * PANEL + 4 * first) = LOOK_UP(values, four);
+                *(vint *)(out + 4 * half * PANEL) = LOOK_UP(values, four);
             }
         }
     }

@@ -86,6 +86,10 @@ def build_tables(formats: tuple[Format, ...], has_zero_points: bool) -> Tensor |
         return None
     numbers = numbers.to(torch.int8)
     if bits == 8:
+        magnitudes = torch.arange(128, dtype=torch.int8)
+        # The kernels know no other 8-bit codes than a sign and a magnitude.
+        if not all(table.equal(torch.cat([magnitudes, -magnitudes])) for table in numbers):
+            return None
         return numbers[..., None]
     return torch.stack([numbers.repeat(1, 16), numbers.repeat_interleave(16, 1)], -1)
 

@@ -1,7 +1,7 @@
 """Quantization of tokens in few passes over memory: to values, or to whole numbers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -103,9 +103,16 @@ def find_token_grid(fake_quant: nn.Module, k: int) -> TokenGrid | None:
     numbers = find_integer_grid(fmt)
     if numbers is None or not isinstance(granularity, PerRow | PerGroup | PerSplit | PerTensor):
         return None
-    if fake_quant.static and not isinstance(fake_quant.qparams, Scale | Affine):
+    width = granularity.width(torch.Size([1, k]))
+    # Static scales are for any number of tokens. Dynamic ones are those of two blocks.
+    qparams, count = fake_quant.qparams, 1
+    if not fake_quant.static:
+        qparams, count = fake_quant.quantizer.scale(torch.ones(2, width), numbers.fmt), 2
+    if not isinstance(qparams, Scale | Affine) or qparams.scale.shape != (count, 1):
         return None
-    return TokenGrid(numbers, granularity.width(torch.Size([1, k])))
+    if isinstance(qparams, Affine) and numbers.fmt.min < 0:
+        numbers = replace(numbers, largest=2 * numbers.largest)  # its distance from a zero point
+    return TokenGrid(numbers, width)
 
 
 def quantize_by_kernel(
@@ -154,12 +161,13 @@ def quantize_to_grid(
 
 def choose_scaling(fake_quant: FakeQuantize, fmt: NumberFormat, blocks: Blocks) -> Scaling:
     """Return the scales of blocks, or the rule by which the kernels compute them."""
+    quantizer = fake_quant.quantizer
     if fake_quant.static:
         qparams = fake_quant.qparams
+    elif isinstance(quantizer.granularity, PerTensor):
+        qparams = quantizer.compute_qparams(blocks)
     else:
-        quantizer, fused = fake_quant.quantizer, None
-        if not isinstance(quantizer.granularity, PerTensor):
-            fused = find_fused_scale(quantizer.scale, fmt, blocks)
+        fused = find_fused_scale(quantizer.scale, fmt, blocks)
         if fused is not None:
             return fused
         qparams = quantizer.scale(blocks.float(), fmt)
