@@ -13,6 +13,7 @@ import sysconfig
 import venv
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PathDistribution, distribution
 from pathlib import Path
 from zipfile import ZipFile
@@ -45,6 +46,11 @@ MODULES_OF_EXTRAS = (
 
 # Prints where a module would be imported from.
 FIND_PACKAGE = "import fp4dit; print(fp4dit.__file__)"
+
+FIND_KERNELS = (
+    "from fp4dit.packed.nn.integer_ops import find_kernels; print(find_kernels() is not None)"
+)
+KERNELS = f"fp4dit/packed/nn/_integer{EXTENSION_SUFFIXES[0]}"
 
 # Imports each module of the installed packages; prints the modules and missing packages as JSON.
 IMPORT_ALL = """
@@ -137,9 +143,9 @@ def link_packages(names: Iterable[str], target: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the source distribution from a copy of the files, and the wheel from that."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the files that the build reads."""
+    source = tmp_path_factory.mktemp("source")
     for name in list_source_files(*PACKAGES, *BUILD_FILES):
         copy = source / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -147,11 +153,33 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             copy.symlink_to((ROOT / name).readlink())
         else:
             copy.write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return source
+
+
+def build_wheel(source: Path, out: Path, *options: str, **variables: str) -> Path:
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), *options]
+    done = subprocess.run(
+        [*command, str(source)],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     [path] = out.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
+    """Build the source distribution, and the wheel from that."""
+    return build_wheel(source, tmp_path_factory.mktemp("dist"))
+
+
+@pytest.fixture(scope="module")
+def wheel_without_kernels(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
+    """Build the wheel where the C compiler fails."""
+    return build_wheel(source, tmp_path_factory.mktemp("dist"), "--wheel", CC="false")
 
 
 def make_environment(root: Path, wheel: Path) -> Environment:
@@ -174,9 +202,9 @@ def full(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
 
 
 @pytest.fixture(scope="module")
-def core(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
-    """An environment with the packages that the wheel requires without an extra."""
-    environment = make_environment(tmp_path_factory.mktemp("core"), wheel)
+def core(tmp_path_factory: pytest.TempPathFactory, wheel_without_kernels: Path) -> Environment:
+    """An environment without kernels, with the packages that are required without an extra."""
+    environment = make_environment(tmp_path_factory.mktemp("core"), wheel_without_kernels)
     [metadata] = environment.site_packages.glob("fp4dit-*.dist-info")
     requirements = PathDistribution(metadata).requires or ()
     names = list_required_packages(text for text in requirements if "extra ==" not in text)
@@ -184,11 +212,21 @@ def core(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
     return environment
 
 
-def test_the_wheel_holds_every_file_once(wheel: Path):
-    names = [name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name]
-    files = [name for name in list_source_files(*PACKAGES) if name != "pipelines/conf"]
-    expected = [*files, *(f"pipelines/{name}" for name in list_source_files("conf"))]
-    assert sorted(names) == sorted(expected)
+def test_the_wheel_holds_every_file_once(wheel: Path, wheel_without_kernels: Path):
+    expected = [f"pipelines/{name}" for name in list_source_files("conf")]
+    for name in list_source_files(*PACKAGES):
+        if name != "pipelines/conf" and not name.endswith((".c", ".h")):
+            expected.append(name)
+    for path, extensions in {wheel: [KERNELS], wheel_without_kernels: []}.items():
+        names = [name for name in ZipFile(path).namelist() if ".dist-info/" not in name]
+        assert sorted(names) == sorted([*expected, *extensions])
+
+
+def test_installed_kernels_are_found(full: Environment, core: Environment):
+    assert full.read_output("python", "-c", FIND_KERNELS) == "True\n"
+    done = core.run("python", "-c", FIND_KERNELS)
+    assert done.stdout == "False\n"
+    assert "fp4dit was installed without a C compiler" in done.stderr
 
 
 def test_the_installed_wheel_is_what_is_imported(full: Environment, core: Environment):
