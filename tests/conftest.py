@@ -63,18 +63,13 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     find_kernels.cache_clear()
 
 
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A function that runs a command in this process, and returns its exit code."""
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.chdir(ROOT)
-
-    def call(*arguments: str, main: Callable = pipelines.run.main, outputs: bool = True) -> int:
-        GlobalHydra.instance().clear()
-        os.environ["HYDRA_FULL_ERROR"] = "0"
-        monkeypatch.setattr(
-            sys, "argv", ["command", *arguments, *([f"outputs={tmp_path}"] if outputs else [])]
-        )
+def call_command(main: Callable, *arguments: str) -> int:
+    """Run a command in this process as in the root of the checkout, and return its exit code."""
+    GlobalHydra.instance().clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("HYDRA_FULL_ERROR", "0")
+        patch.setattr(sys, "argv", ["command", *arguments])
         try:
             run_command(main)
         except SystemExit as stop:
@@ -83,6 +78,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
                 return 1
             return stop.code or 0
         return 0
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A function that runs a command in this process, and returns its exit code."""
+    monkeypatch.chdir(ROOT)
+
+    def call(*arguments: str, main: Callable = pipelines.run.main, outputs: bool = True) -> int:
+        return call_command(main, *arguments, *([f"outputs={tmp_path}"] if outputs else []))
 
     return call
 

@@ -24,23 +24,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return run_stages(tmp_path_factory.mktemp("undisturbed"))
 
 
-def test_every_stage_is_bit_exact(undisturbed: dict[str, Path], tmp_path: Path):
-    again = run_stages(tmp_path)
-    for stage in ("capture", "reconstruct", "activate", "generate", "reference"):
-        assert read_files(again[stage]) == read_files(undisturbed[stage]), stage
-    first, second = read_metrics(undisturbed), read_metrics(again)
-    assert first["metrics"] == second["metrics"]
-    assert set(first["metrics"]) == {"psnr", "ssim", "oracle", "clip"}
-
-
 def read_metrics(folders: dict[str, Path]) -> dict:
     return json.loads((folders["score"] / "metrics.json").read_text())
 
 
-def test_three_processes_make_the_same_bits(
+def test_two_processes_make_the_same_bits(
     undisturbed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Each captures one of three prompts, also in a job of SLURM, which starts one process."""
+    """They capture three prompts, also in a job of SLURM, which starts one process."""
     slurm = {
         "JOB_ID": "1",
         "JOB_NAME": "run",
@@ -51,12 +42,12 @@ def test_three_processes_make_the_same_bits(
     }
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    devices = {"accelerator": "cpu", "devices": 3, "strategy": "ddp_spawn"}
+    devices = {"accelerator": "cpu", "devices": 2, "strategy": "ddp_spawn"}
     folders = run_stages(tmp_path, devices=devices, targets=["capture"])
     assert read_files(folders["capture"]) == read_files(undisturbed["capture"])
 
 
-def test_a_killed_run_resumes_bit_exactly(undisturbed: dict[str, Path], tmp_path: Path):
+def test_every_stage_is_bit_exact_after_a_kill(undisturbed: dict[str, Path], tmp_path: Path):
     command = [
         sys.executable,
         "-m",
@@ -80,8 +71,11 @@ def test_a_killed_run_resumes_bit_exactly(undisturbed: dict[str, Path], tmp_path
     folders = run_stages(tmp_path)
     for name, time_ns in times.items():
         assert (folders["reconstruct"] / "units" / name).stat().st_mtime_ns == time_ns
-    for stage in ("reconstruct", "generate"):
+    for stage in ("capture", "reconstruct", "activate", "generate", "reference"):
         assert read_files(folders[stage]) == read_files(undisturbed[stage]), stage
+    first, second = read_metrics(undisturbed), read_metrics(folders)
+    assert first["metrics"] == second["metrics"]
+    assert set(first["metrics"]) == {"psnr", "ssim", "oracle", "clip"}
 
 
 def test_other_activations_share_the_weights(undisturbed: dict[str, Path], composed: Compose):
@@ -109,8 +103,9 @@ def test_static_scales_of_reconstruction_are_kept(tmp_path: Path):
 
 
 def test_a_method_with_transforms_is_bit_exact(tmp_path: Path):
-    first = run_stages(tmp_path / "score", "method=mr_gptq", small=FEW)
-    second = run_stages(tmp_path / "images", "method=mr_gptq", small=FEW, targets=["generate"])
+    method = ["method=mr_gptq", "+weight.ignore=['transformer_blocks.[2-9].*']"]
+    first = run_stages(tmp_path / "score", *method, small=FEW)
+    second = run_stages(tmp_path / "images", *method, small=FEW, targets=["generate"])
     for stage in ("reconstruct", "activate", "generate"):
         assert read_files(first[stage]) == read_files(second[stage]), stage
     assert 15 < read_metrics(first)["metrics"]["psnr"]["mean"] < 40

@@ -179,7 +179,7 @@ def test_any_configuration_is_planned_or_refused(tmp_path_factory, part, groups,
             "calibration.timesteps={'a': 1}: expected a whole number or null",
         ),
         (["model.path=null"], "null is neither a file nor a folder: give a path in its place"),
-        (["generation._target_=../x"], "Error loading '../x'"),
+        (["generation._target_=../x"], "generation._target_=../x: give the path by which"),
         (
             ["method=ams_fp4_25", "activation._target_=-1"],
             "in an override holds a list",

@@ -16,6 +16,7 @@ from fp4dit.evaluation.generate import GenerateTask
 from fp4dit.models.base import Pipeline, PipelineSource
 from fp4dit.numerics.formats import integer
 from fp4dit.numerics.quantizer import PerToken, Quantizer
+from fp4dit.packed.integer_inference import use_integer_arithmetic_
 from fp4dit.quantization.apply import quantize_activations_, quantize_weights_
 from fp4dit.quantization.rules import Rule, assign_rules, find_layers
 from fp4dit.rounding.unit_files import load_weights_
@@ -138,6 +139,7 @@ def test_stored_weights_draw_the_stored_images(
     units = paths["reconstruct"] / "units"
     activations, _ = load_weights_(pipeline, stage.weight, stage.activation, units)
     load_scales_(activations, paths["activate"] / "scales.safetensors")
+    use_integer_arithmetic_(pipeline.transformer)
     options = stage.generation
     texts = get_texts(stage.prompts(stage.count))
     for batch in batch_prompts(texts, options.batch_size, options.seed):

@@ -143,10 +143,16 @@ def test_help_names_its_own_option(run: Run, capfd):
     assert "python -m pipelines.inspect" in text
 
 
+@pytest.fixture(scope="module")
+def shared_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of runs that share the stages before activations."""
+    return tmp_path_factory.mktemp("outputs")
+
+
 @pytest.mark.parametrize("activation", ["e3m4_token", "int8_tensor_static_minmax", "mxfp4"])
 @pytest.mark.unchecked
 def test_bits_are_those_that_the_run_reports(
-    composed: Compose, run: Run, tmp_path: Path, capfd, activation: str
+    composed: Compose, run: Run, shared_outputs: Path, capfd, activation: str
 ):
     overrides = [
         *FEW,
@@ -154,9 +160,10 @@ def test_bits_are_those_that_the_run_reports(
         f"activation={activation}",
         "prompts.count=1",
         "metrics=paired",
+        f"outputs={shared_outputs}",
     ]
     stage = make_plan(composed(*overrides))["generate"].instantiate_stage()
-    paths = run_stages(tmp_path, *overrides, small=[])
+    paths = run_stages(shared_outputs, *overrides, small=[])
     audits = [
         json.loads((paths[stage] / "audit.json").read_text())
         for stage in ("reconstruct", "activate")
@@ -173,7 +180,7 @@ def test_bits_are_those_that_the_run_reports(
     )
     assert effective_bits(entries) == pytest.approx(audits[1]["bits_activation"], rel=1e-12)
     assert {e.name: e.bits for e in entries} == {e["name"]: e["bits"] for e in audits[1]["layers"]}
-    assert run(*overrides, main=pipelines.inspect.main) == 0
+    assert run(*overrides, main=pipelines.inspect.main, outputs=False) == 0
     assert capfd.readouterr().out.count("in the store, or not needed") == 8
 
 

@@ -1,21 +1,19 @@
 """Prompt embeddings draw the same images without a text encoder, and missing ones are named."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+import pipelines.embed
 from fp4dit.data.embeddings import PromptEmbeddings, save_embeddings
 from fp4dit.models.pixart import PixArt, PixArtAdapter
 from fp4dit.utils.errors import UserError
-from pipelines.config.resolvers import CONF
 from pipelines.planning.executor import check_stage
 from pipelines.planning.plan import make_plan
-from tests.conftest import Compose
+from tests.conftest import Compose, call_command
 from tests.helpers import tiny
 
 RUN = ["calibration.num_prompts=2", "calibration.num_val_prompts=1", "prompts.count=2"]
@@ -31,8 +29,7 @@ def embeddings_file(pixart_folder: Path, tmp_path_factory: pytest.TempPathFactor
         "model.dtype=float32",
         "model.tokens=20",
     ]
-    command = [sys.executable, "-m", "pipelines.embed", *model, *RUN, f"out={out}"]
-    subprocess.run(command, cwd=CONF.parent, check=True)
+    assert call_command(pipelines.embed.main, *model, *RUN, f"out={out}") == 0
     return out
 
 

@@ -46,10 +46,10 @@ typedef struct {
 
 /* PANEL rows of a weight, expanded. */
 typedef struct {
-    int64_t group, segment;
+    int64_t segment;
     int8_t *weight;      /* k / 4 x PANEL x 4 */
     int32_t *correction; /* k / segment x PANEL */
-    float *scale;        /* k / group x PANEL */
+    float *scale;        /* k / segment x PANEL */
 } Panel;
 
 typedef struct Kernel Kernel;
@@ -427,7 +427,8 @@ static void expand_panel(const Product *p, int64_t first, Panel *panel) {
         if (rows < PANEL) memset(panel->weight, 0, (size_t)(k * PANEL));
         expand_by_tables(w, first, rows, panel->weight);
     }
-    memset(panel->scale, 0, (size_t)(groups * PANEL * 4));
+    const int64_t segments = w->group / w->segment; /* of a group */
+    memset(panel->scale, 0, (size_t)(groups * segments * PANEL * 4));
     for (int64_t j = 0; j < rows; j++) {
         for (int64_t g = 0; g < groups; g++) {
             const int64_t block = (first + j) * groups + g;
@@ -439,7 +440,8 @@ static void expand_panel(const Product *p, int64_t first, Panel *panel) {
                 scale = read_float16(w->scales + 2 * block);
             else
                 memcpy(&scale, w->scales + 4 * block, 4);
-            panel->scale[g * PANEL + j] = scale * w->factors[table];
+            scale *= w->factors[table];
+            for (int64_t s = g * segments; s < (g + 1) * segments; s++) panel->scale[s * PANEL + j] = scale;
         }
     }
 }
@@ -461,9 +463,9 @@ static void compute_correction(const Product *p, Panel *panel) {
 static void multiply_panels(void *task, int64_t first_panel, int64_t last_panel) {
     Product *p = task;
     const Kernel *kernel = p->kernel;
-    const int64_t m = p->x->m, k = p->w->k, segments = k / p->w->segment, groups = k / p->w->group;
-    Panel panel = {p->w->group, p->w->segment, allocate(k * PANEL), allocate(segments * PANEL * 4),
-                   allocate(groups * PANEL * 4)};
+    const int64_t m = p->x->m, k = p->w->k, segments = k / p->w->segment;
+    Panel panel = {p->w->segment, allocate(k * PANEL), allocate(segments * PANEL * 4),
+                   allocate(segments * PANEL * 4)};
     float total[MOST_ROWS * PANEL];
     if (panel.weight && panel.correction && panel.scale) {
         for (int64_t i = first_panel; i < last_panel; i++) {

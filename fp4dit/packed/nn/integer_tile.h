@@ -32,10 +32,14 @@ TARGET static void NAME(const Tokens *x, int64_t row, const Panel *panel, int64_
     vfloat total[ROWS][COLUMNS];
     const int64_t k = x->k, groups = k / x->group;
     const int32_t *correction = panel->correction + first;
+    const float *scale = panel->scale + first;
+    const int64_t segments_of_group = x->group / panel->segment;
     memset(total, 0, sizeof total);
-    for (int64_t start = 0; start < k; start += panel->segment) {
-        const float *scale = panel->scale + start / panel->group * PANEL + first;
-        const int64_t group = groups == 1 ? row : row * groups + start / x->group;
+    for (int64_t start = 0, s = 0; start < k; start += panel->segment, s++) {
+        /* Divisions are slow, and seldom needed. */
+        const int64_t group = row * groups + (groups == 1             ? 0
+                                              : segments_of_group == 1 ? s
+                                                                       : s / segments_of_group);
         EACH(ZERO)
         if (x->planes == 1 && !x->zero) {
             EACH(START)
@@ -65,7 +69,7 @@ TARGET static void NAME(const Tokens *x, int64_t row, const Panel *panel, int64_
             const float *token_scale = x->scale + group;
             EACH(ADD_TO_TOTAL_BY_GROUP)
         }
-        correction += PANEL;
+        correction += PANEL, scale += PANEL;
     }
     for (int r = 0; r < ROWS; r++) memcpy(y + r * PANEL + first, total[r], sizeof total[r]);
 }
