@@ -1,7 +1,6 @@
 """Reports work in a real browser."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,11 @@ def scroll_to(page: Page, section: str) -> None:
     page.evaluate(
         "id => document.getElementById(id).scrollIntoView({behavior: 'instant'})", section
     )
+
+
+def wait_for_frames(page: Page) -> None:
+    """Wait until the page has drawn what its observers of scrolling have made."""
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 def take_screenshot(page: Page, selector: str, path: Path) -> Image.Image:
@@ -231,7 +235,7 @@ def test_a_phone_shows_all_of_it(open_page: Open, report: Path):
     page = open_page(report, viewport={"width": 360, "height": 740}, has_touch=True)
     for section in SECTIONS:
         scroll_to(page, section)
-        page.wait_for_timeout(200)
+        wait_for_frames(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     box = page.locator("#cards .compare").first.bounding_box()
     assert box
@@ -281,19 +285,13 @@ def write_large_page(folder: Path) -> Path:
     return path
 
 
-def test_a_large_page_opens_within_two_seconds(open_page: Open, tmp_path: Path):
+def test_a_large_page_shows_images_as_they_are_asked_for(open_page: Open, tmp_path: Path):
     """Open 20 rows of 64 prompts, one of which must not be run as a script."""
     path = write_large_page(tmp_path)
     assert path.stat().st_size > 20e6
-    start = time.perf_counter()
     page = open_page(path)
     expect(page.locator("tbody tr")).to_have_count(20)
-    print(f"opened {path.stat().st_size / 1e6:.0f} MB in {time.perf_counter() - start:.2f} s")
-    painted = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
-    interactive = page.evaluate(
-        "performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd"
-    )
-    assert max(painted, interactive) < 2000
+    assert page.locator(".card").count() == 0  # so that the page opens at once
     scroll_to(page, "images")
     expect(page.locator(".card")).to_have_count(12)
     page.locator("#prompts-filter").fill("onerror")
