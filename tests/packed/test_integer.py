@@ -399,6 +399,16 @@ def test_inputs_that_kernels_cannot_read():
     assert not IntegerBackend().supports(packed, x)
 
 
+def test_a_bias_that_learns_gets_its_gradient():
+    layer = pack_layer(make_layer(per_group(E2M1), 48, 20))
+    layer.input_fake_quant = make_tokens(TOKEN_ROW, static=False)
+    layer.bias.requires_grad_()
+    layer(torch.randn(3, 48)).sum().backward()
+    assert layer.bias.grad.equal(torch.full((20,), 3.0))
+    with torch.no_grad():
+        assert IntegerBackend().supports(layer, torch.randn(3, 48))
+
+
 def test_segments():
     e4m3, int8 = require(find_integer_grid(E4M3)), require(find_integer_grid(INT8))
     assert (e4m3.largest, e4m3.planes, int8.largest, int8.planes) == (448 * 2**9, 3, 127, 1)

@@ -32,6 +32,7 @@ from fp4dit.packed.nn.token_quant import (
     can_use_kernels,
     fast_token_format,
     find_token_grid,
+    needs_gradient,
     quantize_to_grid,
 )
 
@@ -210,9 +211,10 @@ class IntegerBackend:
         self.known = WeakKeyDictionary()
 
     def supports(self, layer: PackedWeight, x: Float[Tensor, "*b k"]) -> bool:
-        has_other_bias = layer.bias is not None and layer.bias.dtype != x.dtype
-        operands = None
-        if can_use_kernels(x) and not has_other_bias:
+        bias, operands = layer.bias, None
+        if bias is not None and (bias.dtype != x.dtype or needs_gradient(bias)):
+            return False
+        if can_use_kernels(x):
             operands = self.find_operands(layer)
         if operands is None:
             return False

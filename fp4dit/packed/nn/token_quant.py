@@ -71,9 +71,14 @@ def quantize_token_chunk(rows: Float[Tensor, "r k"], fmt: NumberFormat) -> Float
     return fmt.nearest_(rows / scale).mul_(scale)
 
 
+def needs_gradient(x: Tensor) -> bool:
+    """Return whether autograd has to see what is computed from a tensor."""
+    return torch.is_grad_enabled() and x.requires_grad
+
+
 def can_use_kernels(x: Tensor) -> bool:
     """Return whether the compiled kernels can read a tensor, and nothing has to see into them."""
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+    if torch.compiler.is_compiling() or needs_gradient(x):
         return False
     return x.is_cpu and x.dtype in DTYPES and find_kernels() is not None
 
