@@ -409,6 +409,14 @@ def test_a_bias_that_learns_gets_its_gradient():
         assert IntegerBackend().supports(layer, torch.randn(3, 48))
 
 
+def test_a_layer_that_cannot_be_packed_stays_simulated():
+    wide = make_layer(per_group(integer(12)), 48, 20)
+    wide.input_fake_quant = make_tokens(TOKEN_ROW, static=False)
+    model = nn.Sequential(wide)
+    assert use_integer_arithmetic_(model) == 0
+    assert model[0] is wide
+
+
 def test_segments():
     e4m3, int8 = require(find_integer_grid(E4M3)), require(find_integer_grid(INT8))
     assert (e4m3.largest, e4m3.planes, int8.largest, int8.planes) == (448 * 2**9, 3, 127, 1)
