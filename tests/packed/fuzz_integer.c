@@ -272,8 +272,8 @@ static void draw_rule(Source *s) {
 }
 
 static Source draw_source(int64_t k, int64_t group, int dtype) {
-    static const int64_t rows[] = {1, 2, 3, 4, 5, 6, 7, 8, 11, 13};
-    Source s = {.m = rows[draw_from(0, 9)], .k = k, .group = group, .groups = k / group};
+    static const int64_t rows[] = {1, 2, 3, 4, 5, 6, 7, 8, 11, 13, 32, 75};
+    Source s = {.m = rows[draw_from(0, one_of(4) ? 11 : 9)], .k = k, .group = group, .groups = k / group};
     s.grid = draw_grid();
     s.rounding.format = describe(&s.grid, s.grid.least);
     s.rounding.dtype = dtype;

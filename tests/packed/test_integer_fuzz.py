@@ -83,7 +83,8 @@ def test_the_kernel_for_avx_vnni(tmp_path: Path):
         assert text.count(old) == 1
         text = text.replace(old, new)
     (tmp_path / "integer_kernels.c").write_text(text)
-    shutil.copy(SOURCES / "integer_tile.h", tmp_path)
+    for header in SOURCES.glob("*.h"):
+        shutil.copy(header, tmp_path)
     counts = run_fuzz(compile_fuzz(cc, tmp_path, sources=tmp_path))
     if "avxvnni" not in counts:
         pytest.skip("this processor has no AVX-512 VNNI")

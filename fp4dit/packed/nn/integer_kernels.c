@@ -16,7 +16,7 @@
 #include <string.h>
 
 #define PANEL 64 /* rows of the weight that are expanded at a time */
-#define MOST_ROWS 6 /* of a tile */
+#define MOST_ROWS 32 /* of a tile */
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 enum { FLOAT32, BFLOAT16 };
@@ -64,18 +64,33 @@ typedef struct {
     int32_t failed;
 } Product;
 
+/* Multiplies `rows` tokens by `columns` rows of the weight, whose segments are multiples of `step`. */
+typedef struct Tile {
+    void (*multiply)(const Tokens *, int64_t row, const Panel *, int64_t first, float *y);
+    int64_t rows, columns, step;
+    const struct Tile *rest; /* for fewer tokens, and other segments */
+} Tile;
+
 struct Kernel {
     const char *name;
-    /* For `rows` tokens, and for one. */
-    void (*tile)(const Tokens *, int64_t row, const Panel *, int64_t first, float *y);
-    void (*row)(const Tokens *, int64_t row, const Panel *, int64_t first, float *y);
+    const Tile *tile;
     void (*sum)(const int8_t *weight, int64_t count, int32_t *sums);
     void (*expand)(const uint8_t *codes, int64_t rows, int64_t k, int bits, const int8_t *table,
                    int8_t *weight);
     void (*store)(const Product *, int64_t row, int64_t rows, int64_t first, const float *total);
-    int64_t rows, columns;
     int32_t is_signed; /* whether the tile subtracts 128 from each byte */
+    /* Sets up the registers of a thread, of which it writes 64 bytes, and gives them back; or NULL. */
+    void (*begin)(void *before);
+    void (*end)(const void *before);
 };
+
+static int64_t greatest_common_divisor(int64_t a, int64_t b) {
+    while (b) {
+        int64_t rest = a % b;
+        a = b, b = rest;
+    }
+    return a;
+}
 
 static inline float read_bfloat16(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -139,6 +154,8 @@ ALWAYS_INLINE void store_rows(const Product *p, int64_t row, int64_t rows, int64
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #define FLIP 0u
 #define UNFLIP 0
@@ -259,23 +276,65 @@ typedef float vfloat8 __attribute__((vector_size(32), may_alias));
 #define EACH(M) TILE_1(M, EACH_COLUMN_2)
 #include "integer_tile.h"
 
+#if __GNUC__ >= 11 || (defined(__clang__) && __clang_major__ >= 12) /* the compiler knows it */
+#include "integer_amx.h"
+#define HAS_AMX 1
+#else
+#define HAS_AMX 0
+#endif
+
+#define TILES(isa, most_rows, columns)                                               \
+    static const Tile isa##_row = {row_##isa, 1, columns, 4, NULL};                  \
+    static const Tile isa##_tile = {tile_##isa, most_rows, columns, 4, &isa##_row};
+#define KERNEL(name, isa) {name, &isa##_tile, sum_##isa, expand_##isa, store_##isa, 0, NULL, NULL}
+TILES(avx512, 6, 64)
+TILES(avxvnni, 6, 16)
+TILES(avx2, 4, 16)
+TILES(avx2_wide, 4, 16)
+#if HAS_AMX
+static const Tile amx_tile = {tile_amx, AMX_SIDE, PANEL, AMX_STEP, &avx512_tile};
+#endif
+
 static const Kernel kernels[] = {
-    {"avx512vnni", tile_avx512, row_avx512, sum_avx512, expand_avx512, store_avx512, 6, 64, 0},
-    {"avxvnni", tile_avxvnni, row_avxvnni, sum_avxvnni, expand_avxvnni, store_avxvnni, 6, 16, 0},
-    {"avx2", tile_avx2, row_avx2, sum_avx2, expand_avx2, store_avx2, 4, 16, 0},
-    {"avx2_wide", tile_avx2_wide, row_avx2_wide, sum_avx2_wide, expand_avx2_wide, store_avx2_wide, 4, 16, 0},
+#if HAS_AMX
+    {"amx", &amx_tile, sum_avx512, expand_avx512, store_avx512, 0, begin_amx, end_amx},
+#else
+    {0},
+#endif
+    KERNEL("avx512vnni", avx512), KERNEL("avxvnni", avxvnni), KERNEL("avx2", avx2),
+    KERNEL("avx2_wide", avx2_wide),
 };
 
+static void read_cpuid(unsigned leaf, unsigned subleaf, unsigned *eax, unsigned *edx) {
+    unsigned ebx, ecx; /* gcc 12 has no names for AMX and AVX-VNNI in __builtin_cpu_supports */
+    __asm__("cpuid" : "=a"(*eax), "=b"(ebx), "=c"(ecx), "=d"(*edx) : "a"(leaf), "c"(subleaf));
+}
+
+static int supports_avx512vnni(void) {
+    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+/* Asks the system, too, which lets a process use the tiles only on request. */
+static int supports_amx(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    unsigned eax, edx;
+    read_cpuid(7, 0, &eax, &edx);
+    const int has_tiles = edx >> 24 & 1, has_int8 = edx >> 25 & 1;
+    if (!HAS_AMX || !has_tiles || !has_int8 || !supports_avx512vnni()) return 0;
+    return !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
+}
+
 static int is_supported(int kernel) {
+    unsigned eax, edx;
     switch (kernel) {
     case 0:
-        return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl");
-    case 1: {
-        unsigned eax, ebx, ecx, edx; /* gcc 12 has no name for AVX-VNNI here */
-        __asm__("cpuid" : "=a"(eax), "=b"(ebx), "=c"(ecx), "=d"(edx) : "a"(7), "c"(1));
+        return supports_amx();
+    case 1:
+        return supports_avx512vnni();
+    case 2:
+        read_cpuid(7, 1, &eax, &edx);
         return __builtin_cpu_supports("avx2") && (eax >> 4 & 1);
-    }
     default:
         return __builtin_cpu_supports("avx2");
     }
@@ -323,7 +382,9 @@ typedef float vfloat4 __attribute__((vector_size(16), may_alias));
 #define EACH(M) TILE_1(M, EACH_COLUMN_4)
 #include "integer_tile.h"
 
-static const Kernel kernels[] = {{"dotprod", tile_dotprod, row_dotprod, sum_dotprod, expand_dotprod, store_dotprod, 4, 16, 1}};
+static const Tile dotprod_row = {row_dotprod, 1, 16, 4, NULL};
+static const Tile dotprod_tile = {tile_dotprod, 4, 16, 4, &dotprod_row};
+static const Kernel kernels[] = {{"dotprod", &dotprod_tile, sum_dotprod, expand_dotprod, store_dotprod, 1, NULL, NULL}};
 
 static int is_supported(int kernel) {
     return kernel == 0 && (getauxval(AT_HWCAP) & (1 << 20)) != 0; /* HWCAP_ASIMDDP */
@@ -380,14 +441,6 @@ static void run_parallel(void (*run)(void *, int64_t, int64_t), void *task, int6
 static void *allocate(int64_t size) { return aligned_alloc(64, (size_t)((size + 63) / 64 * 64)); }
 
 /* ---- The product. ---- */
-
-static int64_t greatest_common_divisor(int64_t a, int64_t b) {
-    while (b) {
-        int64_t rest = a % b;
-        a = b, b = rest;
-    }
-    return a;
-}
 
 /* Expands codes by several tables, or of 8 bits, one by one. */
 static void expand_by_tables(const Weight *w, int64_t first, int64_t rows, int8_t *weight) {
@@ -466,20 +519,23 @@ static void multiply_panels(void *task, int64_t first_panel, int64_t last_panel)
     const int64_t m = p->x->m, k = p->w->k, segments = k / p->w->segment;
     Panel panel = {p->w->segment, allocate(k * PANEL), allocate(segments * PANEL * 4),
                    allocate(segments * PANEL * 4)};
-    float total[MOST_ROWS * PANEL];
+    float total[MOST_ROWS * PANEL] __attribute__((aligned(64)));
+    uint8_t before[64]; /* the size of AMX's configuration */
     if (panel.weight && panel.correction && panel.scale) {
+        if (kernel->begin) kernel->begin(before);
         for (int64_t i = first_panel; i < last_panel; i++) {
             expand_panel(p, i * PANEL, &panel);
             compute_correction(p, &panel);
             for (int64_t row = 0; row < m;) {
-                const int is_tile = row + kernel->rows <= m;
-                for (int64_t j = 0; j < PANEL; j += kernel->columns)
-                    (is_tile ? kernel->tile : kernel->row)(p->x, row, &panel, j, total);
-                const int64_t rows = is_tile ? kernel->rows : 1;
-                kernel->store(p, row, rows, i * PANEL, total);
-                row += rows;
+                const Tile *tile = kernel->tile;
+                while (row + tile->rows > m || panel.segment % tile->step) tile = tile->rest;
+                for (int64_t j = 0; j < PANEL; j += tile->columns)
+                    tile->multiply(p->x, row, &panel, j, total);
+                kernel->store(p, row, tile->rows, i * PANEL, total);
+                row += tile->rows;
             }
         }
+        if (kernel->end) kernel->end(before);
     } else {
         p->failed = 1;
     }
