@@ -3,6 +3,7 @@
 from torch import nn
 
 from fp4dit.packed.nn.backends import find_integer_operands
+from fp4dit.packed.nn.gelu import use_gelu_kernel_
 from fp4dit.packed.nn.integer_ops import find_kernels
 from fp4dit.packed.nn.linear import PackedLinear, pack_layer
 from fp4dit.packed.nn.token_quant import CachedFakeQuantize, find_token_grid
@@ -35,6 +36,7 @@ def use_integer_arithmetic_(model: nn.Module) -> int:
             count += 1
     if count:
         share_dynamic_quantizers_(model)
+        use_gelu_kernel_(model)
     return count
 
 

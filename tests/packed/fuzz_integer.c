@@ -171,7 +171,7 @@ static float choose_scale(const Source *s, int64_t block, float absmax) {
 
 /* Returns the scale that a rule gives a block. */
 static float find_scale(const Source *s, int64_t block) {
-    if (s->scale) return s->scale[s->rounding.scale_row_stride ? block : 0];
+    if (s->scale) return s->scale[s->rounding.scale_stride ? block : 0];
     float absmax = 0;
     for (int64_t i = block * s->group; i < (block + 1) * s->group; i++) {
         const float x = fabsf(read_value(s->x, s->rounding.dtype, i));
@@ -200,7 +200,7 @@ static void quantize_by_definition(Source *s) {
     for (int64_t block = 0; block < s->m * s->groups; block++) {
         s->tied[block] = 0;
         const float by = find_scale(s, block);
-        const float add = s->zero ? s->zero[s->rounding.scale_row_stride ? block : 0] : 0;
+        const float add = s->zero ? s->zero[s->rounding.scale_stride ? block : 0] : 0;
         int is_valid = 1;
         for (int64_t i = block * s->group; i < (block + 1) * s->group; i++) {
             volatile float quotient = read_value(s->x, s->rounding.dtype, i) / by;
@@ -254,7 +254,7 @@ static void draw_given_scales(Source *s, int is_tie) {
     }
     s->rounding.scale = s->scale;
     s->rounding.zero = s->zero;
-    if (count > 1) s->rounding.scale_row_stride = s->groups, s->rounding.scale_group_stride = 1;
+    if (count > 1) s->rounding.scale_stride = 1;
 }
 
 static void draw_rule(Source *s) {
@@ -300,11 +300,11 @@ static Tokens check_tokens(const Source *s, void (*run)(void *, int64_t, int64_t
     Rounding rounding = s->rounding;
     rounding.ratios = s->ratios;
     if (rounding.num_ratios > 1) rounding.undecided = calloc((size_t)blocks, 1);
-    Quantization q = {&rounding, s->x, &tokens, NULL, s->m, s->k, s->group, 0};
-    run_parallel(run, &q, s->m, (int)draw_from(1, 5));
+    Quantization q = {&rounding, s->x, &tokens, NULL, s->m * s->groups, s->group, 0};
+    run_parallel(run, &q, q.blocks, (int)draw_from(1, 5));
     void *values = make(size * bytes);
     q.tokens = NULL, q.values = values;
-    run_parallel(run, &q, s->m, (int)draw_from(1, 5));
+    run_parallel(run, &q, q.blocks, (int)draw_from(1, 5));
     for (int64_t block = 0; block < blocks; block++) {
         if (rounding.undecided && rounding.undecided[block] && !s->tied[block])
             fail("decisions", block);
@@ -343,6 +343,7 @@ static void free_source(Source *s) {
 typedef struct {
     Weight w;
     int largest;
+    int64_t segment; /* columns whose products are summed up in whole numbers */
     int8_t *number; /* n x k: the whole numbers */
     float *scale;   /* n x k / group */
 } Matrix;
@@ -444,15 +445,13 @@ static float *multiply_by_definition(const Source *s, const Matrix *x, const voi
     for (int64_t i = 0; i < s->m; i++) {
         for (int64_t j = 0; j < w->n; j++) {
             volatile float total = 0;
-            for (int64_t start = 0; start < w->k; start += w->segment) {
+            for (int64_t start = 0; start < w->k; start += x->segment) {
                 int64_t sum = 0;
-                for (int64_t c = start; c < start + w->segment; c++)
+                for (int64_t c = start; c < start + x->segment; c++)
                     sum += s->number[i * w->k + c] * x->number[j * w->k + c];
                 volatile float scale = x->scale[(j * w->k + start) / w->group];
                 if (s->groups > 1) scale *= s->token_scale[(i * w->k + start) / s->group];
-                volatile float product = (float)sum;
-                product *= scale;
-                total += product;
+                total = fmaf((float)sum, scale, total);
             }
             if (s->groups == 1) total *= s->token_scale[i];
             if (bias) total += read_value(bias, dtype, j);
@@ -475,7 +474,7 @@ static void check_products(const Source *s, const Tokens *tokens, Matrix *x) {
         const char *name = fp4dit_kernel_name(kernel);
         if (!name || (!strcmp(name, "avx2") && x->largest > 64)) continue;
         void *y = make(size * bytes);
-        if (fp4dit_multiply(kernel, tokens, &x->w, bias, dtype, y, (int)draw_from(1, 5))) abort();
+        if (fp4dit_multiply(kernel, tokens, &x->w, x->segment, bias, dtype, y, (int)draw_from(1, 5))) abort();
         for (int64_t i = 0; i < size; i++)
             if (!is_same(read_value(y, dtype, i), expected[i])) fail(name, i);
         free(y);
@@ -503,10 +502,10 @@ static void run_case(int64_t number) {
         const int64_t magnitude = s.number[i] < 0 ? -s.number[i] : s.number[i];
         largest = magnitude > largest ? magnitude : largest;
     }
-    x.w.segment = greatest_common_divisor(s.group, x.w.group);
-    while (x.w.segment % 8 == 0 && (one_of(5) || x.w.segment * largest * x.largest > INT32_MAX))
-        x.w.segment /= 2;
-    const int is_exact = x.w.segment * largest * x.largest <= INT32_MAX && !has_ties(&s);
+    x.segment = greatest_common_divisor(s.group, x.w.group);
+    while (x.segment % 8 == 0 && (one_of(5) || x.segment * largest * x.largest > INT32_MAX))
+        x.segment /= 2;
+    const int is_exact = x.segment * largest * x.largest <= INT32_MAX && !has_ties(&s);
     void (*const runs[])(void *, int64_t, int64_t) = {
         quantize_portable,
 #if defined(__x86_64__)

@@ -24,6 +24,7 @@ from fp4dit.packed.integrations.config import (
     require_prequantized,
 )
 from fp4dit.packed.model import ModelDescription, insert_packed_layers_, uncastable_state_keys
+from fp4dit.packed.nn.gelu import use_gelu_kernel_
 from fp4dit.packed.quantize import quantize_and_pack_
 from fp4dit.quantization.fake_quant import FakeQuantize
 from fp4dit.utils.errors import UserError
@@ -109,6 +110,7 @@ class DiffusersPackedQuantizer(DiffusersQuantizer):
                 raise UserError(
                     f"the checkpoint does not hold {name}, which its config.json describes"
                 )
+        use_gelu_kernel_(model)
         return model
 
     def get_state_dict_and_metadata(
@@ -184,7 +186,11 @@ def register_static_scales_(
 
 
 def attach_diffusers_config_(model: ModelMixin, description: ModelDescription) -> None:
-    """Attach a quantization config to a packed model, so that `save_pretrained` saves it."""
+    """Attach a quantization config to a packed model, so that `save_pretrained` saves it.
+
+    From then on the model is as it will be when it is loaded.
+    """
+    use_gelu_kernel_(model)
     config = DiffusersPackedConfig.from_description(description)
     target: Any = model
     target.hf_quantizer = DiffusersPackedQuantizer(config)

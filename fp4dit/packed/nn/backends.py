@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fp4dit.numerics.block_scales import E4M3
 from fp4dit.numerics.formats import NumberFormat
@@ -233,9 +234,9 @@ class IntegerBackend:
         """Return what `find_integer_operands` finds, or found since the buffers changed last."""
         buffers, fake_quant = layer.packed_buffers, layer.input_fake_quant
         # An inference tensor has no version. Static scales are buffers as soon as there are any.
-        versions = [None if b.is_inference() else b._version for b in buffers.values()]
-        addresses = [b.data_ptr() for b in buffers.values()]
-        state = versions, addresses, id(fake_quant), list(fake_quant._buffers)
+        state: list[object] = [id(fake_quant), *fake_quant._buffers]
+        for b in buffers.values():
+            state += b.data_ptr(), None if b.is_inference() else b._version
         known = self.known.get(layer)
         if known is None or known[0] != state:
             known = self.known[layer] = state, find_integer_operands(layer, buffers)
@@ -284,6 +285,9 @@ def choose_backend(layer: PackedWeight, x: Float[Tensor, "*b k"]) -> Backend:
 
 def packed_matmul(layer: PackedWeight, x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b o"]:
     """Return x W^T + bias, with x quantized by `layer.input_fake_quant`."""
+    # To a mode like that of quantized attention this is one function, not the fifty that it calls.
+    if not torch.compiler.is_compiling() and has_torch_function_unary(x):
+        return handle_torch_function(packed_matmul, (x,), layer, x)
     return choose_backend(layer, x)(layer, x)
 
 

@@ -67,7 +67,8 @@ AMX_TARGET ALWAYS_INLINE void add_block_rows(const Block *b, int planes, int64_t
             vfloat factor = scale[c];
             if (token_scale) factor *= token_scale[r * groups];
             const vfloat value = __builtin_convertvector((vsigned)sum, vfloat);
-            *(vfloat *)(y + r * PANEL + 16 * c) += value * factor;
+            vfloat *total = (vfloat *)(y + r * PANEL + 16 * c);
+            *total = (vfloat)_mm512_fmadd_ps((__m512)value, (__m512)factor, (__m512)*total);
         }
     }
 }

@@ -3,23 +3,19 @@
  * The values of 4-bit formats, of INT8 and of 6-bit floats are whole numbers times a power of two.
  * A token is a row of such whole numbers n, stored as n + offset in one to three planes of unsigned
  * bytes, the most significant first. Sums of products are exact in 32 bits, because no segment of
- * a row is long enough to overflow (integer_ops.py chooses its length). What is rounded is one
- * product with the scale and one addition per segment, in one order and without fused operations,
- * so that every instruction set and every number of threads gives the same bits.
+ * a row is long enough to overflow (integer_ops.py chooses its length). What is rounded is one fused
+ * product with the scale and addition per segment, in one order, so that every instruction set and
+ * every number of threads gives the same bits.
  *
  * The module has no Python API. integer_ops.py calls its functions through ctypes.
  */
 #include <math.h>
-#include <pthread.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
 
+#include "kernel_utils.h"
+
+#define CHUNK 4096 /* values that are quantized at a time */
 #define PANEL 64 /* rows of the weight that are expanded at a time */
 #define MOST_ROWS 32 /* of a tile */
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
-
-enum { FLOAT32, BFLOAT16 };
 
 /* Tokens, quantized: m rows of k whole numbers. Numbers and scales are shared by `group` columns. */
 typedef struct {
@@ -32,7 +28,7 @@ typedef struct {
 
 /* A packed weight: n rows of k codes of 4 or 8 bits. */
 typedef struct {
-    int64_t n, k, group, segment;
+    int64_t n, k, group;
     int32_t bits;
     int32_t scale_bytes; /* 1: an index into scale_values, 2: fp16, 4: fp32 */
     const uint8_t *codes;
@@ -58,6 +54,7 @@ typedef struct {
     const Tokens *x;
     const Weight *w;
     const Kernel *kernel;
+    int64_t segment;  /* columns whose products are summed up in whole numbers */
     const void *bias; /* n values of the output's type, or NULL */
     void *y;          /* m x n */
     int32_t dtype;
@@ -92,13 +89,6 @@ static int64_t greatest_common_divisor(int64_t a, int64_t b) {
     return a;
 }
 
-static inline float read_bfloat16(uint16_t x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
 /* Reads an fp16 number, subnormal or not. */
 static inline float read_float16(const uint8_t *x) {
     const uint32_t half = (uint32_t)(x[0] | x[1] << 8), bits = (half & 0x7fff) << 13;
@@ -107,13 +97,6 @@ static inline float read_float16(const uint8_t *x) {
     value *= 0x1p112f;
     if ((half & 0x7c00) == 0x7c00) value = half & 0x3ff ? NAN : INFINITY;
     return half >> 15 ? -value : value;
-}
-
-static inline uint16_t round_to_bfloat16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return value == value ? (uint16_t)rounded : 0x7fc0;
 }
 
 /* Scales the totals of some tokens, adds the bias, and stores them. */
@@ -173,6 +156,7 @@ typedef float vfloat16 __attribute__((vector_size(64), may_alias));
     (vint)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(table)))
 #define LOOK_UP(values, index) (vint)_mm512_shuffle_epi8((__m512i)(values), (__m512i)(index))
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#define FMA(x, y, z) (vfloat)_mm512_fmadd_ps((__m512)(x), (__m512)(y), (__m512)(z))
 /* gcc 12 keeps the sums of the intrinsic in memory. */
 #define DOT(sum, token, weight) \
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(token), "v"(weight));
@@ -198,6 +182,7 @@ typedef float vfloat16 __attribute__((vector_size(64), may_alias));
 #undef vbyte
 #undef REPEAT_TABLE
 #undef LOOK_UP
+#undef FMA
 #undef TARGET
 #undef DOT
 
@@ -214,7 +199,8 @@ typedef float vfloat8 __attribute__((vector_size(32), may_alias));
 #define REPEAT_TABLE(table) \
     (vint)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(table)))
 #define LOOK_UP(values, index) (vint)_mm256_shuffle_epi8((__m256i)(values), (__m256i)(index))
-#define TARGET __attribute__((target("avx2,avxvnni")))
+#define FMA(x, y, z) (vfloat)_mm256_fmadd_ps((__m256)(x), (__m256)(y), (__m256)(z))
+#define TARGET __attribute__((target("avx2,fma,avxvnni")))
 #define DOT(sum, token, weight) \
     __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(token), "x"(weight));
 #define NAME tile_avxvnni
@@ -235,7 +221,7 @@ typedef float vfloat8 __attribute__((vector_size(32), may_alias));
 
 /* Without VNNI two products are added in 16 bits, where 2 x 255 x 127 would saturate. The token is
  * therefore split into its lowest bit and the 7 bits above it. */
-#define TARGET __attribute__((target("avx2")))
+#define TARGET __attribute__((target("avx2,fma")))
 #define DOT(sum, token, weight)                                                                  \
     {                                                                                            \
         const __m256i t = (__m256i)(token), w = (__m256i)(weight);                               \
@@ -325,6 +311,8 @@ static int supports_amx(void) {
     return !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
 }
 
+static int supports_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
 static int is_supported(int kernel) {
     unsigned eax, edx;
     switch (kernel) {
@@ -334,9 +322,9 @@ static int is_supported(int kernel) {
         return supports_avx512vnni();
     case 2:
         read_cpuid(7, 1, &eax, &edx);
-        return __builtin_cpu_supports("avx2") && (eax >> 4 & 1);
+        return supports_avx2() && (eax >> 4 & 1);
     default:
-        return __builtin_cpu_supports("avx2");
+        return supports_avx2();
     }
 }
 
@@ -366,6 +354,7 @@ typedef float vfloat4 __attribute__((vector_size(16), may_alias));
 #else
 #define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
 #endif
+#define FMA(x, y, z) (vfloat)vfmaq_f32((float32x4_t)(z), (float32x4_t)(x), (float32x4_t)(y))
 #define DOT(sum, token, weight) \
     __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(token), "w"(weight));
 #define NAME tile_dotprod
@@ -402,45 +391,9 @@ const char *fp4dit_kernel_name(int kernel) {
     return kernel >= 0 && kernel < NUM_KERNELS && is_supported(kernel) ? kernels[kernel].name : NULL;
 }
 
-/* ---- Threads. ---- */
-
-typedef struct {
-    void (*run)(void *task, int64_t first, int64_t last);
-    void *task;
-    int64_t first, last;
-} Share;
-
-static void *run_share(void *share) {
-    Share *s = share;
-    s->run(s->task, s->first, s->last);
-    return NULL;
-}
-
-/* Runs a task of `count` equal parts in up to `threads` threads. They end with the call: a pool
- * would not survive a fork, and costs no less than the start of a thread if it does not spin. */
-static void run_parallel(void (*run)(void *, int64_t, int64_t), void *task, int64_t count, int threads) {
-    enum { MOST = 64 };
-    Share shares[MOST];
-    pthread_t ids[MOST];
-    int started[MOST];
-    if (threads > count) threads = (int)count;
-    if (threads > MOST) threads = MOST;
-    for (int i = 1; i < threads; i++) {
-        shares[i] = (Share){run, task, count * i / threads, count * (i + 1) / threads};
-        started[i] = !pthread_create(&ids[i], NULL, run_share, &shares[i]);
-    }
-    run(task, 0, threads > 1 ? count / threads : count);
-    for (int i = 1; i < threads; i++) {
-        if (started[i])
-            pthread_join(ids[i], NULL);
-        else
-            run_share(&shares[i]);
-    }
-}
+/* ---- The product. ---- */
 
 static void *allocate(int64_t size) { return aligned_alloc(64, (size_t)((size + 63) / 64 * 64)); }
-
-/* ---- The product. ---- */
 
 /* Expands codes by several tables, or of 8 bits, one by one. */
 static void expand_by_tables(const Weight *w, int64_t first, int64_t rows, int8_t *weight) {
@@ -480,7 +433,7 @@ static void expand_panel(const Product *p, int64_t first, Panel *panel) {
         if (rows < PANEL) memset(panel->weight, 0, (size_t)(k * PANEL));
         expand_by_tables(w, first, rows, panel->weight);
     }
-    const int64_t segments = w->group / w->segment; /* of a group */
+    const int64_t segments = w->group / p->segment; /* of a group */
     memset(panel->scale, 0, (size_t)(groups * segments * PANEL * 4));
     for (int64_t j = 0; j < rows; j++) {
         for (int64_t g = 0; g < groups; g++) {
@@ -516,8 +469,8 @@ static void compute_correction(const Product *p, Panel *panel) {
 static void multiply_panels(void *task, int64_t first_panel, int64_t last_panel) {
     Product *p = task;
     const Kernel *kernel = p->kernel;
-    const int64_t m = p->x->m, k = p->w->k, segments = k / p->w->segment;
-    Panel panel = {p->w->segment, allocate(k * PANEL), allocate(segments * PANEL * 4),
+    const int64_t m = p->x->m, k = p->w->k, segments = k / p->segment;
+    Panel panel = {p->segment, allocate(k * PANEL), allocate(segments * PANEL * 4),
                    allocate(segments * PANEL * 4)};
     float total[MOST_ROWS * PANEL] __attribute__((aligned(64)));
     uint8_t before[64]; /* the size of AMX's configuration */
@@ -543,9 +496,9 @@ static void multiply_panels(void *task, int64_t first_panel, int64_t last_panel)
 }
 
 /* Computes y = x W^T + bias. Returns 0, or 1 if there is not enough memory. */
-int fp4dit_multiply(int kernel, const Tokens *x, const Weight *w, const void *bias, int dtype, void *y,
-                    int threads) {
-    Product product = {x, w, &kernels[kernel], bias, y, dtype, 0};
+int fp4dit_multiply(int kernel, const Tokens *x, const Weight *w, int64_t segment, const void *bias,
+                    int dtype, void *y, int threads) {
+    Product product = {x, w, &kernels[kernel], segment, bias, y, dtype, 0};
     run_parallel(multiply_panels, &product, (w->n + PANEL - 1) / PANEL, threads);
     return product.failed;
 }
@@ -573,7 +526,7 @@ typedef struct {
     int32_t rule;
     const float *scale; /* given: a number for each block, for each group, or one */
     const float *zero;  /* given: what is added before rounding; or NULL */
-    int64_t scale_row_stride, scale_group_stride;
+    int64_t scale_stride; /* 0: one scale, and zero point, for all */
     Format scales;      /* shift = 0: fp32 */
     float tensor_scale; /* of NVFP4 */
     int32_t num_ratios; /* of NVFP4: what the ideal scale is multiplied by to try others */
@@ -586,7 +539,7 @@ typedef struct {
     const void *x;
     Tokens *tokens; /* the result in whole numbers, */
     void *values;   /* or, dequantized, in the type of x */
-    int64_t m, k, group;
+    int64_t blocks, group;
     int32_t failed;
 } Quantization;
 
@@ -639,140 +592,218 @@ ALWAYS_INLINE float find_power_of_two(const Format *format, float absmax) {
     return ldexpf(1.0f, exponent < -127 ? -127 : exponent > 127 ? 127 : exponent);
 }
 
-ALWAYS_INLINE float sum_squared_errors(const Format *format, const float *x, int64_t count, float scale) {
-    const Format copy = *format;
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; i++) {
-        const float value = clamp(x[i] / scale, copy.least, copy.largest);
-        const float error = round_to_grid(&copy, value) * scale - x[i];
-        sum += error * error;
-    }
-    return sum;
+/* What values are divided by. */
+typedef struct {
+    float scale, inverse;
+    int is_inverted; /* whether to divide by means of the inverse */
+} Divisor;
+
+/* Largest magnitude, and largest and least scale, for which no step of a division overflows or is
+ * subnormal unless the quotient is next to 0. */
+#define SAFE 0x1p60f
+
+ALWAYS_INLINE Divisor make_divisor(float scale, int is_safe) {
+    return (Divisor){scale, 1.0f / scale, is_safe && scale >= 1.0f / SAFE && scale <= SAFE};
 }
 
-/* The arrays that the scales of a row are chosen with: a number for each block. */
+/* Returns x / scale, correctly rounded, in a fourth of the time of a division.
+ *
+ * The first step brings the quotient within one unit in the last place. The second rounds it
+ * correctly, because the inverse is (Markstein, IBM J. Res. Dev. 34(1), 1990, theorem 8.1). */
+ALWAYS_INLINE float divide_by_inverse(float x, Divisor by) {
+    float quotient = x * by.inverse;
+    quotient = __builtin_fmaf(__builtin_fmaf(-by.scale, quotient, x), by.inverse, quotient);
+    return __builtin_fmaf(__builtin_fmaf(-by.scale, quotient, x), by.inverse, quotient);
+}
+
+ALWAYS_INLINE float square_error(const Format *format, float x, float quotient, float scale) {
+    const float value = clamp(quotient, format->least, format->largest);
+    const float error = round_to_grid(format, value) * scale - x;
+    return error * error;
+}
+
+/* The arrays that the scales of some blocks are chosen with: a number for each, except `squares`. */
 typedef struct {
     float *scale, *ideal, *candidate, *error, *least;
+    int32_t *is_close;
+    float *squares; /* of the errors of all values, and half as many of their sums */
 } Scratch;
 
-/* Each step is a loop over all blocks, because the steps of one block wait for each other. */
-ALWAYS_INLINE void choose_best_scales(const Rounding *r, const float *x, int64_t groups, int64_t count,
-                                      const Scratch *s, uint8_t *undecided) {
-    for (int64_t g = 0; g < groups; g++) s->ideal[g] = s->scale[g] / r->format.largest / r->tensor_scale;
-    for (int i = 0; i < r->num_ratios; i++) {
-        for (int64_t g = 0; g < groups; g++)
-            s->candidate[g] = round_scale(&r->scales, r->ratios[i] * s->ideal[g]) * r->tensor_scale;
-        if (r->num_ratios > 1)
-            for (int64_t g = 0; g < groups; g++)
-                s->error[g] = sum_squared_errors(&r->format, x + g * count, count, s->candidate[g]);
-        for (int64_t g = 0; g < groups; g++) {
-            const int is_better = !i | (s->error[g] < s->least[g]);
-            const float difference = fabsf(s->error[g] - s->least[g]);
-            /* Each of both sums may differ by count 2^-24 of itself, here and in another order. */
-            const int is_close = !(difference > 2.4e-7f * (float)count * s->least[g]);
-            if (i) undecided[g] |= is_close & (s->candidate[g] != s->scale[g]);
-            s->scale[g] = is_better ? s->candidate[g] : s->scale[g];
-            s->least[g] = is_better ? s->error[g] : s->least[g];
-        }
+/* Computes for each block the sum of its values' squared errors with the candidate scale. */
+ALWAYS_INLINE void sum_squared_errors(const Rounding *r, const float *x, int64_t blocks, int64_t count,
+                                      const Scratch *s, int is_safe) {
+    const Format format = r->format;
+    float *squares = s->squares, *sums = squares + blocks * count;
+    for (int64_t b = 0; b < blocks; b++) {
+        const Divisor by = make_divisor(s->candidate[b], is_safe);
+        const float *block = x + b * count;
+        float *square = squares + b * count;
+        if (by.is_inverted)
+            for (int64_t i = 0; i < count; i++)
+                square[i] = square_error(&format, block[i], divide_by_inverse(block[i], by), by.scale);
+        else
+            for (int64_t i = 0; i < count; i++)
+                square[i] = square_error(&format, block[i], block[i] / by.scale, by.scale);
+    }
+    /* Neighbours are added until there is one sum for each block, or an odd number. */
+    int64_t width = count;
+    for (; width % 2 == 0; width /= 2) {
+#pragma omp simd
+        for (int64_t i = 0; i < blocks * width / 2; i++) sums[i] = squares[2 * i] + squares[2 * i + 1];
+        float *swap = squares;
+        squares = sums, sums = swap;
+    }
+    for (int64_t b = 0; b < blocks; b++) {
+        s->error[b] = squares[b * width];
+        for (int64_t i = 1; i < width; i++) s->error[b] += squares[b * width + i];
     }
 }
 
-/* Chooses the scale of each block of a row. */
-ALWAYS_INLINE void choose_scales(const Rounding *r, const float *x, int64_t groups, int64_t count,
-                                 const Scratch *s, uint8_t *undecided) {
-    for (int64_t g = 0; g < groups; g++) s->scale[g] = find_absmax(x + g * count, count);
+/* Each step is a loop over all blocks, because the steps of one block wait for each other. */
+ALWAYS_INLINE void choose_best_scales(const Rounding *r, const float *x, int64_t blocks, int64_t count,
+                                      const Scratch *s, uint8_t *undecided, int is_safe) {
+    for (int64_t b = 0; b < blocks; b++) s->ideal[b] = s->scale[b] / r->format.largest / r->tensor_scale;
+    for (int i = 0; i < r->num_ratios; i++) {
+        for (int64_t b = 0; b < blocks; b++)
+            s->candidate[b] = round_scale(&r->scales, r->ratios[i] * s->ideal[b]) * r->tensor_scale;
+        if (r->num_ratios > 1) sum_squared_errors(r, x, blocks, count, s, is_safe);
+        if (i == 0) {
+            memcpy(s->scale, s->candidate, (size_t)blocks * 4);
+            memcpy(s->least, s->error, (size_t)blocks * 4);
+            memset(s->is_close, 0, (size_t)blocks * 4);
+            continue;
+        }
+        float *scale = s->scale, *least = s->least;
+        const float *candidate = s->candidate, *error = s->error;
+        int32_t *is_close = s->is_close;
+#pragma omp simd
+        for (int64_t b = 0; b < blocks; b++) {
+            const int32_t is_better = error[b] < least[b];
+            const float difference = fabsf(error[b] - least[b]);
+            /* Each of both sums may differ by count 2^-24 of itself, here and in another order. */
+            const int32_t is_far = difference > 2.4e-7f * (float)count * least[b];
+            is_close[b] |= !is_far & (candidate[b] != scale[b]);
+            scale[b] = is_better ? candidate[b] : scale[b];
+            least[b] = is_better ? error[b] : least[b];
+        }
+    }
+    for (int64_t b = 0; undecided && b < blocks; b++) undecided[b] = (uint8_t)s->is_close[b];
+}
+
+/* Chooses the scale of each block. Returns whether the values are safe to divide by the
+ * inverse of a scale, which takes fused operations (`has_fma`). */
+ALWAYS_INLINE int choose_scales(const Rounding *r, const float *x, int64_t blocks, int64_t count,
+                                const Scratch *s, uint8_t *undecided, int has_fma) {
+    int is_safe = has_fma;
+    for (int64_t b = 0; b < blocks; b++) s->scale[b] = find_absmax(x + b * count, count);
+    for (int64_t b = 0; b < blocks; b++) is_safe &= s->scale[b] <= SAFE;
     if (r->rule == ABSMAX)
-        for (int64_t g = 0; g < groups; g++)
-            s->scale[g] = round_scale(&r->scales, s->scale[g] / r->format.largest);
+        for (int64_t b = 0; b < blocks; b++)
+            s->scale[b] = round_scale(&r->scales, s->scale[b] / r->format.largest);
     else if (r->rule == E8M0_EVEN)
-        for (int64_t g = 0; g < groups; g++) s->scale[g] = find_power_of_two(&r->format, s->scale[g]);
+        for (int64_t b = 0; b < blocks; b++) s->scale[b] = find_power_of_two(&r->format, s->scale[b]);
     else
-        choose_best_scales(r, x, groups, count, s, undecided);
+        choose_best_scales(r, x, blocks, count, s, undecided, is_safe);
+    return is_safe;
 }
 
 /* Quantizes a block in place to the grid of the format. Returns whether all values are numbers. */
-ALWAYS_INLINE int round_block(const Format *format, float *x, int64_t count, float scale, float add) {
+ALWAYS_INLINE int round_block(const Format *format, float *x, int64_t count, Divisor by, float add) {
     const Format copy = *format; /* no store to x can change a copy */
     int32_t invalid = 0;
+    if (by.is_inverted) {
+        for (int64_t i = 0; i < count; i++)
+            x[i] = round_to_grid(&copy, clamp(divide_by_inverse(x[i], by), copy.least, copy.largest));
+        return 1;
+    }
     for (int64_t i = 0; i < count; i++) {
-        const float value = x[i] / scale + add;
+        const float value = x[i] / by.scale + add;
         invalid |= value != value;
         x[i] = round_to_grid(&copy, clamp(value, copy.least, copy.largest));
     }
     return !invalid;
 }
 
-ALWAYS_INLINE void store_numbers(const Quantization *q, int64_t row, const float *grid) {
+ALWAYS_INLINE void store_numbers(const Quantization *q, int64_t first, const float *grid, int64_t count) {
     Tokens *t = q->tokens;
     const float unit = 1.0f / q->rounding->format.smallest;
-    const int64_t k = q->k, plane_size = q->m * k;
-    uint8_t *out = t->numbers + row * k;
     const int32_t offset = t->offset;
-    for (int plane = 0; plane < t->planes; plane++, out += plane_size) {
+    uint8_t *out = t->numbers + first;
+    for (int plane = 0; plane < t->planes; plane++, out += q->blocks * q->group) {
         const int shift = 8 * (t->planes - 1 - plane);
-        for (int64_t i = 0; i < k; i++)
+        for (int64_t i = 0; i < count; i++)
             out[i] = (uint8_t)(((int32_t)(grid[i] * unit) + offset) >> shift);
     }
 }
 
-/* Quantizes a row in place to the grid of the format, and writes the scale of each block. */
-ALWAYS_INLINE void round_row(const Quantization *q, int64_t row, float *x, int64_t count,
-                             const Scratch *s) {
+/* Quantizes blocks in place to the grid of the format, and writes the scale of each. */
+ALWAYS_INLINE void round_blocks(const Quantization *q, int64_t first, int64_t blocks, float *x,
+                                int64_t count, const Scratch *s, int has_fma) {
     const Rounding *r = q->rounding;
-    const int64_t groups = q->k / count;
+    int is_safe = 0;
     if (r->rule != GIVEN)
-        choose_scales(r, x, groups, count, s, r->undecided ? r->undecided + row * groups : NULL);
-    for (int64_t g = 0; g < groups; g++) {
-        const int64_t place = row * r->scale_row_stride + g * r->scale_group_stride;
-        const float scale = r->rule == GIVEN ? r->scale[place] : s->scale[g];
+        is_safe = choose_scales(r, x, blocks, count, s, r->undecided ? r->undecided + first : NULL, has_fma);
+    for (int64_t b = 0; b < blocks; b++) {
+        const int64_t place = (first + b) * r->scale_stride;
+        const float scale = r->rule == GIVEN ? r->scale[place] : s->scale[b];
         const float zero = r->zero ? r->zero[place] : 0.0f;
-        float *block = x + g * count;
-        const int is_valid = round_block(&r->format, block, count, scale, zero);
-        s->scale[g] = is_valid ? scale : NAN; /* of the whole numbers, which cannot be NaN */
+        float *block = x + b * count;
+        const int is_valid = round_block(&r->format, block, count, make_divisor(scale, is_safe), zero);
+        s->scale[b] = is_valid ? scale : NAN; /* of the whole numbers, which cannot be NaN */
         if (!q->tokens)
             for (int64_t i = 0; i < count; i++) block[i] = (block[i] - zero) * scale;
         else if (!is_valid)
             memset(block, 0, (size_t)count * 4);
         if (q->tokens && r->zero) {
             const float number = is_valid ? zero / r->format.smallest : 0.0f;
-            q->tokens->zero[row * groups + g] = (int32_t)number + q->tokens->offset;
+            q->tokens->zero[first + b] = (int32_t)number + q->tokens->offset;
         }
     }
 }
 
-ALWAYS_INLINE void quantize_rows(Quantization *q, int64_t first, int64_t last) {
+/* Quantizes `blocks` blocks, which fit the arrays. */
+ALWAYS_INLINE void quantize_chunk(const Quantization *q, int64_t first, int64_t blocks, float *x,
+                                  const Scratch *s, int has_fma) {
     const Rounding *r = q->rounding;
-    const int64_t k = q->k, groups = k / q->group;
-    float *x = allocate((k + 5 * groups) * 4);
+    const int64_t start = first * q->group, count = blocks * q->group;
+    if (r->dtype == FLOAT32)
+        memcpy(x, (const float *)q->x + start, (size_t)count * 4);
+    else
+        for (int64_t i = 0; i < count; i++) x[i] = read_bfloat16(((const uint16_t *)q->x)[start + i]);
+    switch (q->group) { /* short blocks of a known length become a few vectors */
+    case 16: round_blocks(q, first, blocks, x, 16, s, has_fma); break;
+    case 32: round_blocks(q, first, blocks, x, 32, s, has_fma); break;
+    case 64: round_blocks(q, first, blocks, x, 64, s, has_fma); break;
+    default: round_blocks(q, first, blocks, x, q->group, s, has_fma);
+    }
+    if (q->tokens) {
+        for (int64_t b = 0; b < blocks; b++) q->tokens->scale[first + b] = s->scale[b] * r->format.smallest;
+        store_numbers(q, start, x, count);
+    } else if (r->dtype == FLOAT32) {
+        memcpy((float *)q->values + start, x, (size_t)count * 4);
+    } else {
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)q->values)[start + i] = round_to_bfloat16(x[i]);
+    }
+}
+
+/* Quantizes some blocks, as many at a time as the nearest cache holds. */
+ALWAYS_INLINE void quantize_blocks(Quantization *q, int64_t first, int64_t last, int has_fma) {
+    const int64_t most = q->group < CHUNK ? CHUNK / q->group : 1, count = most * q->group;
+    float *x = allocate((6 * most + count + count + count / 2) * 4);
     if (!x) {
         q->failed = 1;
         return;
     }
-    float *arrays = x + k;
-    const Scratch scratch = {arrays, arrays + groups, arrays + 2 * groups, arrays + 3 * groups,
-                             arrays + 4 * groups};
-    for (int64_t row = first; row < last; row++) {
-        if (r->dtype == FLOAT32)
-            memcpy(x, (const float *)q->x + row * k, (size_t)k * 4);
-        else
-            for (int64_t i = 0; i < k; i++) x[i] = read_bfloat16(((const uint16_t *)q->x)[row * k + i]);
-        switch (q->group) { /* short blocks of a known length become a few vectors */
-        case 16: round_row(q, row, x, 16, &scratch); break;
-        case 32: round_row(q, row, x, 32, &scratch); break;
-        default: round_row(q, row, x, q->group, &scratch);
-        }
-        if (q->tokens) {
-            for (int64_t g = 0; g < groups; g++)
-                q->tokens->scale[row * groups + g] = scratch.scale[g] * r->format.smallest;
-            store_numbers(q, row, x);
-        } else if (r->dtype == FLOAT32) {
-            memcpy((float *)q->values + row * k, x, (size_t)k * 4);
-        } else {
-            for (int64_t i = 0; i < k; i++)
-                ((uint16_t *)q->values)[row * k + i] = round_to_bfloat16(x[i]);
-        }
-    }
+    float *arrays = x + count;
+    const Scratch scratch = {arrays,
+                             arrays + most,
+                             arrays + 2 * most,
+                             arrays + 3 * most,
+                             arrays + 4 * most,
+                             (int32_t *)(arrays + 5 * most),
+                             arrays + 6 * most};
+    for (int64_t b = first; b < last; b += most)
+        quantize_chunk(q, b, b + most < last ? most : last - b, x, &scratch, has_fma);
     free(x);
 }
 
@@ -780,26 +811,32 @@ ALWAYS_INLINE void quantize_rows(Quantization *q, int64_t first, int64_t last) {
 #if defined(__x86_64__)
 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) static void quantize_avx512(
     void *q, int64_t first, int64_t last) {
-    quantize_rows(q, first, last);
+    quantize_blocks(q, first, last, 1);
 }
-__attribute__((target("avx2"))) static void quantize_avx2(void *q, int64_t first, int64_t last) {
-    quantize_rows(q, first, last);
+__attribute__((target("avx2,fma"))) static void quantize_avx2(void *q, int64_t first, int64_t last) {
+    quantize_blocks(q, first, last, 1);
 }
 #endif
-static void quantize_portable(void *q, int64_t first, int64_t last) { quantize_rows(q, first, last); }
+static void quantize_portable(void *q, int64_t first, int64_t last) {
+#if defined(__aarch64__)
+    quantize_blocks(q, first, last, 1);
+#else
+    quantize_blocks(q, first, last, 0);
+#endif
+}
 
-/* Quantizes m rows of x, in blocks of `group` values, to whole numbers or to values of x's type.
+/* Quantizes `count` values, in blocks of `group`, to whole numbers or to values of x's type.
  * Returns 0, or 1 if there is not enough memory. */
-int fp4dit_quantize(const Rounding *rounding, const void *x, int64_t m, int64_t k, int64_t group,
+int fp4dit_quantize(const Rounding *rounding, const void *x, int64_t count, int64_t group,
                     Tokens *tokens, void *values, int threads) {
-    Quantization q = {rounding, x, tokens, values, m, k, group, 0};
+    Quantization q = {rounding, x, tokens, values, count / group, group, 0};
     void (*run)(void *, int64_t, int64_t) = quantize_portable;
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         run = quantize_avx512;
-    else if (__builtin_cpu_supports("avx2"))
+    else if (supports_avx2())
         run = quantize_avx2;
 #endif
-    run_parallel(run, &q, m, threads);
+    run_parallel(run, &q, q.blocks, threads);
     return q.failed;
 }

@@ -15,7 +15,7 @@ import os
 from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -99,6 +99,18 @@ class FusedScale:
     ratios: Sequence[float]
     rule: ScaleRule
 
+    def describe(self, fmt: NumberFormat, dtype: torch.dtype) -> "_Rounding":
+        """Return the rounding of values of a dtype to a format as the kernels take it."""
+        return _Rounding(
+            format=_describe_format(fmt, fmt.min),
+            dtype=DTYPES[dtype],
+            rule=RULES.index(self.kind),
+            scales=_describe_format(self.fmt, self.least),
+            tensor_scale=self.tensor_scale,
+            num_ratios=len(self.ratios),
+            ratios=(c_float * len(self.ratios))(*self.ratios),
+        )
+
 
 Scaling = Scale | Affine | FusedScale
 
@@ -178,6 +190,25 @@ class IntegerWeight:
     scale_values: Float32[Tensor, "rows 256"] | None
     factors: Float32[Tensor, "tables"]
 
+    @cached_property
+    def struct(self) -> "_Weight":
+        """The weight as the kernels take it."""
+        n, k = self.shape
+        return _Weight(
+            n,
+            k,
+            self.group,
+            8 * self.codes.shape[1] // k,
+            self.scale_bytes,
+            self.codes.data_ptr(),
+            self.tables.data_ptr(),
+            _address(self.table_index),
+            self.scales.data_ptr(),
+            _address(self.scale_values),
+            self.factors.data_ptr(),
+            0 if self.scale_values is None or len(self.scale_values) == 1 else 256,
+        )
+
 
 class _Tokens(ctypes.Structure):
     _fields_ = (
@@ -197,7 +228,6 @@ class _Weight(ctypes.Structure):
         ("n", c_int64),
         ("k", c_int64),
         ("group", c_int64),
-        ("segment", c_int64),
         ("bits", c_int32),
         ("scale_bytes", c_int32),
         ("codes", c_void_p),
@@ -227,8 +257,7 @@ class _Rounding(ctypes.Structure):
         ("rule", c_int32),
         ("scale", c_void_p),
         ("zero", c_void_p),
-        ("scale_row_stride", c_int64),
-        ("scale_group_stride", c_int64),
+        ("scale_stride", c_int64),
         ("scales", _Format),
         ("tensor_scale", c_float),
         ("num_ratios", c_int32),
@@ -316,7 +345,7 @@ def quantize_to_integers(
     zero = torch.empty(m, k // group, dtype=torch.int32) if isinstance(scaling, Affine) else None
     tokens = IntegerTokens(grid, numbers, scale, zero)
     undecided = _quantize(x, grid.fmt, group, scaling, tokens, None)
-    if len(undecided):
+    if undecided is not None:
         blocks = x.reshape(-1, group)[undecided]
         redone = quantize_to_integers(blocks, grid, group, compute_scale(scaling, blocks, grid.fmt))
         numbers.view(grid.planes, -1, group)[:, undecided] = redone.numbers
@@ -333,7 +362,7 @@ def fake_quantize(
     """
     values = torch.empty(x.shape, dtype=x.dtype)
     undecided = _quantize(x, fmt, group, scaling, None, values)
-    if len(undecided):
+    if undecided is not None:
         blocks = x.reshape(-1, group)[undecided]
         redone = fake_quantize(blocks, fmt, group, compute_scale(scaling, blocks, fmt))
         values.view(-1, group)[undecided] = redone
@@ -347,41 +376,35 @@ def _quantize(
     scaling: Scaling,
     tokens: IntegerTokens | None,
     values: Tensor | None,
-) -> Int64[Tensor, "blocks"]:
+) -> Int64[Tensor, "blocks"] | None:
     """Quantize tokens, and return the blocks whose scale the kernel could not decide on."""
     kernels, (m, k) = require_kernels(), x.shape
     x = x.contiguous()
-    rounding = _Rounding(format=_describe_format(fmt, fmt.min), dtype=DTYPES[x.dtype])
-    undecided = torch.empty(0, dtype=torch.uint8)
+    undecided = None
     if isinstance(scaling, FusedScale):
-        rounding.rule = RULES.index(scaling.kind)
-        rounding.scales = _describe_format(scaling.fmt, scaling.least)
-        rounding.tensor_scale = scaling.tensor_scale
-        rounding.num_ratios = len(scaling.ratios)
-        rounding.ratios = (c_float * len(scaling.ratios))(*scaling.ratios)
+        rounding = scaling.describe(fmt, x.dtype)
         if len(scaling.ratios) > 1:
             undecided = torch.zeros(m * k // group, dtype=torch.uint8)
             rounding.undecided = undecided.data_ptr()
     else:
+        rounding = _Rounding(format=_describe_format(fmt, fmt.min), dtype=DTYPES[x.dtype])
         scale = scaling.scale.float().contiguous()
         zero = scaling.zero.float().contiguous() if isinstance(scaling, Affine) else None
         rounding.scale, rounding.zero = scale.data_ptr(), _address(zero)
-        if scale.numel() > 1:
-            rounding.scale_row_stride, rounding.scale_group_stride = k // group, 1
+        rounding.scale_stride = int(scale.numel() > 1)
     described = None if tokens is None else ctypes.byref(_describe_tokens(tokens))
     failed = kernels.library.fp4dit_quantize(
         ctypes.byref(rounding),
         c_void_p(x.data_ptr()),
-        c_int64(m),
-        c_int64(k),
+        c_int64(m * k),
         c_int64(group),
         described,
         c_void_p(_address(values)),
-        c_int32(_count_threads(16 * m * k)),
+        c_int32(count_threads(16 * m * k)),
     )
     if failed:
         raise MemoryError("there is not enough memory to quantize tokens")
-    return undecided.nonzero().flatten()
+    return undecided.nonzero().flatten() if undecided is not None and undecided.any() else None
 
 
 def multiply_integers(
@@ -405,30 +428,16 @@ def multiply_integers(
     segment = choose_segment(x, weight)
     assert segment is not None, "this product is not exact"
     y = torch.empty(m, n, dtype=dtype)
-    described = _Weight(
-        n,
-        k,
-        weight.group,
-        segment,
-        8 * weight.codes.shape[1] // k,
-        weight.scale_bytes,
-        weight.codes.data_ptr(),
-        weight.tables.data_ptr(),
-        _address(weight.table_index),
-        weight.scales.data_ptr(),
-        _address(weight.scale_values),
-        weight.factors.data_ptr(),
-        0 if weight.scale_values is None or len(weight.scale_values) == 1 else 256,
-    )
     number = kernels.choose(weight.largest) if kernel is None else kernel
     failed = kernels.library.fp4dit_multiply(
         c_int32(number),
         ctypes.byref(_describe_tokens(x)),
-        ctypes.byref(described),
+        ctypes.byref(weight.struct),
+        c_int64(segment),
         c_void_p(_address(bias)),
         c_int32(DTYPES[dtype]),
         c_void_p(y.data_ptr()),
-        c_int32(_count_threads(m * n * k)),
+        c_int32(count_threads(m * n * k)),
     )
     if failed:
         raise MemoryError("there is not enough memory to expand a weight")
@@ -464,6 +473,7 @@ def find_segment(
     return None
 
 
+@lru_cache
 def _describe_format(fmt: NumberFormat | None, least: float) -> _Format:
     if fmt is None:
         return _Format(largest=math.inf, least=least)
@@ -489,5 +499,6 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _count_threads(multiplications: int) -> int:
+def count_threads(multiplications: int) -> int:
+    """Return how many threads are worth their start for so many multiplications."""
     return max(1, min(torch.get_num_threads(), multiplications // MULTIPLICATIONS_PER_THREAD))

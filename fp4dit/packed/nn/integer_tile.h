@@ -19,12 +19,11 @@
         const vint token = (vint){0} + (four ^ FLIP);  \
         EACH_COLUMN(MULTIPLY, r)                       \
     }
-/* A product and a sum, each rounded, as every machine computes them. */
 #define SCALE(c) (*(const vfloat *)(scale + c * LANES))
 #define TO_FLOAT(s) __builtin_convertvector((vsigned)(s), vfloat)
-#define ADD_TO_TOTAL(r, c) total[r][c] += TO_FLOAT(s##r##c) * SCALE(c);
+#define ADD_TO_TOTAL(r, c) total[r][c] = FMA(TO_FLOAT(s##r##c), SCALE(c), total[r][c]);
 #define ADD_TO_TOTAL_BY_GROUP(r, c) \
-    total[r][c] += TO_FLOAT(s##r##c) * (SCALE(c) * token_scale[r * groups]);
+    total[r][c] = FMA(TO_FLOAT(s##r##c), SCALE(c) * token_scale[r * groups], total[r][c]);
 
 /* Computes y[r * PANEL + j] of ROWS tokens, for the rows of the weight from `first` of the panel on. */
 TARGET static void NAME(const Tokens *x, int64_t row, const Panel *panel, int64_t first, float *y) {

@@ -46,7 +46,9 @@ class PackedLinear(QuantLinearBase, PackedWeight, nn.Linear):
         nn.Module.__init__(self)
         self.layout, self.dtype = layout, dtype
         self.out_features, self.in_features = shape
-        for name, size in layout.buffer_shapes(*shape).items():
+        shapes = layout.buffer_shapes(*shape)
+        self.buffer_names = tuple(shapes)
+        for name, size in shapes.items():
             self.register_buffer(name, torch.empty(size, dtype=torch.uint8, device=device))
         self.register_buffer("table", layout.build_lookup_table(), persistent=False)
         self.bias = bias  # pyright: ignore[reportAttributeAccessIssue]
@@ -60,8 +62,7 @@ class PackedLinear(QuantLinearBase, PackedWeight, nn.Linear):
     @property
     def packed_buffers(self) -> dict[str, UInt8[Tensor, "..."]]:
         """The buffers of `layout`, by name."""
-        names = self.layout.buffer_shapes(self.out_features, self.in_features)
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self.buffer_names}
 
     @property
     def weight(self) -> Float[Tensor, "o k"]:
