@@ -99,7 +99,7 @@ TOKENS = {
     "int8_static": Quantizer(INT8, PerTensor()),
     "uint8_static": Quantizer(UINT8, PerTensor(), MinMax()),
 }
-ROWS, COLUMNS, OUTPUTS = (1, 5, 7, 13), (16, 20, 36, 48, 128, 260), (1, 63, 64, 65, 100)
+ROWS, COLUMNS, OUTPUTS = (1, 5, 13, 45), (16, 20, 36, 48, 128, 260), (1, 63, 64, 65, 100)
 
 
 def fits(quantizer: Quantizer, k: int) -> bool:
@@ -180,7 +180,8 @@ def multiply_in_numpy(tokens, weight, segment: int) -> np.ndarray:
         scale = w_scale[None, :, start * w_scale.shape[1] // w.shape[1]]
         if x_scale.shape[1] > 1:
             scale = scale * x_scale[:, start * x_scale.shape[1] // x.shape[1], None]
-        total += sums.astype(np.float32) * scale
+        fused = sums.astype(np.float32).astype(np.longdouble) * scale + total  # rounded once
+        total = fused.astype(np.float32)
     return total * x_scale if x_scale.shape[1] == 1 else total
 
 

@@ -31,11 +31,11 @@ def use_gelu_kernel_(model: nn.Module) -> None:
             module.gelu = gelu_tanh
 
 
-def gelu_tanh(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def gelu_tanh(gate: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Compute the tanh form of GELU."""
-    if not can_use_kernels(x):
-        return F.gelu(x, approximate="tanh")
-    x = x.contiguous()
+    if not can_use_kernels(gate):
+        return F.gelu(gate, approximate="tanh")
+    x = gate.contiguous()
     y = torch.empty_like(x)
     require_kernels().library.fp4dit_gelu_tanh(
         c_void_p(x.data_ptr()),
