@@ -95,7 +95,8 @@ class PackedLinear(QuantLinearBase, PackedWeight, nn.Linear):
 
     def decode_values(self) -> Float[Tensor, "o k"]:
         """Return the weight over its scales, in fp32: values of the format."""
-        return self.layout.decode_codes(self.packed_buffers, self.in_features, self.table)
+        values = self.layout.decode_codes(self.packed_buffers, self.in_features, self.table)
+        return values.float()  # a cast of the model casts the table of 8-bit codes, too
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         transformed, bypass = self.apply_transforms(x)
