@@ -11,10 +11,12 @@ from fp4dit.utils.errors import UserError
 def expand_weights(pipe: Any) -> int:
     """Expand the packed weights of a loaded pipeline to a byte each, in place.
 
-    Products then are those of cuBLAS (or oneDNN, on a CPU) in INT8 or FP8, instead of kernels that
-    expand the codes for each product. Layers take about 12.5 bits for each weight instead of 4.1,
-    because they keep their codes for `save_pretrained`, which saves what it saved before, and for
-    products of at most 16 tokens. On GPUs before sm_80 this is the only way to use INT8.
+    On a GPU, products then are those of cuBLAS in INT8 or FP8, instead of kernels that expand the
+    codes for each product. Layers take about 12.5 bits for each weight instead of 4.1, because they
+    keep their codes for products of at most 16 tokens, and for `save_pretrained`, which saves what
+    it saved before. With one scale for each row it is one product, with groups one for each group.
+    On GPUs before sm_80 this is the only way to use INT8. On a CPU it does nothing, unless fp4dit
+    was installed without a C compiler.
 
     A layer is expanded if its activations are quantized dynamically with one scale for each token,
     to a format of few bits such as E2M3, INT8 or E4M3, and its weight has a scale for each row or

@@ -10,6 +10,7 @@ from fp4dit.numerics.formats import NumberFormat, floating, fp16, integer
 from fp4dit.numerics.quantizer import PerGroup, PerToken, Quantizer
 from fp4dit.numerics.scale_rules import AbsMax
 from fp4dit.packed.nn import backends, byte_numbers
+from fp4dit.packed.nn.expanded_backend import expand_layer_
 from fp4dit.packed.nn.linear import PackedLinear, pack_layer
 from fp4dit.quantization.fake_quant import FakeQuantize
 from fp4dit.quantization.layers import QuantLayer
@@ -68,6 +69,33 @@ def test_choice_on_a_gpu(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     if tokens is not None:
         packed_layer.input_fake_quant = FakeQuantize(Quantizer(tokens, PerToken()))
+    with FakeTensorMode(), torch.no_grad():
+        x = torch.empty(1, rows, 256, device="cuda")
+        assert backends.choose_backend(packed_layer, x).name == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "tokens", "rows", "expected"),
+    [
+        (TURING, E2M3, 17, "expanded"),
+        (TURING, E2M3, 16, "dequantize"),
+        (A100, E4M3, 65, "weight_only"),
+        (H100, E4M3, 17, "expanded"),
+        (B200, E2M3, 65, "expanded"),
+        ((10, 3), E2M3, 65, "fp8"),
+    ],
+)
+def test_choice_of_an_expanded_weight_on_a_gpu(
+    packed_layer: PackedLinear,
+    capability: tuple[int, int],
+    tokens: NumberFormat,
+    rows: int,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    packed_layer.input_fake_quant = FakeQuantize(Quantizer(tokens, PerToken()))
+    assert expand_layer_(packed_layer)
     with FakeTensorMode(), torch.no_grad():
         x = torch.empty(1, rows, 256, device="cuda")
         assert backends.choose_backend(packed_layer, x).name == expected

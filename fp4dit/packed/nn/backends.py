@@ -113,11 +113,11 @@ def find_integer_operands(layer: PackedWeight, buffers: PackedBuffers) -> Intege
 
 
 BACKENDS: Sequence[Backend] = (
+    IntegerBackend(),
     ExpandedBackend(),
     Int8Backend(),
     Fp8Backend(),
     WeightOnlyBackend(),
-    IntegerBackend(),
     DequantizeBackend(),
 )
 
@@ -127,17 +127,18 @@ def choose_backend(layer: PackedWeight, x: Float[Tensor, "*b k"]) -> Backend:
 
     The order is fixed, from the most specialized backend to the most general one:
 
-    1. Expanded needs a layer whose weight `expand_weights_` expanded, tokens in the format that it
-       was expanded for, and more than 16 rows.
-    2. INT8 needs a GPU of sm_80 or later, but not of sm_100, a 4-bit weight whose codes expand to
+    1. Integer needs a CPU and the compiled kernels, and tokens and a weight that are whole numbers
+       times scales.
+    2. Expanded needs a layer whose weight `expand_weights_` expanded, tokens in the format that it
+       was expanded for, more than 16 rows, and a GPU of sm_75 or later (FP8: sm_89). On a CPU it is
+       for INT8 where no kernels were compiled, which are faster.
+    3. INT8 needs a GPU of sm_80 or later, but not of sm_100, a 4-bit weight whose codes expand to
        int8, dynamic tokens in a format whose whole numbers int8 holds, and more than 64 rows.
-    3. FP8 needs a GPU of sm_89 or later, such a weight and such rows, and dynamic tokens in a
+    4. FP8 needs a GPU of sm_89 or later, such a weight and such rows, and dynamic tokens in a
        format that E4M3 holds. INT8 comes first because its sums are exact, so that all GPUs give
        the same bits, and because its tensor cores are as fast, on GeForce cards of Ada twice.
-    4. Weight-only needs a GPU of sm_80 or later and such a weight. It reads a quarter of the bytes
+    5. Weight-only needs a GPU of sm_80 or later and such a weight. It reads a quarter of the bytes
        of a 16-bit weight, which is what counts for few rows.
-    5. Integer needs a CPU and the compiled kernels, and tokens and a weight that are whole numbers
-       times scales.
     6. Dequantize runs for every format on every device.
 
     None but the last is for products that autograd has to see.

@@ -22,7 +22,7 @@ LEAST_GROUP = 128  # columns, below which a product for each group is slow
 
 
 class ExpandedBackend:
-    """Product of cuBLAS, or of oneDNN on a CPU, with a weight that was expanded before.
+    """Product of cuBLAS, or in INT8 of a CPU's library, with a weight that was expanded before.
 
     `expand_weights_` gives a layer such a weight beside its codes.
 

@@ -45,8 +45,8 @@ class ExpandedWeight(DtypePreservingModule, ABC):
         self.register_buffer("unit", (scale * unit).T.contiguous(), persistent=False)
 
     @abstractmethod
-    def has_cores(self, capability: tuple[int, int]) -> bool:
-        """Return whether a GPU multiplies such numbers by tensor cores, at their full speed."""
+    def is_fast_on(self, capability: tuple[int, int] | None) -> bool:
+        """Return whether a GPU has tensor cores for such numbers; None stands for a CPU."""
 
     @abstractmethod
     def multiply_group(self, x: Tensor, numbers: Tensor) -> Tensor:
@@ -56,9 +56,9 @@ class ExpandedWeight(DtypePreservingModule, ABC):
         """Return whether the tokens are enough, and their device multiplies such numbers."""
         if x.numel() < LEAST_TOKENS * x.shape[-1]:
             return False
-        return x.is_cpu or (
-            x.is_cuda and self.has_cores(torch.cuda.get_device_capability(x.device))
-        )
+        if x.is_cuda:
+            return self.is_fast_on(torch.cuda.get_device_capability(x.device))
+        return x.is_cpu and self.is_fast_on(None)
 
     def multiply(
         self,
@@ -94,7 +94,9 @@ class ExpandedInt8(ExpandedWeight):
 
     byte_numbers = INT8_NUMBERS
 
-    def has_cores(self, capability: tuple[int, int]) -> bool:
+    def is_fast_on(self, capability: tuple[int, int] | None) -> bool:
+        if capability is None:
+            return True
         return capability >= (7, 5) and capability != (10, 3)  # sm_103 has next to none
 
     def multiply_group(self, x: Tensor, numbers: Tensor) -> Tensor:
@@ -110,8 +112,8 @@ class ExpandedFp8(ExpandedWeight):
 
     byte_numbers = E4M3_NUMBERS
 
-    def has_cores(self, capability: tuple[int, int]) -> bool:
-        return capability >= (8, 9)
+    def is_fast_on(self, capability: tuple[int, int] | None) -> bool:
+        return capability is not None and capability >= (8, 9)  # oneDNN emulates it value by value
 
     def multiply_group(self, x: Tensor, numbers: Tensor) -> Tensor:
         one = torch.ones((), device=x.device)
