@@ -12,7 +12,7 @@ def expand_weights(pipe: Any) -> int:
     """Expand the packed weights of a loaded pipeline to a byte each, in place.
 
     On a GPU, products then are those of cuBLAS in INT8 or FP8, instead of kernels that expand the
-    codes for each product. Layers take about 12.5 bits for each weight instead of 4.1, because they
+    codes for each product. Layers take about 12.4 bits for each weight instead of 4.1, because they
     keep their codes for products of at most 16 tokens, and for `save_pretrained`, which saves what
     it saved before. With one scale for each row it is one product, with groups one for each group.
     On GPUs before sm_80 this is the only way to use INT8. On a CPU it does nothing, unless fp4dit
@@ -34,7 +34,7 @@ def expand_weights(pipe: Any) -> int:
     Example:
         >>> pipe = PixArtSigmaPipeline.from_pretrained("my-model-fp4", device_map="cuda")
         >>> fp4dit.expand_weights(pipe)
-        283
+        287
     """
     parts = [pipe] if isinstance(pipe, nn.Module) else pipe.components.values()
     count = sum(expand_weights_(part) for part in parts if isinstance(part, nn.Module))
