@@ -12,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 import tests
 from fp4dit.numerics.formats import floating, integer
@@ -187,6 +188,35 @@ def test_every_tile_adds_up_in_the_same_steps(
         widths |= set(re.findall(r"mma\S*\.m\d+n\d+k(\d+)", kernel.asm["ptx"]))
         assert read_spills(kernel, tmp_path) == NO_SPILLS
     assert len(widths) == 1
+
+
+def test_tiles_are_measured_once_for_a_shape(monkeypatch: pytest.MonkeyPatch):
+    """Triton's tuner chooses the tile. Launches are recorded, because there is no GPU."""
+    launched: list[tuple[int, int]] = []
+
+    def record(self, *args, **options):
+        launched.append((options["TOKENS"], options["ROWS"]))
+
+    def time_launch(launch, **_) -> list[float]:
+        launch()
+        return [0.0 if launched[-1] == (128, 128) else 1.0] * 3
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    monkeypatch.setattr(triton_ops, "do_bench", time_launch)
+    triton_ops.tune_kernel.cache_clear()
+
+    def multiply(m: int, n: int) -> list[tuple[int, int]]:
+        launched.clear()
+        x, codes = torch.zeros(m, 256, dtype=torch.int8), torch.zeros(n, 128, dtype=torch.uint8)
+        scales = torch.ones(m), torch.ones(n, 2)
+        triton_ops.quantized_matmul(x, scales[0], codes, 2, scales[1], None, torch.float16)
+        return list(launched)
+
+    assert multiply(100, 32) == [(128, 64), (128, 128), (64, 64), (128, 128)]
+    assert multiply(120, 32) == [(128, 128)]
+    assert len(multiply(100, 48)) == 4
+    assert multiply(1, 32)[-1] == (16, 64)
+    triton_ops.tune_kernel.cache_clear()
 
 
 @pytest.mark.parametrize("group", [384, 1152])
