@@ -171,8 +171,9 @@ def test_an_expanded_model_differs_in_sums_and_is_saved_unchanged(
     # A difference in a sum's last digit may move a token to the next value.
     assert (after - before).norm() < 0.05 * before.norm()
     pipe.save_pretrained(tmp_path / "again")
-    files = [tmp_path / name / "transformer" / FILE for name in ("packed", "again")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    states = [load_file(tmp_path / name / "transformer" / FILE) for name in ("packed", "again")]
+    assert states[0].keys() == states[1].keys()
+    assert all(value.equal(states[1][name]) for name, value in states[0].items())
 
 
 def test_sharded_checkpoints(packed_folder: Path, tmp_path: Path):
