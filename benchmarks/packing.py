@@ -41,6 +41,12 @@ def make_token_rules(fmt: NumberFormat, leave: Sequence[str] = ()) -> list[Rule]
 # The operands of attention stay in 16 bits, as torchao leaves them.
 W4A8 = RulePair(make_group_rules(), make_token_rules(E4M3, ATTENTION))
 W4A6 = RulePair(make_group_rules(), make_token_rules(floating(2, 3), ATTENTION))
+W4A16 = RulePair(make_group_rules(), [])
+# For weights that are expanded once: a product for each group of 128 would be slow.
+W4A6_ROWS = RulePair(
+    weight_rules("e2m1", "channel", {"rule": "absmax", "dtype": "fp16"}, ["pos_embed.proj"]),
+    make_token_rules(floating(2, 3), ATTENTION),
+)
 PRE_GELU = {"match": "*.ff.net.0.proj", "format": "e3m0"}
 # Equal to method=rtn_fp4.
 RTN_FP4 = RulePair(make_group_rules(pre_gelu=PRE_GELU), make_token_rules(floating(3, 4)))

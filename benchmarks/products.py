@@ -1,7 +1,7 @@
 """Time products with a packed weight in every backend, beside the plain product."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import published
-from benchmarks.timing import compute_medians, format_header, format_row, time_in_turn
+from benchmarks.timing import (
+    compute_medians,
+    count_tensor_bytes,
+    format_header,
+    format_row,
+    time_in_turn,
+)
 from fp4dit.numerics.block_scales import E4M3
 from fp4dit.numerics.formats import floating, fp16
-from fp4dit.numerics.quantizer import PerGroup, PerToken, Quantizer
+from fp4dit.numerics.quantizer import Granularity, PerChannel, PerGroup, PerToken, Quantizer
 from fp4dit.numerics.scale_rules import AbsMax
-from fp4dit.packed.nn.backends import BACKENDS, Fp8Backend
+from fp4dit.packed.nn.backends import BACKENDS, ExpandedBackend
+from fp4dit.packed.nn.byte_numbers import E4M3_NUMBERS, INT8_NUMBERS, quantize_to_bytes
+from fp4dit.packed.nn.expanded_backend import expand_layer_
 from fp4dit.packed.nn.linear import PackedLinear, pack_layer
 from fp4dit.packed.nn.token_quant import (
     can_use_kernels,
@@ -32,7 +40,9 @@ from fp4dit.quantization.layers import make_quant_layer
 
 PLAIN = "plain"
 TOKEN_FORMATS = (E4M3, floating(3, 4), floating(2, 3))
-WEIGHT_QUANTIZER = Quantizer(floating(2, 1), PerGroup(128), AbsMax(fp16))
+GROUPS, ROWS = PerGroup(128), PerChannel()  # of weights in E2M1 with scales in fp16
+# Whose weight is expanded before the measurement, once with a scale for each group and row.
+EXPANDED = {"expanded once": GROUPS, "expanded once, a scale a row": ROWS}
 PEAK_FLOPS = {"H100": 1979e12, "H200": 1979e12}  # dense FP8 operations per second of the SXM cards
 # Bytes of weights that take turns, so that none of them stays in a cache, as in a model.
 COLD_BYTES = 64 * 2**20
@@ -93,37 +103,39 @@ def list_linear_shapes(*models: str) -> list[tuple[int, int]]:
 def measure_products(sizes: Sizes, device: torch.device) -> Iterator[Product]:
     """Measure every backend for all sizes."""
     for (o, k), dtype in itertools.product(sizes.shapes, sizes.dtypes):
-        plain, layer = make_linear_pair(o, k, dtype, device)
+        plain = nn.Linear(k, o, device=device, dtype=dtype)
+        layers = {granularity: pack_linear(plain, granularity) for granularity in (GROUPS, ROWS)}
         for m in sizes.rows:
             x = torch.randn(m, k, device=device, dtype=dtype)
-            yield from time_backends(plain, layer, x, sizes)
+            yield from time_backends(plain, layers, x, sizes)
 
 
-def make_linear_pair(
-    o: int, k: int, dtype: torch.dtype, device: torch.device
-) -> tuple[nn.Linear, PackedLinear]:
-    """Return a random linear layer, and its packed counterpart."""
-    plain = nn.Linear(k, o, device=device, dtype=dtype)
-    quantized = make_quant_layer(deepcopy(plain), WEIGHT_QUANTIZER)
+def pack_linear(plain: nn.Linear, granularity: Granularity) -> PackedLinear:
+    """Return the packed counterpart of a linear layer."""
+    quantizer = Quantizer(floating(2, 1), granularity, AbsMax(fp16))
+    quantized = make_quant_layer(deepcopy(plain), quantizer)
     quantized.prepare().commit_weight()
-    return plain, pack_layer(quantized)
+    return pack_layer(quantized)
+
+
+Contenders = dict[tuple[str, str], tuple[Callable[..., Tensor], nn.Linear]]
 
 
 def time_backends(
-    plain: nn.Linear, layer: PackedLinear, x: Float[Tensor, "m k"], sizes: Sizes
+    plain: nn.Linear,
+    layers: Mapping[Granularity, PackedLinear],
+    x: Float[Tensor, "m k"],
+    sizes: Sizes,
 ) -> Iterator[Product]:
-    """Measure the plain product, and that of every backend and format that supports the layer."""
-    products: dict[tuple[str, str], tuple[Callable[..., Tensor], nn.Linear]] = {
-        (PLAIN, ""): (nn.Linear.forward, plain)
-    }
+    """Measure the plain product, and that of every backend and format that supports a layer."""
+    products: Contenders = {(PLAIN, ""): (nn.Linear.forward, plain)}
     quantizing: dict[str, Callable[[], object]] = {}
     for fmt in TOKEN_FORMATS:
-        quantized = deepcopy(layer)
-        quantized.input_fake_quant = FakeQuantize(Quantizer(fmt, PerToken()))
-        quantizing[fmt.name] = partial(quantize_tokens_alone, quantized, x)
-        for backend in BACKENDS:
-            if backend.supports(quantized, x):
-                products[backend.name, fmt.name] = (backend, quantized)
+        fake_quant = FakeQuantize(Quantizer(fmt, PerToken()))
+        for layer in layers.values():
+            layer.input_fake_quant = fake_quant
+        quantizing[fmt.name] = partial(quantize_tokens_alone, deepcopy(layers[GROUPS]), x)
+        products |= list_contenders(layers, x, fmt.name)
     runs: dict[Any, Callable[[], object]] = dict(quantizing)
     for key, (multiply, module) in products.items():
         runs[key] = cycle_weights(multiply, module, x)
@@ -132,7 +144,23 @@ def time_backends(
         reference = multiply_exactly(module, x)
         error = (multiply(module, x).double() - reference).norm() / reference.norm()
         alone = times.get(key[1], 0.0)
-        yield Product(*key, x.dtype, len(x), *layer.weight.shape, times[key], alone, error.item())
+        yield Product(*key, x.dtype, len(x), *plain.weight.shape, times[key], alone, error.item())
+
+
+def list_contenders(
+    layers: Mapping[Granularity, PackedLinear], x: Float[Tensor, "m k"], tokens: str
+) -> Contenders:
+    """Return every backend that supports tokens of a format, with a copy of its layer, by name."""
+    contenders: Contenders = {}
+    layer = deepcopy(layers[GROUPS])
+    for backend in BACKENDS:
+        if backend.supports(layer, x):
+            contenders[backend.name, tokens] = (backend, layer)
+    for name, granularity in EXPANDED.items():
+        expanded = deepcopy(layers[granularity])
+        if expand_layer_(expanded) and ExpandedBackend().supports(expanded, x):
+            contenders[name, tokens] = (ExpandedBackend(), expanded)
+    return contenders
 
 
 def cycle_weights(
@@ -142,8 +170,8 @@ def cycle_weights(
 
     None of the weights is in a cache when its turn comes.
     """
-    size = sum(value.nbytes for value in module.state_dict().values())
-    copies = cycle([module, *(deepcopy(module) for _ in range(COLD_BYTES // size))])
+    count = COLD_BYTES // count_tensor_bytes(module)
+    copies = cycle([module, *(deepcopy(module) for _ in range(count))])
     return lambda: multiply(next(copies), x)
 
 
@@ -154,11 +182,10 @@ def quantize_tokens_alone(layer: PackedLinear, x: Float[Tensor, "m k"]) -> objec
         assert grid is not None
         return quantize_to_grid(layer.input_fake_quant, x, grid)
     fmt = fast_token_format(layer.input_fake_quant)
-    if fmt is None or not Fp8Backend().supports(layer, x):
-        return layer.input_fake_quant(x)
-    from fp4dit.packed.nn import triton_ops  # imports Triton, which not every machine has
-
-    return triton_ops.quantize_rows(x, fmt.mantissa, fmt.min_exponent, fmt.max)
+    for numbers in (INT8_NUMBERS, E4M3_NUMBERS):
+        if x.is_cuda and fmt is not None and numbers.hold(fmt):
+            return quantize_to_bytes(x, fmt, numbers)
+    return layer.input_fake_quant(x)
 
 
 def multiply_exactly(module: nn.Linear, x: Float[Tensor, "m k"]) -> Float[Tensor, "m o"]:

@@ -15,23 +15,69 @@ from torch import Tensor, nn
 
 from benchmarks import published
 from benchmarks.adaround import measure_peak_mib
-from benchmarks.packing import W4A6, W4A8, load_transformer, save_packed
+from benchmarks.packing import W4A6, W4A6_ROWS, W4A8, W4A16, load_transformer, save_packed
 from benchmarks.profiles import PARTS, REST, profile_shares
 from benchmarks.timing import (
     compute_medians,
+    count_tensor_bytes,
     format_header,
     format_row,
     peak_memory_mib,
     time_in_turn,
 )
 from fp4dit.packed.export import count_state_bytes
+from fp4dit.packed.nn.expanded_backend import expand_weights_
 
 BF16, COMPILED, TORCHAO = "bf16", "bf16 compiled", "torchao float8 compiled"
-FOLDERS = {"W4A8": W4A8, "W4A6": W4A6}
-OURS = ("W4A8", "W4A6", "W4A8 compiled")
-ALL = (BF16, COMPILED, TORCHAO, *OURS)
+ROWS = "W4A6, a scale a row"
+FOLDERS = {"W4A8": W4A8, "W4A6": W4A6, "W4A16": W4A16, ROWS: W4A6_ROWS}
 FASTER, BYTES = 1.25, 0.29  # required speed relative to compiled bf16, and bytes to bf16
 UNKNOWN = "not measured"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compared with the others.
+
+    Args:
+        folder: the folder of the model.
+        compiled: compile it.
+        prepare_: changes the loaded model in place before.
+        product: how it multiplies on a GPU of sm_89 or sm_90.
+    """
+
+    folder: str
+    product: str
+    compiled: bool = False
+    prepare_: Callable[[nn.Module], object] | None = None
+
+
+def quantize_to_float8_(dit: nn.Module) -> None:
+    """Quantize weights and activations to E4M3 per channel and per token with torchao, in place."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    quantize_(dit, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+
+
+VARIANTS = {
+    BF16: Variant(BF16, "bf16"),
+    COMPILED: Variant(BF16, "bf16", compiled=True),
+    TORCHAO: Variant(BF16, "FP8", compiled=True, prepare_=quantize_to_float8_),
+    "W4A8": Variant("W4A8", "FP8"),
+    "W4A6": Variant("W4A6", "INT8"),
+    "W4A16": Variant("W4A16", "bf16, expanded in registers"),
+    "W4A8 compiled": Variant("W4A8", "FP8", compiled=True),
+    "W4A6 compiled": Variant("W4A6", "INT8", compiled=True),
+    "W4A6 expanded once, compiled": Variant(
+        ROWS, "INT8 of cuBLAS", compiled=True, prepare_=expand_weights_
+    ),
+}
+
+
+def compile_blocks_(dit: Any) -> None:
+    """Compile the blocks of a transformer in place. They are equal, so that one is compiled."""
+    for block in dit.transformer_blocks:
+        block.compile(fullgraph=True)
 
 
 @dataclass(frozen=True)
@@ -43,9 +89,9 @@ class Scale:
     batches: tuple[int, ...] = (1, 4)
     sampler: int = 20
     repeats: int = 10
-    images: int = 3
+    images: int = 2
     dtype: torch.dtype = torch.bfloat16
-    compile: Callable[[nn.Module], Any] = torch.compile
+    compile_: Callable[[nn.Module], object] = compile_blocks_
 
 
 @dataclass(frozen=True)
@@ -92,23 +138,17 @@ def save_models(folder: Path, scale: Scale) -> None:
 
 def load_variants(folder: Path, scale: Scale, device: torch.device) -> dict[str, nn.Module]:
     """Return the variants that `device` supports by name."""
-    dits = {
-        name: load_transformer(PixArtTransformer2DModel, folder / name, scale.dtype).to(device)
-        for name in (BF16, *FOLDERS)
-    }
-    dits |= {COMPILED: scale.compile(dits[BF16]), "W4A8 compiled": scale.compile(dits["W4A8"])}
-    if device.type == "cuda":
-        dit = load_transformer(PixArtTransformer2DModel, folder / BF16, scale.dtype)
-        dits[TORCHAO] = scale.compile(quantize_to_float8_(dit.to(device)))
+    dits = {}
+    for name, variant in VARIANTS.items():
+        if name == TORCHAO and device.type != "cuda":
+            continue
+        dit = load_transformer(PixArtTransformer2DModel, folder / variant.folder, scale.dtype)
+        dits[name] = dit.to(device)
+        if variant.prepare_:
+            variant.prepare_(dit)
+        if variant.compiled:
+            scale.compile_(dit)
     return dits
-
-
-def quantize_to_float8_(dit: nn.Module) -> nn.Module:
-    """Quantize weights and activations to E4M3 per channel and per token with torchao, in place."""
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
-
-    quantize_(dit, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-    return dit
 
 
 def draw_texts(dit: Any, rows: int, scale: Scale, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -171,7 +211,7 @@ def measure_variants(
         difference = run_step().float() - expected
         errors[name] = (difference.norm() / expected.norm()).item()
     for name, run_step in steps.items():
-        weights = count_state_bytes(dits[name]) / 2**20
+        weights = count_tensor_bytes(dits[name]) / 2**20
         peaks[name] = weights + measure_extra_mib(run_step, device)
     return {
         name: VariantResult(step_ms[name], image_ms[name], peaks[name], errors[name])
@@ -226,7 +266,7 @@ def format_step_tables(folder: Path, scale: Scale, device: torch.device | None) 
         results = measure_variants(dits, batch, scale, device) if device else {}
         yield from ("", *format_comparison(results, batch, scale))
     yield from ("", *format_header(f"of a step, batch {scale.batches[0]}", *PARTS, REST))
-    for name in ALL:
+    for name in VARIANTS:
         cells = [UNKNOWN] * (len(PARTS) + 1)
         if device and name in dits:
             run_step = make_step(dits[name], scale.batches[0], scale, device)
@@ -242,10 +282,10 @@ def format_comparison(
     config = published.PUBLISHED[scale.model][1]
     rows = 2 * batch * (config["sample_size"] // config["patch_size"]) ** 2
     speed = ("step, ms", "times the speed of bf16 compiled", "of torchao")
-    columns = (*speed, f"{scale.sampler} steps, s", "peak, MiB", "apart from bf16")
+    columns = ("products", *speed, f"{scale.sampler} steps, s", "peak, MiB", "apart from bf16")
     yield from format_header(f"batch {batch} with guidance, {rows} rows", *columns)
-    for name in ALL:
-        yield format_row(name, *format_cells(results, name))
+    for name, variant in VARIANTS.items():
+        yield format_row(name, variant.product, *format_cells(results, name))
     yield from (
         "",
         f"Asked of ours are at least {FASTER} times the speed of bf16 compiled, "

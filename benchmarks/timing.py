@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch import nn
 
 from benchmarks.adaround import synchronized_time
 
@@ -38,6 +39,11 @@ def time_in_turn(
 def compute_medians(times: Mapping[str, list[float]]) -> dict[str, float]:
     """Return the median of each list."""
     return {name: median(values) for name, values in times.items()}
+
+
+def count_tensor_bytes(module: nn.Module) -> int:
+    """Return the bytes of all parameters and buffers of a module, saved or not."""
+    return sum(value.nbytes for value in (*module.parameters(), *module.buffers()))
 
 
 def peak_memory_mib() -> float:

@@ -26,7 +26,7 @@ SIZES = Sizes([(24, 128)], (3,), (torch.bfloat16,), repeats=1, calls=2)
 SCALE = Scale(
     SIZES,
     SIZES,
-    steps.Scale(batches=(1,), tokens=7, sampler=1, repeats=1, images=1, compile=lambda dit: dit),
+    steps.Scale(batches=(1,), tokens=7, sampler=1, repeats=1, images=1, compile_=lambda dit: None),
     cpu.Scale(prompts=1, sampler=1, repeats=1, layers=1),
 )
 
@@ -68,9 +68,14 @@ def test_tables_of_a_gpu(out: Path):
         "torchao float8 compiled",
         "W4A8",
         "W4A6",
+        "W4A16",
         "W4A8 compiled",
+        "W4A6 compiled",
+        "W4A6 expanded once, compiled",
     ]
-    assert set(step.pop("torchao float8 compiled")) == {"not measured"}
+    assert step.pop("W4A6 expanded once, compiled")[0] == "INT8 of cuBLAS"
+    assert set(step.pop("torchao float8 compiled")[1:]) == {"not measured"}
+    step = {name: cells[1:] for name, cells in step.items()}  # without the kind of products
     for ms, speed, of_torchao, image, _, _ in step.values():
         assert float(speed) == pytest.approx(
             float(step["bf16 compiled"][0]) / float(ms), rel=0.1, abs=0.01
@@ -102,7 +107,9 @@ def test_tables_of_a_cpu(out: Path):
 def test_tables_without_a_gpu(out: Path):
     text = "\n".join(steps.format_step_tables(out, steps.Scale(), None))
     cells_by_row = table(text, "of a step, batch 1") | table(text, "batch 1 with guidance, 32 rows")
-    assert {cell for cells in cells_by_row.values() for cell in cells} == {"not measured"}
+    products = {variant.product for variant in steps.VARIANTS.values()}
+    cells = {cell for row in cells_by_row.values() for cell in row}
+    assert cells == {"not measured"} | products
 
 
 def test_a_wrong_product_has_a_large_error(monkeypatch: pytest.MonkeyPatch):

@@ -12,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 import tests
 from fp4dit.numerics.formats import floating, integer
@@ -61,7 +62,7 @@ def test_unsupported_shapes_are_refused():
     with pytest.raises(ValueError, match="64 bytes"):
         triton_ops.weight_only_matmul(x, codes[:, :64], 2, torch.ones(4, 1), None)
     with pytest.raises(ValueError, match="at most 16384"):
-        triton_ops.quantize_rows(torch.zeros(1, 20000), 3, -6, 448.0)
+        triton_ops.quantize_rows(torch.zeros(1, 20000), 3, -6, 448.0, torch.int8)
 
 
 def compile_kernel(kernel, types: dict[str, str], constants: dict, capability: int, **options: int):
@@ -100,12 +101,58 @@ IN_REGISTERS = (
 WGMMA = r"wgmma\.mma_async\.sync\.aligned\.m64n128k"
 
 
+DTYPES = {"fp8e4nv": torch.float8_e4m3fn, "i8": torch.int8, "fp32": torch.float32}
+
+
+def compile_product(capability: int, x: str, tile: triton_ops.Tile, group: int = 128):
+    """Compile the product of tokens of a Triton type for an absent GPU."""
+    out = "bf16" if x in ("fp8e4nv", "i8") else x
+    types = {
+        "x": f"*{x}",
+        "codes": "*u8",
+        "scale": "*fp32",
+        "bias": f"*{out}",
+        "out": f"*{out}",
+        "m": "i32",
+        "n": "i32",
+    }
+    constants = {
+        "K": 1152,
+        "GROUP": group,
+        "SHIFT": 2,
+        "SUM": group if x == "i8" else triton_ops.STEP,
+        "TOKENS": tile.tokens,
+        "ROWS": tile.rows,
+        "STEP": triton_ops.STEP,
+    }
+    if x in ("fp8e4nv", "i8"):
+        types["x_scale"] = "*fp32"
+    else:
+        constants["x_scale"] = None
+    return compile_kernel(
+        triton_kernels.packed_matmul_kernel,
+        types,
+        constants,
+        capability,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        enable_fp_fusion=x != "i8",
+    )
+
+
+INT8_MMA = r"mma\.sync\.aligned\.m16n8k32\.row\.col\.satfinite\.s32\.s8\.s8\.s32"
+
+
 @pytest.mark.parametrize(
     ("capability", "m", "x", "instruction"),
     [
         (90, 4096, "fp8e4nv", WGMMA + r"32\.f32\.e4m3\.e4m3 " + IN_REGISTERS),
         (90, 4096, "bf16", WGMMA + r"16\.f32\.bf16\.bf16 " + IN_REGISTERS),
+        (90, 4096, "i8", WGMMA + r"32\.s32\.s8\.s8 " + IN_REGISTERS),
         (89, 4096, "fp8e4nv", r"mma\.sync\.aligned\.m16n8k32\.row\.col\.f32\.e4m3\.e4m3\.f32"),
+        (89, 4096, "i8", INT8_MMA),
+        (86, 4096, "i8", INT8_MMA),
+        (80, 4096, "i8", INT8_MMA),
         (80, 1, "fp16", r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32"),
         (80, 1, "fp32", r"fma\.rn\.f32"),
     ],
@@ -119,46 +166,96 @@ def test_products_compile_without_spills(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tile = triton_ops.choose_tile(m, torch.float32 if x == "fp32" else torch.float16)
-    out = "bf16" if x == "fp8e4nv" else x
-    types = {
-        "x": f"*{x}",
-        "codes": "*u8",
-        "scale": "*fp32",
-        "bias": f"*{out}",
-        "out": f"*{out}",
-        "m": "i32",
-        "n": "i32",
-    }
-    constants = {
-        "K": 1152,
-        "GROUP": 128,
-        "SHIFT": 2,
-        "TOKENS": tile.tokens,
-        "ROWS": tile.rows,
-        "STEP": triton_ops.STEP,
-    }
-    if x == "fp8e4nv":
-        types["x_scale"] = "*fp32"
-    else:
-        constants["x_scale"] = None
-    kernel = compile_kernel(
-        triton_kernels.packed_matmul_kernel,
-        types,
-        constants,
-        capability,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    tile = triton_ops.list_tiles(m, DTYPES.get(x, torch.float16))[0]
+    kernel = compile_product(capability, x, tile)
     assert re.search(instruction, kernel.asm["ptx"])
+    assert read_spills(kernel, tmp_path) == NO_SPILLS
+    # Whole numbers have the bits of a CPU, which fuses no product with a sum.
+    assert x != "i8" or "fma.rn.f32" not in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "x"), [(90, "fp8e4nv"), (90, "bf16"), (80, "bf16"), (90, "i8")]
+)
+def test_every_tile_adds_up_in_the_same_steps(
+    capability: int, x: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The width of an instruction along K is what the order of a sum depends on."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    widths = set()
+    for tile in triton_ops.list_tiles(4096, DTYPES.get(x, torch.float16)):
+        kernel = compile_product(capability, x, tile)
+        widths |= set(re.findall(r"mma\S*\.m\d+n\d+k(\d+)", kernel.asm["ptx"]))
+        assert read_spills(kernel, tmp_path) == NO_SPILLS
+    assert len(widths) == 1
+
+
+def test_tiles_are_measured_once_for_a_shape(monkeypatch: pytest.MonkeyPatch):
+    """Triton's tuner chooses the tile. Launches are recorded, because there is no GPU."""
+    launched: list[tuple[int, int]] = []
+
+    def record(self, *args, **options):
+        launched.append((options["TOKENS"], options["ROWS"]))
+
+    def time_launch(launch, **_) -> list[float]:
+        launch()
+        return [0.0 if launched[-1] == (128, 128) else 1.0] * 3
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    monkeypatch.setattr(triton_ops, "do_bench", time_launch)
+    triton_ops.tune_kernel.cache_clear()
+
+    def multiply(m: int, n: int) -> list[tuple[int, int]]:
+        launched.clear()
+        x, codes = torch.zeros(m, 256, dtype=torch.int8), torch.zeros(n, 128, dtype=torch.uint8)
+        scales = torch.ones(m), torch.ones(n, 2)
+        triton_ops.quantized_matmul(x, scales[0], codes, 2, scales[1], None, torch.float16)
+        return list(launched)
+
+    assert multiply(100, 32) == [(128, 64), (128, 128), (64, 64), (128, 128)]
+    assert multiply(120, 32) == [(128, 128)]
+    assert len(multiply(100, 48)) == 4
+    assert multiply(1, 32)[-1] == (16, 64)
+    triton_ops.tune_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("group", [384, 1152])
+def test_wide_groups_are_loaded_ahead(group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The end of a group within the loop does not keep Triton from loading ahead."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = compile_product(90, "i8", triton_ops.list_tiles(4096, torch.int8)[0], group)
+    loop = kernel.asm["ptx"].split("Inner Loop Header")[1]
+    assert "cp.async.wait_group \t2" in loop.split("wgmma.mma_async")[0]
+    assert len(re.findall(r"wgmma\.mma_async", loop)) == triton_ops.STEP // 32
     assert read_spills(kernel, tmp_path) == NO_SPILLS
 
 
-def test_tokens_are_quantized_with_ieee_divisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+FP8_VALUES = {"MANTISSA": 3, "FLOOR": 2.0**-6, "LARGEST": 448.0, "UNIT": 1.0}
+WHOLE_E2M3 = {"MANTISSA": 3, "FLOOR": 1.0, "LARGEST": 7.5, "UNIT": 0.125}
+
+
+@pytest.mark.parametrize(
+    ("capability", "values", "fmt", "conversion"),
+    [
+        (90, "fp8e4nv", FP8_VALUES, "cvt.rn.satfinite.e4m3x2.f32"),
+        (75, "i8", WHOLE_E2M3, "cvt.rzi.s16.f32"),
+        (80, "i8", WHOLE_E2M3, "cvt.rzi.s16.f32"),
+    ],
+)
+def test_tokens_are_quantized_with_ieee_divisions(
+    capability: int,
+    values: str,
+    fmt: dict,
+    conversion: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = {"K": 4608, "BLOCK": 8192, "MANTISSA": 3, "FLOOR": 2.0**-6, "LARGEST": 448.0}
-    types = {"x": "*bf16", "values": "*fp8e4nv", "scales": "*fp32"}
-    kernel = compile_kernel(triton_kernels.quantize_row_kernel, types, constants, 90, num_warps=16)
+    constants = {"K": 4608, "BLOCK": 8192, **fmt}
+    types = {"x": "*bf16", "values": f"*{values}", "scales": "*fp32"}
+    kernel = compile_kernel(
+        triton_kernels.quantize_row_kernel, types, constants, capability, num_warps=16
+    )
     assert set(re.findall(r"div\.[\w.]+", kernel.asm["ptx"])) == {"div.rn.f32"}
-    assert "cvt.rn.satfinite.e4m3x2.f32" in kernel.asm["ptx"]
+    assert conversion in kernel.asm["ptx"]
     assert read_spills(kernel, tmp_path) == NO_SPILLS

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fp4dit.numerics.qparams import QParams
 from fp4dit.packed.encoding.layout import Layout, pack_weight
-from fp4dit.packed.nn.backends import PackedWeight, packed_matmul
+from fp4dit.packed.nn.backends import packed_matmul
+from fp4dit.packed.nn.base import PackedWeight
 from fp4dit.quantization.convolution import ConvGeometry, ConvolutionMixin
 from fp4dit.quantization.layers import QuantLayer, QuantLinearBase
 from fp4dit.transforms.base import Transform
@@ -54,6 +55,7 @@ class PackedLinear(QuantLinearBase, PackedWeight, nn.Linear):
         self.bias = bias  # pyright: ignore[reportAttributeAccessIssue]
         self.transforms = nn.ModuleList(transforms)
         self.input_fake_quant: nn.Module = nn.Identity()
+        self.register_module("expanded", None)
 
     @property
     def reduction_size(self) -> int:
@@ -91,6 +93,11 @@ class PackedLinear(QuantLinearBase, PackedWeight, nn.Linear):
     def dequantize(self, dtype: torch.dtype) -> Float[Tensor, "o k"]:
         """Return the weight in `dtype`."""
         return self.layout.dequantize(self.packed_buffers, self.in_features, self.table, dtype)
+
+    def decode_values(self) -> Float[Tensor, "o k"]:
+        """Return the weight over its scales, in fp32: values of the format."""
+        values = self.layout.decode_codes(self.packed_buffers, self.in_features, self.table)
+        return values.float()  # a cast of the model casts the table of 8-bit codes, too
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         transformed, bypass = self.apply_transforms(x)

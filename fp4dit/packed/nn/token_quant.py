@@ -63,12 +63,20 @@ def quantize_tokens(x: Float[Tensor, "*b k"], fmt: NumberFormat) -> Float[Tensor
 
 
 def quantize_token_chunk(rows: Float[Tensor, "r k"], fmt: NumberFormat) -> Float[Tensor, "r k"]:
-    """Fake-quantize rows of fp32.
+    """Fake-quantize rows of fp32."""
+    values, scale = round_to_grid(rows, fmt)
+    return values.mul_(scale)
+
+
+def round_to_grid(
+    rows: Float[Tensor, "r k"], fmt: NumberFormat
+) -> tuple[Float[Tensor, "r k"], Float[Tensor, "r 1"]]:
+    """Return rows of fp32 as values of a format, and their abs-max scales.
 
     No quotient exceeds the largest value by more than a rounding error, so nothing is clipped.
     """
     scale = AbsMax()(rows, fmt).scale
-    return fmt.nearest_(rows / scale).mul_(scale)
+    return fmt.nearest_(rows / scale), scale
 
 
 def needs_gradient(x: Tensor) -> bool:
