@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import full_precision
+from benchmarks import calibration_images, full_precision
 from benchmarks.bench_calibration import REQUIREMENTS, SIDES, Scale, report
 
 pytestmark = pytest.mark.unchecked
@@ -38,3 +38,17 @@ def test_report_full_precision(monkeypatch: pytest.MonkeyPatch):
     assert psnr[0] == float("inf")
     # What the state of the sampler loses is more than what the transformer does.
     assert min(psnr[1:3]) > psnr[3] + 10
+
+
+def test_images_after_gptq_are_nearer_than_after_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(full_precision, "STEPS", 2)
+    ours = {name: {"fp4dit": SIDES[name]["fp4dit"]} for name in ("nearest", "GPTQ")}
+    monkeypatch.setattr(calibration_images, "SIDES", ours)
+    scale = Scale(prompts=(2, 1), sampler=2, steps=2)
+    _, _, *lines = calibration_images.report(str(tmp_path), list(ours), scale, 2, run=run_here)
+    nearest, gptq = (line.strip("| ").split(" | ") for line in lines)
+    assert float(gptq[1]) < float(nearest[1]) / 2
+    assert gptq[3] == "+0.00 ± 0.00"
