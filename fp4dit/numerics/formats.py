@@ -122,6 +122,11 @@ class NumberFormat:
         """Return the smallest positive value."""
         return 2.0 ** (self.min_exponent - self.mantissa)
 
+    @property
+    def is_integer(self) -> bool:
+        """Whether the values are all whole numbers from `min` to `max`."""
+        return self.smallest == 1 and self.max < 2.0 ** (self.min_exponent + 1)
+
     def step(self, x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """Return the distance from each value to the next one further from zero."""
         integers, mask = EXPONENT_MASKS[x.dtype]
@@ -142,8 +147,10 @@ class NumberFormat:
     def nearest(self, x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         """Round to nearest, ties to even, saturating at the ends of the range."""
         x = x.clamp(self.min, self.max)
-        step = self.step(x)
         # In place, because new memory costs more than the arithmetic.
+        if self.is_integer:
+            return x.round_()
+        step = self.step(x)
         return x.div_(step).round_().mul_(step)
 
     def nearest_(self, x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:

@@ -21,7 +21,8 @@ from fp4dit.quantization.learnable_rounding import LearnableRounding
 from fp4dit.quantization.rules import Rule
 from fp4dit.quantization.timestep import set_timestep
 from fp4dit.rounding.learned import LearnedRounding, ReconstructionTask
-from fp4dit.rounding.signround import format_to, straight_through
+from fp4dit.rounding.signround import format_to
+from fp4dit.rounding.straight_through import straight_through
 from fp4dit.utils.calls import Call, remove_hooks
 from fp4dit.utils.errors import UserError
 

@@ -10,7 +10,6 @@ from functools import singledispatch
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -21,15 +20,11 @@ from fp4dit.numerics.formats import Format, NumberFormat
 from fp4dit.numerics.qparams import Affine, Blocks, PerBlock, QParams, Scale, TwoSided
 from fp4dit.numerics.scale_rules import round_scale
 from fp4dit.quantization.learnable_rounding import LearnableRounding
+from fp4dit.rounding.straight_through import straight_through
 
 ShiftFunction = Callable[[Blocks, Blocks, Format], Blocks]
 
 ScaleRounding = Callable[[PerBlock, PerBlock], PerBlock]
-
-
-def straight_through(x: Float[Tensor, "*n"], value: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """Return exactly `value`, with the gradient of `x` (straight-through estimator)."""
-    return value.detach() + (x - x.detach())
 
 
 def clip_to_range(x: Blocks, fmt: Format) -> Blocks:

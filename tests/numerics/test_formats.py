@@ -379,3 +379,15 @@ def test_no_exponent_is_an_error_that_names_the_alternative(mantissa: int):
 def test_an_integer_of_one_bit_is_an_error():
     with pytest.raises(ValueError, match="at least 2 bits"):
         integer(1)
+
+
+@pytest.mark.parametrize("fmt", [integer(2), integer(4, signed=False), integer(8)])
+def test_integers_round_as_torch_does(fmt: NumberFormat):
+    x = torch.cat([torch.linspace(fmt.min - 2, fmt.max + 2, 4001), torch.arange(-9, 9) / 2])
+    assert fmt.is_integer
+    assert torch.equal(fmt.nearest(x), x.clamp(fmt.min, fmt.max).round())
+
+
+@pytest.mark.parametrize("fmt", [floating(2, 1), floating(1, 2), floating(5, 2)])
+def test_floats_are_no_integers(fmt: NumberFormat):
+    assert not fmt.is_integer
