@@ -160,11 +160,11 @@ def packed_matmul_kernel(
         weight, values = expand_operand(words, SHIFT, values.dtype), values.T
         if SUM == STEP:
             products = tl.dot(weight, values, input_precision="ieee", out_dtype=SUM_TYPE)
-            total += products.to(tl.float32) * tl.load(scale + k // GROUP)[:, None]
+            total = tl.fma(products.to(tl.float32), tl.load(scale + k // GROUP)[:, None], total)
         else:
             products = tl.dot(weight, values, products, out_dtype=SUM_TYPE)
             if (k + STEP) % SUM < STEP:  # the last step of a sum
-                total += products.to(tl.float32) * tl.load(scale + k // GROUP)[:, None]
+                total = tl.fma(products.to(tl.float32), tl.load(scale + k // GROUP)[:, None], total)
                 products = tl.zeros((ROWS, TOKENS), SUM_TYPE)
     if x_scale is not None:
         total *= tl.load(x_scale + t)[None, :]

@@ -254,6 +254,6 @@ def launch_matmul(
         kernel[lambda tile: (triton.cdiv(m, tile["TOKENS"]), triton.cdiv(n, tile["ROWS"]))](
             x.contiguous(), x_scale, codes.contiguous(), scale.contiguous(), bias, out,
             m, n, k, group, shift, group if x.dtype == torch.int8 else STEP, STEP=STEP,
-            enable_fp_fusion=x.dtype != torch.int8,  # as `multiply_integers`, which fuses nothing
+            enable_fp_fusion=x.dtype != torch.int8,  # as `multiply_integers`: only the sum is fused
         )  # fmt: skip
     return out
