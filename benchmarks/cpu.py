@@ -1,10 +1,13 @@
-"""Compare a model in full precision, simulated and packed on a CPU.
+"""Compare a model in full precision, simulated, packed, and quantized by SDNQ on a CPU.
 
 Images of the shipped model and calls of a part of a full-size model are timed.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,7 +49,8 @@ PACKED_DRAWING = {
 }
 PACKED_CALLS = {"W4A8": RTN_FP4, "W4A6": RTN_FP4_A6, "W4A6, attention in 16 bits": W4A6}
 SPEED = "times the speed of full precision"
-SIDES = (WHOLE, SIMULATED, *PACKED_DRAWING)
+SDNQ = "SDNQ, INT8 products"  # of a token and a row: its fastest kind on a CPU
+SIDES = (WHOLE, SIMULATED, *PACKED_DRAWING, SDNQ)
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Scale:
         sampler: steps of the sampler.
         model: the full-size model.
         layers: its number of blocks.
+        peers: folder of SDNQ.
     """
 
     prompts: int = 8
@@ -66,6 +71,7 @@ class Scale:
     model: str = "pixart_sigma_512"
     layers: int = 2
     dtype: torch.dtype = torch.bfloat16
+    peers: str = "outputs/peers"
 
 
 def save_packed_pipeline(rules: RulePair, folder: Path) -> None:
@@ -76,13 +82,29 @@ def save_packed_pipeline(rules: RulePair, folder: Path) -> None:
 
 
 def load_shipped(side: str, folder: Path) -> Any:
-    """Load the shipped pipeline: plain, simulated, or packed from a folder of this name."""
+    """Load the shipped pipeline: plain, quantized now, or packed from a folder of this name."""
     if side in PACKED_DRAWING:
         return replace(SHIPPED, path=str(folder / side)).load()
     pipeline = SHIPPED.load()
     if side == SIMULATED:
         quantize_to_nearest_(pipeline.transformer, RTN_FP4)
+    if side == SDNQ:
+        quantize_by_sdnq_(pipeline.transformer)
     return pipeline
+
+
+def quantize_by_sdnq_(transformer: nn.Module) -> None:
+    """Quantize all layers of the blocks by SDNQ, with INT8 products, in place."""
+    with redirect_stdout(sys.stderr):
+        from sdnq.quantizer import sdnq_post_load_quant  # pyright: ignore[reportMissingImports]
+
+        sdnq_post_load_quant(
+            transformer,
+            weights_dtype="int8",
+            use_quantized_matmul=True,
+            quantization_device="cpu",
+            return_device="cpu",
+        )
 
 
 def make_draw(pipeline: Any, scale: Scale) -> Callable[[], object]:
@@ -94,6 +116,7 @@ def make_draw(pipeline: Any, scale: Scale) -> Callable[[], object]:
 
 def measure_draw_peak(side: str, folder: Path, scale: Scale) -> float:
     """Draw in one step, and return the peak memory of this process in MiB."""
+    sys.path.append(scale.peers)
     torch.set_num_threads(1)
     make_draw(load_shipped(side, folder), replace(scale, sampler=1))()
     return peak_memory_mib()
@@ -107,16 +130,20 @@ def report_drawing(folder: Path, scale: Scale, run: Callable[..., Any]) -> Itera
     """
     for side, rules in PACKED_DRAWING.items():
         save_packed_pipeline(rules, folder / side)
-    peaks = {side: run(measure_draw_peak, side, folder, scale) for side in SIDES}
-    pipelines = {side: load_shipped(side, folder) for side in SIDES}
+    sys.path.append(scale.peers)
+    sides = SIDES if find_spec("sdnq") else SIDES[:-1]
+    peaks = {side: run(measure_draw_peak, side, folder, scale) for side in sides}
+    pipelines = {side: load_shipped(side, folder) for side in sides}
     draws = {side: make_draw(pipeline, scale) for side, pipeline in pipelines.items()}
     columns = ("s, median", "least", SPEED, "peak of the process, MiB", "weights, MB")
     yield from format_header(f"{scale.prompts} images in {scale.sampler} steps", *columns)
     times = time_in_turn(draws, scale.repeats, CPU)
-    for side in SIDES:
+    for side in sides:
         megabytes = count_state_bytes(pipelines[side].transformer) / 1e6
         seconds = format_seconds(times[side], times[WHOLE])
         yield format_row(side, *seconds, f"{peaks[side]:.0f}", f"{megabytes:.1f}")
+    if SDNQ not in sides:
+        yield f"\nSDNQ is missing: pip install --no-deps --target {scale.peers} sdnq"
 
 
 def format_seconds(ms: Sequence[float], whole: Sequence[float]) -> tuple[str, str, str]:

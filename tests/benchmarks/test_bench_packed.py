@@ -97,7 +97,7 @@ def test_tables_of_a_cpu(out: Path):
     assert float(read["bf16"][0]) == pytest.approx(2 * parameters / 1e6, abs=0.06)
     assert 4.125 / 16 < float(read["W4A8"][1]) < 0.29
     drawn = table(text, "1 images in 1 steps")
-    assert list(drawn) == list(cpu.SIDES)
+    assert list(drawn) == list(cpu.SIDES[:-1])  # SDNQ is installed by hand
     whole = drawn["full precision"]
     assert float(whole[2]) == 1.0  # its speed is what the others' are compared with
     for side in cpu.PACKED_DRAWING:
