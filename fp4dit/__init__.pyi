@@ -1,5 +1,6 @@
 from .api.compare import compare as compare
 from .api.comparison import Comparison as Comparison
+from .api.export import export as export
 from .api.inspect import inspect as inspect
 from .api.methods import methods as methods
 from .api.quantization_config import QuantizationConfig as QuantizationConfig

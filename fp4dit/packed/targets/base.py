@@ -137,8 +137,15 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def write_example(self, class_name: str, dtype: torch.dtype) -> str:
-        """Return Python code that loads the transformer from `this/folder` as `transformer`."""
+    def write_example(self, class_name: str, pipeline: str | None, dtype: torch.dtype) -> str:
+        """Return Python code that loads `this/folder`.
+
+        Args:
+            class_name: The name of the transformer's class in diffusers.
+            pipeline: The name of the pipeline's class, which the code calls `pipe`; None if the
+                folder is that of the transformer, which the code calls `transformer`.
+            dtype: The dtype in which the weights are exact.
+        """
 
     def store(self, layer: PackedLinear, shape: tuple[int, ...], dtype: torch.dtype) -> StoredLayer:
         """Encode a layer, and check that readers get exactly its weight in `dtype`.
@@ -153,11 +160,11 @@ class Target(ABC):
             )
         stored = self.encode(layer, shape)
         if not self.dequantize(stored, dtype).equal(layer.dequantize(dtype)):
-            raise UserError(self.explain_difference(layer, dtype))
+            raise UserError(self.explain_difference(stored, dtype))
         return stored
 
-    def explain_difference(self, layer: PackedLinear, dtype: torch.dtype) -> str:
-        """Return why readers of this format would get another weight than the layer's."""
+    def explain_difference(self, stored: StoredLayer, dtype: torch.dtype) -> str:
+        """Return why readers of this format would get another weight than was packed."""
         return f"its readers would round the weight otherwise in {dtype}"
 
     def restore(self, stored: StoredLayer) -> tuple[Layout, PackedBuffers]:

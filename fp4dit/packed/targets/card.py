@@ -14,7 +14,11 @@ KEPT_SECTION = "## What was quantized"  # of the card of the packed checkpoint, 
 
 
 def render_export_card(
-    target: Target, stored: StoredModel, notes: Sequence[str], packed_card: str = ""
+    target: Target,
+    stored: StoredModel,
+    notes: Sequence[str],
+    pipeline: str | None,
+    packed_card: str = "",
 ) -> str:
     """Return the card in Markdown.
 
@@ -22,16 +26,19 @@ def render_export_card(
         target: The format.
         stored: The transformer.
         notes: What is exact and what readers do otherwise, as clauses.
+        pipeline: The name of the pipeline's class, if the folder is that of a pipeline.
         packed_card: The card of the packed checkpoint, if there is one. What it says of the
             quantization and of scores is kept.
     """
+    example = target.write_example(stored.class_name, pipeline, stored.dtype)
     dtype = str(stored.dtype).removeprefix("torch.")
+    name = pipeline or stored.class_name
     parts = [
         CARD_HEADER.format(tag=target.name),
-        f"# {stored.class_name} as {target.name}",
+        f"# {name} as {target.name}",
         f"Quantized by fp4dit, which is not needed to load it. Readers need `pip install "
         f"{target.packages}`.",
-        f"```python\n{target.write_example(stored.class_name, stored.dtype)}\n```",
+        f"```python\n{example}\n```",
         f"In {dtype} the weights are exactly those that fp4dit computed, to the bit. In another "
         "dtype, readers may round them otherwise.",
         "## What this format holds",

@@ -116,7 +116,7 @@ class CompressedTensors(ConfigTarget):
             raise UserError(f"the output of {name} is quantized, which has no counterpart here")
         return {**group, "format": group["format"] or config.get("format")}
 
-    def write_example(self, class_name: str, dtype: torch.dtype) -> str:
+    def write_example(self, class_name: str, pipeline: str | None, dtype: torch.dtype) -> str:
         return "# vLLM and compressed-tensors read it, and diffusers does not."
 
 

@@ -79,6 +79,14 @@ class ConfigTarget(Target):
             read_state(folder), read_config(folder), skeleton, read_saved_dtype(folder)
         )
 
+    def write_example(self, class_name: str, pipeline: str | None, dtype: torch.dtype) -> str:
+        loader = pipeline or class_name
+        name = "pipe" if pipeline else "transformer"
+        return (
+            f"import torch\nfrom diffusers import {loader}\n\n"
+            f'{name} = {loader}.from_pretrained("this/folder", dtype={dtype})'
+        )
+
     def parse_files(
         self,
         state: Mapping[str, Tensor],
@@ -143,8 +151,3 @@ def was_written_here(path: Path) -> bool:
     with open_safetensors(path) as (header, _):
         metadata = header.get("__metadata__")
         return isinstance(metadata, dict) and "fp4dit" in metadata
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype without `torch.`."""
-    return str(dtype).removeprefix("torch.")

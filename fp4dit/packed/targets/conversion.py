@@ -1,7 +1,7 @@
 """Convert folders: a packed transformer or its pipeline to another library's format, and back."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from fp4dit.packed.targets.folders import (
     read_saved_dtype,
     require_new_folder,
 )
-from fp4dit.packed.targets.importing import restore_model_
+from fp4dit.packed.targets.importing import read_model, restore_model_
 from fp4dit.utils.errors import UserError
+from fp4dit.utils.files import read_json
 from fp4dit.utils.safetensors_io import convert_to_os_errors
 
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -54,7 +55,7 @@ def export_folder(
         raise UserError(f"dtype={dtype}: choose {', '.join(COMPUTE_DTYPES)}")
     folder, new = find_transformer(path), require_new_folder(out)
     config = read_config(folder)
-    require_packed(folder, config.pop("quantization_config", {}))
+    require_packed(f"the transformer in {folder}", config.pop("quantization_config", None))
     check_other_components(folder)
     torch_dtype = COMPUTE_DTYPES[dtype] if dtype else read_saved_dtype(folder)
     model: Any = AutoModel.from_pretrained(str(folder), torch_dtype=torch_dtype)
@@ -62,10 +63,7 @@ def export_folder(
     notes = list(describe_export(model, target, stored))
     transformer = copy_pipeline(folder, new)
     target.write(stored, transformer)
-    old_card = folder.parent / CARD
-    card = render_export_card(
-        target, stored, notes, old_card.read_text() if old_card.is_file() else ""
-    )
+    card = render_export_card(target, stored, notes, *read_pipeline_facts(folder))
     (new / CARD).write_text(card)
     return [*notes, f"its README.md says how to load it; it needs {target.packages}"]
 
@@ -92,7 +90,7 @@ def import_folder(path: str, out: str, readers: Sequence[Target]) -> Sequence[st
     config = read_config(folder)
     config.pop("quantization_config", None)
     model = build_skeleton(config)
-    stored = target.read(folder, model)
+    stored = read_model(folder, model, target)
     torch.nn.Module.to(model, stored.dtype)  # that of diffusers warns of modules in fp32
     restore_model_(model, stored, target)
     transformer = copy_pipeline(folder, new)
@@ -117,13 +115,11 @@ def find_reader(folder: Path, readers: Sequence[Target]) -> Target:
     )
 
 
-def require_packed(folder: Path, config: Any) -> None:
-    """Raise a UserError if the config is not the `quantization_config` of a packed model."""
-    method = config.get("quant_method") if isinstance(config, dict) else config
+def require_packed(what: str, config: Mapping[str, Any] | None) -> None:
+    """Raise a UserError if a model's `quantization_config` is not that of a packed model."""
+    method = config.get("quant_method") if config else None
     if method != "fp4dit":
-        raise UserError(
-            f"the transformer in {folder} is quantized by {method}, and has to be by fp4dit"
-        )
+        raise UserError(f"{what} is quantized by {method}, and has to be by fp4dit")
 
 
 def check_other_components(folder: Path) -> None:
@@ -142,6 +138,14 @@ def check_other_components(folder: Path) -> None:
 def is_in_pipeline(folder: Path) -> bool:
     """Return whether the folder of a transformer is part of that of a pipeline."""
     return folder.name == "transformer" and (folder.parent / "model_index.json").is_file()
+
+
+def read_pipeline_facts(folder: Path) -> tuple[str | None, str]:
+    """Return the class of a transformer's pipeline and its model card, if there are any."""
+    if not is_in_pipeline(folder):
+        return None, ""
+    index, card = read_json(folder.parent / "model_index.json"), folder.parent / CARD
+    return index["_class_name"], card.read_text() if card.is_file() else ""
 
 
 def copy_pipeline(folder: Path, new: Path) -> Path:

@@ -1,5 +1,7 @@
 """Read a transformer in the format of another library as a packed model."""
 
+from pathlib import Path
+
 from diffusers import ModelMixin
 from torch import nn
 
@@ -13,7 +15,32 @@ from fp4dit.quantization.timestep import TimestepContext
 from fp4dit.utils.errors import UserError
 
 # What a damaged file leads to. Each becomes a UserError that names the layer.
-DAMAGE = (KeyError, TypeError, ValueError, RuntimeError, IndexError, OverflowError)
+DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def read_model(folder: Path, skeleton: nn.Module, target: Target) -> StoredModel:
+    """Read a transformer in a target's format.
+
+    Raises:
+        UserError: if it cannot be represented, or is damaged.
+    """
+    try:
+        return target.read(folder, skeleton)
+    except UserError:
+        raise
+    except DAMAGE as error:
+        raise UserError(
+            f"{folder} is damaged, or not a {target.name} checkpoint: {type(error).__name__}, "
+            f"{error}"
+        ) from error
 
 
 def restore_model_(skeleton: ModelMixin, stored: StoredModel, target: Target) -> None:

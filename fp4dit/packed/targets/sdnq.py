@@ -18,12 +18,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fp4dit.numerics.formats import Format, NumberFormat, floating, integer
-from fp4dit.numerics.qparams import Affine, Offset, QParams, Scale
+from fp4dit.numerics.qparams import Affine, QParams, Scale
 from fp4dit.packed.encoding.bitpack import pack_bits, unpack_bits
 from fp4dit.packed.encoding.codes import encode_values, list_code_values
 from fp4dit.packed.nn.linear import PackedLinear
 from fp4dit.packed.targets.base import StoredLayer, StoredModel
-from fp4dit.packed.targets.config_files import ConfigTarget, dtype_name
+from fp4dit.packed.targets.config_files import ConfigTarget
 from fp4dit.packed.targets.grid import PLAIN, GridWeight, matrix_shape, read_grid
 from fp4dit.utils.errors import UserError
 
@@ -59,6 +59,11 @@ UNSUPPORTED_OPTIONS = (
     "use_codebook",
     "use_codebook_scale",
     "scale_dtype",
+)
+
+INEXACT_ZEROS = (
+    "its zero points times its scales are rounded, so that readers would get another weight: use "
+    "weight.scale.dtype=fp16 and export_format.dtype=float32"
 )
 
 
@@ -97,10 +102,12 @@ class SDNQ(ConfigTarget):
 
     def dequantize(self, stored: StoredLayer, dtype: torch.dtype) -> Float[Tensor, "o k"]:
         values, scale, zero = read_values(stored, dtype)
-        weight = values * scale if zero is None else torch.addcmul(zero, values, scale)
+        weight = values * scale if zero is None else values * scale + zero
         return weight.view(matrix_shape(stored.shape)).to(dtype)
 
-    def explain_difference(self, layer: PackedLinear, dtype: torch.dtype) -> str:
+    def explain_difference(self, stored: StoredLayer, dtype: torch.dtype) -> str:
+        if "zero_point" in stored.tensors:
+            return INEXACT_ZEROS
         return (
             f"its scales are not numbers of {dtype}, to which diffusers casts them if it loads the "
             "model in this dtype: use weight.scale.dtype=bf16 for bfloat16, "
@@ -161,13 +168,6 @@ class SDNQ(ConfigTarget):
             names = ", ".join(WEIGHT_DTYPES)
             raise UserError(f"{name} is {weights_dtype}, and only {names} are read")
         return {"weights_dtype": weights_dtype, "group_size": settings.get("group_size", 0)}
-
-    def write_example(self, class_name: str, dtype: torch.dtype) -> str:
-        return (
-            f"import torch\nfrom diffusers import {class_name}\n\n"
-            f"transformer = {class_name}.from_pretrained(\n"
-            f'    "this/folder", torch_dtype=torch.{dtype_name(dtype)}\n)'
-        )
 
 
 def encode_points(grid: GridWeight) -> tuple[str, UInt8[Tensor, "o k"]]:
@@ -268,10 +268,19 @@ def split_qparams(qparams: QParams) -> dict[str, Float[Tensor, "blocks 1"]]:
 
 def make_affine(
     scale: Float[Tensor, "blocks 1"], added: Float[Tensor, "blocks 1"], fmt: NumberFormat
-) -> QParams:
-    """Return qparams with zero points if what is added to scaled codes has them, else offsets."""
+) -> Affine:
+    """Return qparams with the zero points that make what is added to scaled codes.
+
+    Raises:
+        UserError: if no whole numbers do.
+    """
     zero = (-added / scale).nan_to_num().round().clamp(0, fmt.max)
-    return Affine(scale, zero) if added.equal(-zero * scale) else Offset(scale, added)
+    if not added.equal(-zero * scale):
+        raise UserError(
+            "its zero points are not whole numbers, and those of packed layers are: read a "
+            "checkpoint in int4, int8 or a float dtype"
+        )
+    return Affine(scale, zero)
 
 
 def read_values(
@@ -296,11 +305,8 @@ def check_fused(stored: StoredLayer, dtype: torch.dtype) -> None:
     if zero is None:
         return
     fused = (values.double() * scale.double() + zero.double()).float()
-    if not torch.addcmul(zero, values, scale).equal(fused):
-        raise UserError(
-            "its zero points times its scales are not exact in fp32, so that readers may round "
-            "otherwise: use weight.scale.dtype=fp16"
-        )
+    if not fused.equal(values * scale + zero):
+        raise UserError(INEXACT_ZEROS)
 
 
 def find_settings(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
