@@ -106,7 +106,11 @@ class Target(ABC):
 
     @abstractmethod
     def dequantize(self, stored: StoredLayer, dtype: torch.dtype) -> Float[Tensor, "o k"]:
-        """Return the weight that readers compute with if they load the model in `dtype`."""
+        """Return the weight that diffusers computes with if it loads the model in `dtype`."""
+
+    def read_weight(self, stored: StoredLayer) -> Float[Tensor, "o k"]:
+        """Return the weight that the tensors mean, in fp32."""
+        return self.dequantize(stored, torch.float32)
 
     @abstractmethod
     def describe(self, stored: StoredLayer) -> str:
@@ -158,9 +162,10 @@ class Target(ABC):
                 f"it is computed in {layer.dtype}, and the rest of the model in {dtype}: "
                 "export_format.dense=[...] writes it as a plain weight"
             )
-        stored = self.encode(layer, shape)
-        if not self.dequantize(stored, dtype).equal(layer.dequantize(dtype)):
-            raise UserError(self.explain_difference(stored, dtype))
+        stored, weight = self.encode(layer, shape), layer.dequantize(dtype).cpu()
+        for theirs in (self.dequantize(stored, dtype), self.read_weight(stored).to(dtype)):
+            if not theirs.equal(weight):
+                raise UserError(self.explain_difference(stored, dtype))
         return stored
 
     def explain_difference(self, stored: StoredLayer, dtype: torch.dtype) -> str:
@@ -176,7 +181,7 @@ class Target(ABC):
         layout, buffers = pack_grid(self.decode(stored))
         _, k = matrix_shape(stored.shape)
         weight = layout.dequantize(buffers, k, layout.build_lookup_table())
-        if not weight.equal(self.dequantize(stored, torch.float32)):
+        if not weight.equal(self.read_weight(stored)):
             raise UserError(
                 "a packed weight cannot be equal to it, because the two are rounded otherwise"
             )

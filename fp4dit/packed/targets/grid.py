@@ -136,7 +136,7 @@ def require_width(grid: GridWeight, widths: Sequence[int]) -> None:
         )
 
 
-def read_integers(grid: GridWeight, bits: int) -> tuple[Float[Tensor, "o k"], QParams]:
+def read_integers(grid: GridWeight, bits: int) -> tuple[Float[Tensor, "o k"], Affine]:
     """Return the points of an integer weight and its qparams, as unsigned integers of `bits` bits.
 
     Signed integers get a zero point in the middle of the range.

@@ -1,6 +1,6 @@
 """Random packed layers of all kinds, for all targets."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from random import Random
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fp4dit.numerics.block_scales import E8M0Scale, NVFP4Scale
-from fp4dit.numerics.formats import floating, fp16, integer, nf4
+from fp4dit.numerics.formats import Format, floating, fp16, integer, nf4
 from fp4dit.numerics.quantizer import PerChannel, PerGroup, PerTensor, Quantizer
 from fp4dit.numerics.scale_rules import AbsMax, MinMax
 from fp4dit.packed.nn.linear import PackedLinear
@@ -38,12 +38,14 @@ GRANULARITIES = [*map(PerGroup, (8, 16, 32, 64, 128)), PerChannel(), PerTensor()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def make_layers(count: int) -> Iterator[tuple[PackedLinear, tuple[int, ...]]]:
+def make_layers(
+    count: int, formats: Sequence[Format] = SIGNED + UNSIGNED
+) -> Iterator[tuple[PackedLinear, tuple[int, ...]]]:
     """Yield random packed layers, with the shapes of their plain weights."""
     for seed in range(count):
         choose = Random(seed).choice
         torch.manual_seed(seed)
-        fmt, granularity, dtype = choose(SIGNED + UNSIGNED), choose(GRANULARITIES), choose(DTYPES)
+        fmt, granularity, dtype = choose(formats), choose(GRANULARITIES), choose(DTYPES)
         scale = choose([MinMax(fp16), MinMax()] if fmt in UNSIGNED else SCALES)
         unit = granularity.size if isinstance(granularity, PerGroup) else 2
         o, k = choose(range(4, 10)), unit * choose(range(1, 5))

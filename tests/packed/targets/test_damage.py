@@ -11,27 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fp4dit.numerics.formats import floating, fp16, integer
-from fp4dit.numerics.quantizer import PerChannel, PerGroup, Quantizer
-from fp4dit.numerics.scale_rules import AbsMax
 from fp4dit.packed.nn.linear import PackedLinear
 from fp4dit.packed.targets.base import Target
-from fp4dit.packed.targets.conversion import build_skeleton, export_folder
+from fp4dit.packed.targets.conversion import build_skeleton
 from fp4dit.packed.targets.folders import read_config
+from fp4dit.packed.targets.gguf_file import CHECKSUMS
 from fp4dit.packed.targets.importing import read_model, restore_model_
-from fp4dit.packed.targets.sdnq import SDNQ
-from fp4dit.quantization.rules import Rule
 from fp4dit.utils.errors import UserError
-from tests.helpers.packing import pack_model
-
-E2M1 = Quantizer(floating(2, 1), PerGroup(16), AbsMax(fp16))
-SDNQ_RULES = [
-    Rule("*ff*", Quantizer(floating(3, 0), PerGroup(32), AbsMax(fp16))),
-    Rule("pos_embed.proj", Quantizer(integer(8), PerChannel(), AbsMax(fp16))),
-    Rule("proj_out", None),
-    Rule("*", E2M1),
-]
-CASES: dict[str, tuple[Target, list[Rule]]] = {"sdnq": (SDNQ(), SDNQ_RULES)}
+from tests.packed.targets.cases import CASES
 
 
 def read_weights(target: Target, folder: Path) -> dict[str, torch.Tensor]:
@@ -72,16 +59,14 @@ def swap(data: bytearray, random: Random) -> None:
 DAMAGES: list[Callable[[bytearray, Random], None]] = [flip, flip, cut, blank, swap]
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=["sdnq", "gguf"])
 def exported(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Target, Path]:
     """The folder of a tiny model in a target's format, which tests leave as it is."""
-    target, rules = CASES[request.param]
     root = tmp_path_factory.mktemp("exported")
-    pack_model(rules, dtype=torch.float32).save_pretrained(root / "ours")
-    export_folder(str(root / "ours"), str(root / "theirs"), target)
-    return target, root / "theirs"
+    CASES[request.param].save(root)
+    return CASES[request.param].target, root / "theirs"
 
 
 @contextmanager
@@ -122,6 +107,8 @@ def test_damage_of_files_without_checksums_gives_one_message(
     shutil.copytree(theirs, folder)
     for path in folder.glob("*.safetensors"):
         save_file(load_file(path), path)
+    for path in folder.glob("*.gguf"):
+        path.write_bytes(path.read_bytes().replace(CHECKSUMS.encode(), b"sha256.absent"))
     weights, refused = read_weights(target, theirs), 0
     same = read_weights(target, folder)
     assert all(same[key].equal(value) for key, value in weights.items())

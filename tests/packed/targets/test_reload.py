@@ -3,21 +3,24 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
+from diffusers import DiffusionPipeline, FluxTransformer2DModel, PixArtTransformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import fp4dit
 from fp4dit.packed.nn.linear import PackedLinear
+from fp4dit.packed.targets.export import list_unpacked_tensors
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.hub import resolve_package_path
 from tests.conftest import Run
-from tests.packed.targets.test_sdnq import REASON
+from tests.packed.targets.cases import CASES, Case
 
 CALL = """
 image = pipe("a large red circle on a white background", num_inference_steps=2,
@@ -25,31 +28,56 @@ image = pipe("a large red circle on a white background", num_inference_steps=2,
     use_resolution_binning=False, clean_caption=False, output_type="pt").images
 """
 
-SCRIPT = """
+# Loads each folder by the code of its card, and runs what it loads.
+SCRIPT = f"""
 import sys, torch
-from diffusers import DiffusionPipeline
-from safetensors.torch import save_file
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], dtype=torch.float32)
-{call}
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+for folder in map(Path, sys.argv[1:]):
+    code = (folder / "theirs/README.md").read_text().split("```python")[1].split("```")[0]
+    exec(code.replace("this/folder", str(folder / "theirs")))
+    if (folder / "theirs/model_index.json").exists():
+        {" ".join(CALL.split())}
+    else:
+        with torch.no_grad():
+            inputs = load_file(folder / "inputs.safetensors")
+            if "added_cond_kwargs" in transformer.forward.__code__.co_varnames:
+                inputs["added_cond_kwargs"] = dict(resolution=None, aspect_ratio=None)
+            image = transformer(**inputs, return_dict=False)[0]
+    save_file({{"image": image.contiguous()}}, folder / "image.safetensors")
 assert "fp4dit" not in sys.modules
-save_file({{"image": image.contiguous()}}, sys.argv[2])
 """
 
+INPUTS = {
+    PixArtTransformer2DModel: lambda: {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 7, 32),
+        "timestep": torch.tensor([700, 700]),
+    },
+    FluxTransformer2DModel: lambda: {
+        "hidden_states": torch.randn(1, 16, 16),
+        "encoder_hidden_states": torch.randn(1, 7, 32),
+        "pooled_projections": torch.randn(1, 32),
+        "timestep": torch.tensor([0.7]),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(7, 3),
+    },
+}
 
-def run_stock(script: str, *arguments: str | Path) -> None:
-    """Run a script in a process that does not import fp4dit."""
+
+def run_stock(folders: Sequence[Path]) -> None:
+    """Load folders and run their models, in a process that does not import fp4dit."""
+    paths = [path for path in sys.path if path and not Path(path, "fp4dit").is_dir()]
     environment = os.environ | {
         "SDNQ_USE_TORCH_COMPILE": "0",
-        "PYTHONPATH": os.pathsep.join(
-            path for path in sys.path if path and not Path(path, "fp4dit").is_dir()
-        ),
+        "PYTHONPATH": os.pathsep.join(paths),
     }
     done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
+        [sys.executable, "-c", SCRIPT, *map(str, folders)],
         env=environment,
         capture_output=True,
         text=True,
-        cwd=Path(str(arguments[0])).parent,
+        cwd=folders[0],
     )
     assert done.returncode == 0, done.stderr
 
@@ -67,27 +95,53 @@ def quantized() -> Any:
     return pipe
 
 
-def draw_with_plain_weights(quantized: Any) -> torch.Tensor:
-    """Draw with the original model, whose weights are replaced by the dequantized ones."""
-    pipe = load_shipped()
-    for name, layer in quantized.transformer.named_modules():
+def use_dequantized_weights_(plain: nn.Module, packed: nn.Module) -> None:
+    """Replace the weights of a plain model by those of a packed one, in place."""
+    for name, layer in packed.named_modules():
         if isinstance(layer, PackedLinear):
-            weight = pipe.transformer.get_submodule(name).weight
-            weight.data = layer.dequantize(torch.float32).view(weight.shape)
-    scope: dict[str, Any] = {"pipe": pipe, "torch": torch}
-    exec(CALL, scope)
-    return scope["image"]
+            weight = plain.get_submodule(name).weight
+            weight.data = layer.dequantize(layer.dtype).view(weight.shape)
+
+
+@torch.no_grad()
+def save_case(case: Case, folder: Path) -> torch.Tensor:
+    """Save a model and inputs in a folder, and return what the dequantized weights give."""
+    packed = case.save(folder)
+    plain = case.build().to(case.dtype).eval()
+    plain.load_state_dict(list_unpacked_tensors(packed), strict=False)
+    use_dequantized_weights_(plain, packed)
+    plain.save_pretrained(folder / "plain")
+    plain = type(plain).from_pretrained(folder / "plain", dtype=case.dtype)
+    inputs = {}
+    for name, value in INPUTS[type(plain)]().items():
+        inputs[name] = value.to(case.dtype) if name != "timestep" else value
+    save_file(inputs, folder / "inputs.safetensors")
+    if isinstance(plain, PixArtTransformer2DModel):
+        inputs["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+    return plain(**inputs, return_dict=False)[0]
 
 
 @pytest.mark.unchecked
-def test_stock_diffusers_draws_the_same_image(quantized: Any, tmp_path: Path):
-    if find_spec("sdnq") is None:
-        pytest.skip(REASON)
-    notes = fp4dit.export(quantized, tmp_path / "theirs", "sdnq")
-    assert any("float4_e3m0fn in groups of 128" in note for note in notes)
-    run_stock(SCRIPT.format(call=CALL), tmp_path / "theirs", tmp_path / "image.safetensors")
-    image = load_file(tmp_path / "image.safetensors")["image"]
-    assert image.equal(draw_with_plain_weights(quantized))
+def test_stock_diffusers_computes_the_same(quantized: Any, tmp_path: Path):
+    """It loads by the code of the model card, without fp4dit, and computes the same to the bit."""
+    expected = {}
+    for name, case in CASES.items():
+        if find_spec(case.package):
+            (tmp_path / name).mkdir()
+            expected[tmp_path / name] = save_case(case, tmp_path / name)
+    if find_spec("sdnq"):  # images of the shipped pipeline
+        notes = fp4dit.export(quantized, tmp_path / "images/theirs", "sdnq")
+        assert any("float4_e3m0fn in groups of 128" in note for note in notes)
+        pipe = load_shipped()
+        use_dequantized_weights_(pipe.transformer, quantized.transformer)
+        scope: dict[str, Any] = {"pipe": pipe, "torch": torch}
+        exec(CALL, scope)
+        expected[tmp_path / "images"] = scope["image"]
+    if not expected:
+        pytest.skip("no package that reads an export is installed: make test-peers installs them")
+    run_stock(list(expected))
+    for folder, image in expected.items():
+        assert load_file(folder / "image.safetensors")["image"].equal(image), folder.name
 
 
 @pytest.mark.unchecked
