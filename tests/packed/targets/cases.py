@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
+from fp4dit.numerics.block_scales import NVFP4Scale
 from fp4dit.numerics.formats import floating, fp16, integer
 from fp4dit.numerics.quantizer import PerChannel, PerGroup, Quantizer
 from fp4dit.numerics.scale_rules import AbsMax, MinMax
 from fp4dit.packed.targets.base import Target
+from fp4dit.packed.targets.bfl import BFL
 from fp4dit.packed.targets.conversion import export_folder
 from fp4dit.packed.targets.gguf import GGUF
 from fp4dit.packed.targets.sdnq import SDNQ
@@ -91,6 +93,18 @@ CASES = {
         ],
         torch.bfloat16,
         "sdnq",
+    ),
+    "bfl": Case(
+        BFL(),
+        [
+            *KEPT,
+            Rule("*attn*", Quantizer(floating(4, 3, reserved=1), PerChannel(), AbsMax())),
+            Rule("*norm*", group(floating(2, 1), 16, NVFP4Scale(256.0, (1.0, 1.5)))),
+            Rule("*", group(floating(2, 1), 16, NVFP4Scale())),
+        ],
+        torch.bfloat16,
+        "diffusers",
+        build_flux,
     ),
     "gguf": Case(
         GGUF(),
