@@ -122,6 +122,7 @@ OTHER_KINDS: dict[str, str] = {
     "export_folder": "fp4dit.packed.targets.conversion.export_folder",
     "import_folder": "fp4dit.packed.targets.conversion.import_folder",
     "target_sdnq": "fp4dit.packed.targets.sdnq.SDNQ",
+    "target_auto_round": "fp4dit.packed.targets.auto_round.AutoRound",
     "target_bfl": "fp4dit.packed.targets.bfl.BFL",
     "target_gguf": "fp4dit.packed.targets.gguf.GGUF",
     "target_compressed_tensors": "fp4dit.packed.targets.compressed_tensors.CompressedTensors",

@@ -12,6 +12,7 @@ from fp4dit.numerics.block_scales import NVFP4Scale
 from fp4dit.numerics.formats import floating, fp16, integer
 from fp4dit.numerics.quantizer import PerChannel, PerGroup, Quantizer
 from fp4dit.numerics.scale_rules import AbsMax, MinMax
+from fp4dit.packed.targets.auto_round import AutoRound
 from fp4dit.packed.targets.base import Target
 from fp4dit.packed.targets.bfl import BFL
 from fp4dit.packed.targets.conversion import export_folder
@@ -93,6 +94,27 @@ CASES = {
         ],
         torch.bfloat16,
         "sdnq",
+    ),
+    "auto_round": Case(
+        AutoRound(),
+        [
+            Rule("pos_embed.proj", None),
+            Rule("*linear_1", None),
+            Rule("*ff*", group(integer(4, signed=False), 32, MinMax(fp16))),
+            Rule("*attn2*", Quantizer(integer(8), PerChannel(), AbsMax(fp16))),
+            Rule("*", group(INT4, 32)),
+        ],
+        torch.float16,
+        "auto_round",
+    ),
+    "auto_round in bf16": Case(
+        AutoRound(),
+        [
+            Rule("pos_embed.proj", None),
+            Rule("*", group(INT4, 32, AbsMax(BF16))),
+        ],
+        torch.bfloat16,
+        "auto_round",
     ),
     "bfl": Case(
         BFL(),

@@ -59,7 +59,7 @@ def swap(data: bytearray, random: Random) -> None:
 DAMAGES: list[Callable[[bytearray, Random], None]] = [flip, flip, cut, blank, swap]
 
 
-@pytest.fixture(scope="module", params=["sdnq", "gguf", "bfl"])
+@pytest.fixture(scope="module", params=["sdnq", "gguf", "bfl", "auto_round"])
 def exported(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Target, Path]:

@@ -139,7 +139,12 @@ def test_stock_diffusers_computes_the_same(quantized: Any, tmp_path: Path):
         expected[tmp_path / "images"] = scope["image"]
     run_stock(list(expected))
     for folder, image in expected.items():
-        assert load_file(folder / "image.safetensors")["image"].equal(image), folder.name
+        theirs = load_file(folder / "image.safetensors")["image"]
+        if folder.name.startswith("auto_round"):  # it adds biases to products of 16 bits
+            error = (theirs.float() - image.float()).norm() / image.float().norm()
+            assert error < 0.01, (folder.name, error)
+        else:
+            assert theirs.equal(image), folder.name
 
 
 @pytest.mark.unchecked
