@@ -35,7 +35,7 @@ KEYS: dict[str, str] = {
     "demo_4_fp4dit_w4a8/generate": "bb39f2a585ec88a4",
     "demo_4_fp4dit_w4a8/reference": "060d500d88872191",
     "demo_4_fp4dit_w4a8/score": "a19661d2233f34b4",
-    "demo_4_fp4dit_w4a8/export": "250a63c70df21e40",
+    "demo_4_fp4dit_w4a8/export": "12a498a05beee7a2",
     "demo_4_fp4dit_w4a8/histograms": "c2d87356f730a77c",
     "demo_5_fp4_nearest/score": "befbb38e5f0cb29d",
     "demo_6_int4_adaround_dynamic/score": "155910bd9719f603",
