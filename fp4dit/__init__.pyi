@@ -6,5 +6,6 @@ from .api.methods import methods as methods
 from .api.quantization_config import QuantizationConfig as QuantizationConfig
 from .api.quantize import quantize as quantize
 from .api.report import QuantizationReport as QuantizationReport
+from .api.targets import targets as targets
 
 __version__: str

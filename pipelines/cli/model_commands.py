@@ -1,4 +1,4 @@
-"""Commands on a diffusers pipeline: `fp4dit quantize`, `inspect`, `compare` and `methods`."""
+"""Commands on a diffusers pipeline: `fp4dit quantize`, `inspect`, `compare` and the like."""
 
 import csv
 import shutil
@@ -29,6 +29,22 @@ def methods(arguments: Sequence[str]) -> None:
 
     build_parser("methods", "List the methods, with a line about each.").parse_args(arguments)
     print(fp4dit.methods())
+
+
+def targets(arguments: Sequence[str]) -> None:
+    """Print which formats of other libraries hold methods exactly, or why they do not."""
+    parser = build_parser(
+        "targets",
+        "Show which files of conf/export_format hold a method exactly, and in which dtype, or why\n"
+        "they do not. No weight of a model is read.",
+    )
+    parser.add_argument("words", metavar="METHOD", nargs="*", help=f"{METHOD_HELP}; default: all")
+    parser.add_argument("overrides", metavar="option=value", nargs="*", help=OVERRIDES_HELP)
+    words = parser.parse_args(arguments).words
+    import fp4dit
+
+    methods = [word for word in words if "=" not in word]
+    print(fp4dit.targets(methods or None, [word for word in words if "=" in word]))
 
 
 def inspect(arguments: Sequence[str]) -> list[str]:

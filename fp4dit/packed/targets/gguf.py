@@ -38,6 +38,11 @@ BLOCK = 32
 # What a block consists of: the fp16 numbers before its codes.
 NUMBERS = {"Q4_0": ("scale",), "Q4_1": ("scale", "least"), "Q8_0": ("scale",)}
 
+INEXACT_ZEROS = (
+    "its zero points times its scales are not numbers of fp16: use weight.format=int4 and "
+    "weight.scale.rule=absmax"
+)
+
 
 @dataclass(frozen=True)
 class GGUF(SingleFileTarget):
@@ -107,12 +112,13 @@ class GGUF(SingleFileTarget):
 
     def explain_difference(self, stored: StoredLayer, dtype: torch.dtype) -> str:
         if stored.settings["type"] == "Q4_1":
-            return (
-                "its zero points times its scales are not numbers of fp16: use weight.format=int4"
-            )
+            return INEXACT_ZEROS
+        fits = "export_format.dtype=float16"
+        if stored.settings["type"] == "Q4_0":
+            fits += ", or weight.scale.dtype=bf16"
         return (
             f"diffusers multiplies scales and codes in fp16, and rounds the weight otherwise than "
-            f"{dtype}: use weight.scale.dtype=bf16, or export_format.dtype=float16"
+            f"{dtype}: use {fits}"
         )
 
     def describe(self, stored: StoredLayer) -> str:
@@ -168,9 +174,9 @@ def make_layer(
     for number in numbers:
         half = number.half()
         if not half.float().equal(number.float()):
-            what = "scales" if number is numbers[0] else "zero points times its scales"
-            fits = "weight.scale.dtype=fp16" if number is numbers[0] else "weight.format=int4"
-            raise UserError(f"its {what} are not numbers of fp16: use {fits}")
+            if number is not numbers[0]:
+                raise UserError(INEXACT_ZEROS)
+            raise UserError("its scales are not numbers of fp16: use weight.scale.dtype=fp16")
         parts.append(half.contiguous().view(torch.uint8))
     blocks = torch.cat([*parts, codes], 1).cpu()
     return StoredLayer(shape, {"weight": blocks.view(shape[0], -1)}, {"type": kind})

@@ -62,7 +62,10 @@ def test_layers_that_gguf_quantized_are_read(kind: str):
         (Quantizer(floating(2, 1), PerGroup(32), AbsMax(fp16)), "e2m1, and not int4: use weight"),
         (Quantizer(integer(4), PerGroup(16), AbsMax(fp16)), "use weight.granularity.size=32"),
         (Quantizer(integer(4), PerGroup(32), AbsMax()), "not numbers of fp16: use weight.scale"),
-        (Quantizer(integer(4), PerGroup(32), AbsMax(fp16)), "dtype=bf16, or export_format.dtype"),
+        (
+            Quantizer(integer(4), PerGroup(32), AbsMax(fp16)),
+            "export_format.dtype=float16, or weight.scale.dtype=bf16",
+        ),
     ],
 )
 def test_refusals_name_an_override(quantizer: Quantizer, reason: str):
