@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 
 import torch
 from torch import nn
 
 from fp4dit.api.presets import compose_preset, explain_config_errors
-from fp4dit.packed.nn.linear import pack_layer
+from fp4dit.packed.nn.linear import PackedLinear, pack_layer
 from fp4dit.packed.targets.base import Target
 from fp4dit.packed.targets.conversion import COMPUTE_DTYPES
 from fp4dit.packed.targets.grid import PLAIN
@@ -91,8 +92,10 @@ def targets(methods: Sequence[str] | None = None, overrides: Sequence[str] = ())
         >>> print(fp4dit.targets(["rtn_fp4", "gptq"]))
     """
     table, formats = TargetTable(), list_targets()
-    for method in methods if methods is not None else list_options("method"):
+    for method in list_options("method") if methods is None else methods:
         preset = compose_preset(method, overrides, model=MODEL)
+        if methods is None and preset.config.stages.get("reconstruct") is None:
+            continue  # it quantizes no trained model
         samples = make_samples(preset.source.build_on_meta().transformer, preset.weight)
         table += [explain_fit(method, target, samples) for target in formats if samples]
     return table
@@ -124,6 +127,27 @@ class Sample:
     names: list[str]
     layer: nn.Linear | nn.Conv2d
     rule: Rule
+
+    @cached_property
+    def packed(self) -> Mapping[str, PackedLinear | str]:
+        """The packed layer in each dtype, or why it is not packed."""
+        return {dtype: self.pack(dtype) for dtype in PREFERRED_DTYPES}
+
+    def pack(self, dtype: str) -> PackedLinear | str:
+        """Return the packed layer in a dtype, or why no format holds it."""
+        if self.rule.transforms:
+            names = ", ".join(type(spec).__name__ for spec in self.rule.transforms)
+            return f"it transforms its input ({names}): use transform=none"
+        if self.rule.timestep_boundaries:
+            return "it has a layer for each range of timesteps"
+        assert self.rule.quantizer is not None
+        layer = copy.deepcopy(self.layer).to(COMPUTE_DTYPES[dtype])
+        try:
+            quantized = make_quant_layer(layer, self.rule.quantizer, ()).prepare()
+            quantized.commit_weight()
+            return pack_layer(quantized)
+        except UserError as error:
+            return str(error)
 
 
 def make_samples(model: nn.Module, rules: Sequence[Rule]) -> list[Sample]:
@@ -174,17 +198,11 @@ def find_common_reason(reasons: Mapping[str, str]) -> str:
 
 def explain_layer(target: Target, sample: Sample, dtype: str) -> str:
     """Return why a target cannot hold a layer; an empty text if it can."""
-    rule, layer = sample.rule, copy.deepcopy(sample.layer).to(COMPUTE_DTYPES[dtype])
-    if rule.transforms:
-        names = ", ".join(type(spec).__name__ for spec in rule.transforms)
-        return f"it transforms its input ({names}): use transform=none"
-    if rule.timestep_boundaries:
-        return "it has a layer for each range of timesteps"
-    assert rule.quantizer is not None
+    packed = sample.packed[dtype]
+    if isinstance(packed, str):
+        return packed
     try:
-        quantized = make_quant_layer(layer, rule.quantizer, ()).prepare()
-        quantized.commit_weight()
-        target.store(pack_layer(quantized), tuple(layer.weight.shape), layer.weight.dtype)
+        target.store(packed, tuple(sample.layer.weight.shape), packed.dtype)
     except UserError as error:
         return str(error)
     return ""

@@ -38,9 +38,9 @@ def targets(arguments: Sequence[str]) -> None:
         "Show which files of conf/export_format hold a method exactly, and in which dtype, or why\n"
         "they do not. No weight of a model is read.",
     )
-    parser.add_argument("words", metavar="METHOD", nargs="*", help=f"{METHOD_HELP}; default: all")
+    parser.add_argument("methods", metavar="METHOD", nargs="*", help=f"{METHOD_HELP}; default: all")
     parser.add_argument("overrides", metavar="option=value", nargs="*", help=OVERRIDES_HELP)
-    words = parser.parse_args(arguments).words
+    words = parser.parse_intermixed_args(arguments).methods  # both kinds of words
     import fp4dit
 
     methods = [word for word in words if "=" not in word]

@@ -58,7 +58,7 @@ def export_folder(
     require_packed(f"the transformer in {folder}", config.pop("quantization_config", None))
     check_other_components(folder)
     torch_dtype = COMPUTE_DTYPES[dtype] if dtype else read_saved_dtype(folder)
-    model: Any = AutoModel.from_pretrained(str(folder), torch_dtype=torch_dtype)
+    model: Any = AutoModel.from_pretrained(str(folder), dtype=torch_dtype)
     stored = store_model(model, target, config, build_skeleton(config), torch_dtype, dense)
     notes = list(describe_export(model, target, stored))
     transformer = copy_pipeline(folder, new)
