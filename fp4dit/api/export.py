@@ -6,12 +6,9 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from fp4dit.api.presets import explain_config_errors
+from fp4dit.api.targets import load_export_format
 from fp4dit.packed.targets.conversion import require_packed
 from fp4dit.packed.targets.folders import require_new_folder
-from pipelines.config.compose import compose_config
-from pipelines.config.resolvers import register_resolvers
-from pipelines.planning.instantiate import instantiate_node
 
 
 def export(
@@ -50,10 +47,7 @@ def export(
     transformer = pipe.transformer  # pyright: ignore[reportAttributeAccessIssue]
     config = getattr(transformer.config, "quantization_config", None)
     require_packed(type(transformer).__name__, config.to_dict() if config else None)
-    register_resolvers()
-    with explain_config_errors():
-        node = compose_config("convert", [f"export_format={format}"]).export_format
-        convert = instantiate_node("export_format", node)
+    convert = load_export_format(format)
     new.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=new.parent, prefix=f".{new.name}.") as packed:
         pipe.save_pretrained(packed)

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from html import escape
 
 import torch
@@ -101,17 +101,27 @@ def targets(methods: Sequence[str] | None = None, overrides: Sequence[str] = ())
     return table
 
 
+def load_export_format(name: str) -> partial:
+    """Return the function that a file of `conf/export_format` describes.
+
+    Raises:
+        UserError: if there is no such file.
+    """
+    register_resolvers()
+    with explain_config_errors():
+        node = compose_config("convert", [f"export_format={name}"]).export_format
+        return instantiate_node("export_format", node)
+
+
 def list_targets() -> list[Target]:
     """Return the targets of `conf/export_format`."""
-    register_resolvers()
-    found = []
-    for name in list_options("export_format"):
-        with explain_config_errors():
-            node = compose_config("convert", [f"export_format={name}"]).export_format
-            convert = instantiate_node("export_format", node)
-        if "target" in convert.keywords:
-            found.append(convert.keywords["target"])
-    return found
+    formats = [load_export_format(name) for name in list_options("export_format")]
+    return [convert.keywords["target"] for convert in formats if "target" in convert.keywords]
+
+
+def list_readers() -> list[Target]:
+    """Return the targets that are read back, in the order in which they are tried."""
+    return load_export_format("fp4dit").keywords["readers"]
 
 
 @dataclass

@@ -47,6 +47,29 @@ def targets(arguments: Sequence[str]) -> None:
     print(fp4dit.targets(methods or None, [word for word in words if "=" in word]))
 
 
+def doctor(arguments: Sequence[str]) -> None:
+    """Print what is wrong with a checkpoint, and fail if there is something."""
+    parser = build_parser(
+        "doctor",
+        "Find what is wrong with a checkpoint in the format of another library: NaN, missing "
+        "tensors,\nscales that are all alike, layers that are not quantized. Beside the original "
+        "weights also\ncodes in another order, scales of other blocks, and large errors.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="folder of a pipeline or a transformer")
+    parser.add_argument("--original", metavar="FOLDER", help="that of the original model")
+    options = parser.parse_intermixed_args(arguments)
+    from fp4dit.api.targets import list_readers
+    from fp4dit.packed.targets.doctor import describe_findings, examine_folder
+
+    findings = examine_folder(options.folder, list_readers(), options.original)
+    for line in describe_findings(findings):
+        print(line)
+    errors = sum(finding.is_error for finding in findings)
+    if errors:
+        raise UserError(f"{errors} errors were found in {options.folder}")
+    print(f"no errors were found in {options.folder}")
+
+
 def inspect(arguments: Sequence[str]) -> list[str]:
     """Return the arguments of `pipelines.inspect` that show what the arguments ask for."""
     parser = build_parser(
