@@ -1,21 +1,14 @@
 """Tell which methods the formats of other libraries hold exactly, without a calibration."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from html import escape
 
-import torch
-from torch import nn
-
 from fp4dit.api.presets import compose_preset, explain_config_errors
-from fp4dit.packed.nn.linear import PackedLinear, pack_layer
 from fp4dit.packed.targets.base import Target
-from fp4dit.packed.targets.conversion import COMPUTE_DTYPES
 from fp4dit.packed.targets.grid import PLAIN
-from fp4dit.quantization.rules import Rule, assign_rules, find_layers, make_quant_layer
-from fp4dit.utils.errors import UserError
+from fp4dit.packed.targets.samples import Sample, explain_layer, make_samples
 from fp4dit.utils.formatting import align_columns
 from pipelines.config.compose import compose_config
 from pipelines.config.resolvers import list_options, register_resolvers
@@ -124,64 +117,6 @@ def list_readers() -> list[Target]:
     return load_export_format("fp4dit").keywords["readers"]
 
 
-@dataclass
-class Sample:
-    """A layer with random weights, in place of all layers of its shape and rule.
-
-    Attributes:
-        names: The names of these layers.
-        layer: The layer.
-        rule: The rule.
-    """
-
-    names: list[str]
-    layer: nn.Linear | nn.Conv2d
-    rule: Rule
-
-    @cached_property
-    def packed(self) -> Mapping[str, PackedLinear | str]:
-        """The packed layer in each dtype, or why it is not packed."""
-        return {dtype: self.pack(dtype) for dtype in PREFERRED_DTYPES}
-
-    def pack(self, dtype: str) -> PackedLinear | str:
-        """Return the packed layer in a dtype, or why no format holds it."""
-        if self.rule.transforms:
-            names = ", ".join(type(spec).__name__ for spec in self.rule.transforms)
-            return f"it transforms its input ({names}): use transform=none"
-        if self.rule.timestep_boundaries:
-            return "it has a layer for each range of timesteps"
-        assert self.rule.quantizer is not None
-        layer = copy.deepcopy(self.layer).to(COMPUTE_DTYPES[dtype])
-        try:
-            quantized = make_quant_layer(layer, self.rule.quantizer, ()).prepare()
-            quantized.commit_weight()
-            return pack_layer(quantized)
-        except UserError as error:
-            return str(error)
-
-
-def make_samples(model: nn.Module, rules: Sequence[Rule]) -> list[Sample]:
-    """Return samples of the layers of a model that the rules quantize."""
-    samples: dict[tuple[str, str], Sample] = {}
-    plain = find_layers(model)
-    for name, rule in assign_rules(plain, rules).items():
-        if rule.quantizer is not None:
-            key = (repr(rule), repr(plain[name]))
-            sample = samples.setdefault(key, Sample([], make_random(plain[name]), rule))
-            sample.names.append(name)
-    return list(samples.values())
-
-
-def make_random(layer: nn.Module) -> nn.Linear | nn.Conv2d:
-    """Return a layer with random weights and the shape of `layer`."""
-    torch.manual_seed(0)
-    if isinstance(layer, nn.Conv2d):
-        height, width = layer.kernel_size
-        return nn.Conv2d(layer.in_channels, layer.out_channels, (height, width))
-    assert isinstance(layer, nn.Linear)
-    return nn.Linear(layer.in_features, layer.out_features)
-
-
 def explain_fit(method: str, target: Target, samples: Sequence[Sample]) -> TargetFit:
     """Return whether a target holds layers, in the dtype in which it holds most."""
     fits = {}
@@ -204,15 +139,3 @@ def find_common_reason(reasons: Mapping[str, str]) -> str:
     """Return the reason of most layers, without the advice to write them as plain weights."""
     texts = [text.replace(f", or {PLAIN}", "") for text in reasons.values()]
     return max(texts, key=texts.count) if texts else ""
-
-
-def explain_layer(target: Target, sample: Sample, dtype: str) -> str:
-    """Return why a target cannot hold a layer; an empty text if it can."""
-    packed = sample.packed[dtype]
-    if isinstance(packed, str):
-        return packed
-    try:
-        target.store(packed, tuple(sample.layer.weight.shape), packed.dtype)
-    except UserError as error:
-        return str(error)
-    return ""

@@ -1,8 +1,9 @@
 """Export stage: write a quantized pipeline as a folder that stock diffusers loads."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from fp4dit.models.base import Pipeline
@@ -15,6 +16,7 @@ from fp4dit.packed.export import (
     pack_transformer_,
 )
 from fp4dit.packed.model_card import CardFacts, PipelineCall, render_model_card
+from fp4dit.packed.targets.samples import check_export
 from fp4dit.quantization.audit import checkpoint_bytes
 from fp4dit.quantization.rules import Rule, assign_rules, find_layers
 from fp4dit.rounding.unit_files import load_quantized_
@@ -48,7 +50,7 @@ class Export(Stage):
     weight: Sequence[Rule]
     activation: Sequence[Rule]
     text_encoder: Sequence[Rule]
-    export_format: Callable[[str, str], Sequence[str]] | None
+    export_format: partial[Sequence[str]] | None
     at_least: Mapping[str, float]
     at_most: Mapping[str, float]
     force: bool
@@ -61,6 +63,7 @@ class Export(Stage):
                 "a packed text encoder cannot be loaded without fp4dit, which export_format is "
                 "for: use text_encoder=none"
             )
+        self.check_export_format()
         if self.text_encoder:
             check_text_encoder_rules(self.text_encoder)
             self.model.check_text_encoder()
@@ -70,6 +73,21 @@ class Export(Stage):
                     f"export asks for {name}, which is not scored: choose among "
                     f"{', '.join(self.metrics)}"
                 )
+
+    def check_export_format(self) -> None:
+        """Raise UserError if the export format cannot hold what the rules quantize."""
+        if self.export_format is None:
+            return
+        options = self.export_format.keywords
+        if "target" not in options:
+            raise UserError("export_format=fp4dit is what an export is without it: leave it out")
+        check_export(
+            options["target"],
+            self.model.build_on_meta().transformer,
+            self.weight,
+            options.get("dtype") or self.model.dtype,
+            options.get("dense", ()),
+        )
 
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Write the folder, its model card and `export.json`.

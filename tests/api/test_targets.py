@@ -8,8 +8,8 @@ import torch
 
 import fp4dit
 from fp4dit.api.targets import list_targets
-from fp4dit.packed.targets.conversion import COMPUTE_DTYPES
 from fp4dit.packed.targets.export import store_model
+from fp4dit.packed.targets.folders import COMPUTE_DTYPES
 from fp4dit.utils.errors import UserError
 from tests.packed.targets.test_reload import load_shipped
 

@@ -14,6 +14,7 @@ from fp4dit.packed.targets.base import Target
 from fp4dit.packed.targets.card import render_export_card
 from fp4dit.packed.targets.export import describe_export, store_model
 from fp4dit.packed.targets.folders import (
+    COMPUTE_DTYPES,
     find_transformer,
     read_config,
     read_saved_dtype,
@@ -23,8 +24,6 @@ from fp4dit.packed.targets.importing import read_model, restore_model_
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.files import read_json
 from fp4dit.utils.safetensors_io import convert_to_os_errors
-
-COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 CARD = "README.md"
 

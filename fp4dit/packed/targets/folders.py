@@ -9,6 +9,8 @@ import torch
 from fp4dit.packed.encoding.integrity import DTYPES, open_safetensors
 from fp4dit.utils.errors import UserError
 
+COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
 
 def find_transformer(path: str) -> Path:
     """Return the folder of a transformer.

@@ -161,6 +161,24 @@ def test_an_experiment_is_exported_for_another_library(run: Run, tmp_path: Path)
     assert not (folder.parent / "packed").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["export_format=gguf"], "from_single_file, which PixArtTransformer2DModel does not"),
+        (["export_format=auto_round"], "pos_embed.proj: it is a convolution"),
+        (["export_format=sdnq", "transform=hadamard"], "it transforms its input"),
+        (["export_format=sdnq", "text_encoder=e2m1_g64"], "a packed text encoder cannot"),
+        (["export_format=fp4dit"], "leave it out"),
+    ],
+)
+def test_an_experiment_is_refused_before_it_starts(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture, options: list[str], message: str
+):
+    assert run("method=fp4dit", "targets=[export]", "progress=none", *options) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("store/capture/*/manifest.json"))
+
+
 def test_mistakes_are_refused(quantized: Any, tmp_path: Path):
     with pytest.raises(UserError, match="sdqn"):
         fp4dit.export(quantized, tmp_path / "new", "sdqn")
