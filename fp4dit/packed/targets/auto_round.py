@@ -31,7 +31,10 @@ from fp4dit.utils.errors import UserError
 
 WORD = 32  # bits; readers take layers with multiples of 32 inputs and outputs
 
-PACKING = "auto_round"  # zero points as they are; in "auto_round:auto_gptq" they are less by one
+PACKING = "auto_round"
+
+# What is added to stored zero points, by the name of the packing.
+ZERO_OFFSETS = {PACKING: 0, "auto_round:gptqmodel": 0, "auto_round:auto_gptq": 1}
 
 TENSOR_NAMES = {"qweight", "qzeros", "scales"}
 
@@ -123,15 +126,15 @@ class AutoRound(ConfigTarget):
             return None
         if tensors.keys() != TENSOR_NAMES:
             raise UserError(f"{name} has the tensors {', '.join(tensors)}, which are not read")
-        if config.get("packing_format") != PACKING:
-            raise UserError(
-                f"the checkpoint has the packing {config.get('packing_format')}, and only "
-                f"{PACKING} is read"
-            )
+        packing = config.get("packing_format")
+        if packing not in ZERO_OFFSETS:
+            names = ", ".join(ZERO_OFFSETS)
+            raise UserError(f"the checkpoint has the packing {packing}, and only {names} are read")
         settings = {**config, **config.get("extra_config", {}).get(name, {})}
         if settings.get("data_type", "int") != "int" or settings.get("bits") not in (4, 8):
             raise UserError(f"{name} is not int4 or int8, and only these are read")
-        return {key: settings.get(key) for key in ("bits", "group_size", "sym")}
+        read = {key: settings.get(key) for key in ("bits", "group_size", "sym")}
+        return {**read, "zero_offset": ZERO_OFFSETS[packing]}
 
 
 def pack_words(codes: Float[Tensor, "n m"], bits: int, dim: int) -> Tensor:
@@ -171,4 +174,5 @@ def read_codes(stored: StoredLayer) -> tuple[Float[Tensor, "o k"], Float[Tensor,
         raise UserError(
             f"its tensors have the shapes {shapes}, which do not fit a weight {[rows, k]}"
         )
-    return unpack_words(qweight, bits, 0).T, unpack_words(qzeros, bits, 1).T
+    zero = unpack_words(qzeros, bits, 1).T + stored.settings.get("zero_offset", 0)
+    return unpack_words(qweight, bits, 0).T, zero

@@ -135,7 +135,8 @@ def describe_export(model: nn.Module, target: Target, stored: StoredModel) -> It
         kinds[kind] = kinds.get(kind, 0) + 1
     dtype = str(stored.dtype).removeprefix("torch.")
     for kind, count in kinds.items():
-        yield f"{count} layers are {kind}, with weights that are exact in {dtype}"
+        layers = "1 layer is" if count == 1 else f"{count} layers are"
+        yield f"{layers} {kind}, with weights that are exact in {dtype}"
     yield from describe_inputs(model, target, stored)
     layer_inputs = {id(layer.input_fake_quant) for layer in list_packed_layers(model).values()}
     for module in model.modules():

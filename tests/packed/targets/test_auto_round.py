@@ -20,9 +20,9 @@ from tests.packed.targets.layers import BF16, store
 REASON = "auto-round is not a requirement: make test-peers installs it"
 
 
-def make_their_layer(stored: StoredLayer) -> Any:
+def make_their_layer(stored: StoredLayer, kind: str = "qlinear_torch") -> Any:
     """Make auto-round's layer of this shape."""
-    linear = pytest.importorskip("auto_round_extension.torch.qlinear_torch", reason=REASON)
+    linear = pytest.importorskip(f"auto_round_extension.torch.{kind}", reason=REASON)
     rows, k = stored.shape
     settings = {name: stored.settings[name] for name in ("bits", "group_size")}
     return linear.QuantLinear(**settings, infeatures=k, outfeatures=rows, bias=False)
@@ -57,15 +57,20 @@ def test_layers_are_exact_or_refused(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_layers_that_auto_round_packed_are_read(bits: int):
+@pytest.mark.parametrize("packing", ["auto_round", "auto_round:auto_gptq"])
+def test_layers_that_auto_round_packed_are_read(bits: int, packing: str):
+    """In the packing of auto_gptq, zero points are stored less by one."""
     torch.manual_seed(0)
-    settings = {"bits": bits, "group_size": 32, "sym": False}
-    theirs = make_their_layer(StoredLayer((32, 128), {}, settings))
+    config = {"bits": bits, "group_size": 32, "sym": False, "packing_format": packing}
+    kind = "qlinear_torch_zp" if packing.endswith("gptq") else "qlinear_torch"
+    theirs = make_their_layer(StoredLayer((32, 128), {}, config), kind)
     theirs.device = "cpu"
     scales = torch.rand(32, 4).half().float()
-    zeros = torch.randint(0, 2**bits, (32, 4)).float()
+    zeros = torch.randint(1, 2**bits, (32, 4)).float()
     theirs.pack(nn.Linear(128, 32, bias=False), scales, zeros, device="cpu")
     tensors = {name: getattr(theirs, name) for name in ("qweight", "qzeros", "scales")}
+    settings = AutoRound().read_settings("layer", config, tensors)
+    assert settings is not None
     layout, buffers = AutoRound().restore(StoredLayer((32, 128), tensors, settings))
     ours = layout.dequantize(buffers, 128, layout.build_lookup_table())
     assert theirs(torch.eye(128)).T.half().equal(ours.half())
