@@ -11,14 +11,29 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fp4dit.numerics.block_scales import E8M0Scale
+from fp4dit.numerics.formats import floating
+from fp4dit.numerics.quantizer import PerGroup, Quantizer
 from fp4dit.packed.nn.linear import PackedLinear
 from fp4dit.packed.targets.base import Target
+from fp4dit.packed.targets.compressed_tensors import CompressedTensors
 from fp4dit.packed.targets.conversion import build_skeleton
 from fp4dit.packed.targets.folders import read_config
 from fp4dit.packed.targets.gguf_file import CHECKSUMS
 from fp4dit.packed.targets.importing import read_model, restore_model_
+from fp4dit.quantization.rules import Rule
 from fp4dit.utils.errors import UserError
-from tests.packed.targets.cases import CASES
+from tests.packed.targets.cases import CASES, Case
+
+MXFP4 = Quantizer(floating(2, 1), PerGroup(32), E8M0Scale())
+COMPRESSED = Case(
+    CompressedTensors(),
+    [Rule("pos_embed.proj", None), Rule("*", MXFP4)],
+    torch.float32,
+    "compressed_tensors",
+)
+DAMAGED = {name: CASES[name] for name in ("sdnq", "gguf", "bfl", "auto_round")}
+DAMAGED["compressed_tensors"] = COMPRESSED
 
 
 def read_weights(target: Target, folder: Path) -> dict[str, torch.Tensor]:
@@ -59,14 +74,14 @@ def swap(data: bytearray, random: Random) -> None:
 DAMAGES: list[Callable[[bytearray, Random], None]] = [flip, flip, cut, blank, swap]
 
 
-@pytest.fixture(scope="module", params=["sdnq", "gguf", "bfl", "auto_round"])
+@pytest.fixture(scope="module", params=DAMAGED)
 def exported(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Target, Path]:
     """The folder of a tiny model in a target's format, which tests leave as it is."""
     root = tmp_path_factory.mktemp("exported")
-    CASES[request.param].save(root)
-    return CASES[request.param].target, root / "theirs"
+    DAMAGED[request.param].save(root)
+    return DAMAGED[request.param].target, root / "theirs"
 
 
 @contextmanager
