@@ -4,6 +4,7 @@
 # make test-browser    test reports in a headless Chromium, which is installed if missing (Debian, as root)
 # make test-machines    test a store on NFS with emulated virtual machines (Debian, as root)
 # make test-slurm    test sweeps on a SLURM whose nodes are namespaces of this machine (Debian, as root)
+# make test-peers    test exports with the packages that read them, which are installed in outputs/peers
 # make check   check lint, format, types, and the imports between packages
 # make docs    build the documentation site in outputs/site, and fail where a link or a name is wrong
 # make install    only set up .venv
@@ -22,7 +23,7 @@ STAMP := .venv/installed
 # One thread for each job: spinning threads of two jobs on two cores slow both down many times over.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo table test test-browser test-machines test-slurm check docs drills audit bench-gpu install
+.PHONY: demo table test test-browser test-peers test-machines test-slurm check docs drills audit bench-gpu install
 .DEFAULT_GOAL := demo
 
 # Runs the experiments named after the table, writes the report, and ends with the table on one screen. A failed job is
@@ -44,6 +45,10 @@ test-browser: $(STAMP)
 	@command -v $(CHROMIUM) >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || { \
 		echo "Install Chromium, or name one: make test-browser CHROMIUM=/path/to/chrome"; exit 1; }
 	CHROMIUM=$$(command -v $(CHROMIUM)) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/browser
+
+test-peers: $(STAMP)
+	@$(BIN)/python -m pip install -q --no-deps --upgrade --target outputs/peers -r tests/packed/targets/peers.txt
+	PYTHONPATH=outputs/peers HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/packed/targets tests/packed/test_compressed_tensors.py
 
 # Debian's kernel is unpacked for the virtual machines only, not installed.
 test-machines: $(STAMP)

@@ -118,6 +118,14 @@ OTHER_KINDS: dict[str, str] = {
     "operand_absmax": "fp4dit.lowbit_training.absmax_quantizer",
     "operand_mxfp8": "fp4dit.lowbit_training.mxfp8_quantizer",
     "operand_quest": "fp4dit.lowbit_training.quest_quantizer",
+    # Formats of other libraries
+    "export_folder": "fp4dit.packed.targets.conversion.export_folder",
+    "import_folder": "fp4dit.packed.targets.conversion.import_folder",
+    "target_sdnq": "fp4dit.packed.targets.sdnq.SDNQ",
+    "target_auto_round": "fp4dit.packed.targets.auto_round.AutoRound",
+    "target_bfl": "fp4dit.packed.targets.bfl.BFL",
+    "target_gguf": "fp4dit.packed.targets.gguf.GGUF",
+    "target_compressed_tensors": "fp4dit.packed.targets.compressed_tensors.CompressedTensors",
     # Models
     "pixart": "fp4dit.models.PixArt",
     "hunyuan_dit": "fp4dit.models.Hunyuan",

@@ -14,7 +14,7 @@ from pipelines.config.resolvers import CONF
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="convert")
 def main(cfg: DictConfig) -> None:
     """Convert, and print the notes on the conversion."""
-    convert = instantiate(cfg.export_format)
+    convert = instantiate(cfg.export_format, _convert_="all")
     for note in convert(cfg.path, cfg.out):
         print(f"{cfg.out}: {note}")
 

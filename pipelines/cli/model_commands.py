@@ -1,4 +1,4 @@
-"""Commands on a diffusers pipeline: `fp4dit quantize`, `inspect`, `compare` and `methods`."""
+"""Commands on a diffusers pipeline: `fp4dit quantize`, `inspect`, `compare` and the like."""
 
 import csv
 import shutil
@@ -29,6 +29,45 @@ def methods(arguments: Sequence[str]) -> None:
 
     build_parser("methods", "List the methods, with a line about each.").parse_args(arguments)
     print(fp4dit.methods())
+
+
+def targets(arguments: Sequence[str]) -> None:
+    """Print which formats of other libraries hold methods exactly, or why they do not."""
+    parser = build_parser(
+        "targets",
+        "Show which files of conf/export_format hold a method exactly, and in which dtype, or why\n"
+        "they do not. No weight of a model is read.",
+    )
+    parser.add_argument("methods", metavar="METHOD", nargs="*", help=f"{METHOD_HELP}; default: all")
+    parser.add_argument("overrides", metavar="option=value", nargs="*", help=OVERRIDES_HELP)
+    words = parser.parse_intermixed_args(arguments).methods  # both kinds of words
+    import fp4dit
+
+    methods = [word for word in words if "=" not in word]
+    print(fp4dit.targets(methods or None, [word for word in words if "=" in word]))
+
+
+def doctor(arguments: Sequence[str]) -> None:
+    """Print what is wrong with a checkpoint, and fail if there is something."""
+    parser = build_parser(
+        "doctor",
+        "Find what is wrong with a checkpoint in the format of another library: NaN, missing "
+        "tensors,\nscales that are all alike, layers that are not quantized. Beside the original "
+        "weights also\ncodes in another order, scales of other blocks, and large errors.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="folder of a pipeline or a transformer")
+    parser.add_argument("--original", metavar="FOLDER", help="that of the original model")
+    options = parser.parse_intermixed_args(arguments)
+    from fp4dit.api.targets import list_readers
+    from fp4dit.packed.targets.doctor import describe_findings, examine_folder
+
+    findings = examine_folder(options.folder, list_readers(), options.original)
+    for line in describe_findings(findings):
+        print(line)
+    errors = sum(finding.is_error for finding in findings)
+    if errors:
+        raise UserError(f"{errors} errors were found in {options.folder}")
+    print(f"no errors were found in {options.folder}")
 
 
 def inspect(arguments: Sequence[str]) -> list[str]:

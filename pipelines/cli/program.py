@@ -12,6 +12,8 @@ MODEL_COMMANDS = {
     "inspect": "show what a method does to each layer, without loading a weight",
     "compare": "draw the same prompts with several methods, and score them",
     "methods": "list the methods",
+    "targets": "show which formats of other libraries hold a method exactly, or why not",
+    "doctor": "find what is wrong with a checkpoint in the format of another library",
 }
 EXPERIMENT_COMMANDS = {
     "run": "run an experiment: calibrate, round, generate images and score them",

@@ -1,7 +1,9 @@
 """Export stage: write a quantized pipeline as a folder that stock diffusers loads."""
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from fp4dit.models.base import Pipeline
@@ -14,6 +16,7 @@ from fp4dit.packed.export import (
     pack_transformer_,
 )
 from fp4dit.packed.model_card import CardFacts, PipelineCall, render_model_card
+from fp4dit.packed.targets.samples import check_export
 from fp4dit.quantization.audit import checkpoint_bytes
 from fp4dit.quantization.rules import Rule, assign_rules, find_layers
 from fp4dit.rounding.unit_files import load_quantized_
@@ -32,6 +35,8 @@ class Export(Stage):
 
     Args:
         text_encoder: Rules for the text encoder; without any it is not quantized.
+        export_format: The function that converts the packed pipeline to another library's format,
+            given its folder and a new one; None leaves it packed.
         at_least: The least values that metrics must reach.
         at_most: The greatest values that metrics may have.
         force: Whether to export although a metric misses its bound.
@@ -45,6 +50,7 @@ class Export(Stage):
     weight: Sequence[Rule]
     activation: Sequence[Rule]
     text_encoder: Sequence[Rule]
+    export_format: partial[Sequence[str]] | None
     at_least: Mapping[str, float]
     at_most: Mapping[str, float]
     force: bool
@@ -52,6 +58,12 @@ class Export(Stage):
 
     def check(self) -> None:
         """Raise UserError if the stage cannot run as configured."""
+        if self.text_encoder and self.export_format:
+            raise UserError(
+                "a packed text encoder cannot be loaded without fp4dit, which export_format is "
+                "for: use text_encoder=none"
+            )
+        self.check_export_format()
         if self.text_encoder:
             check_text_encoder_rules(self.text_encoder)
             self.model.check_text_encoder()
@@ -61,6 +73,21 @@ class Export(Stage):
                     f"export asks for {name}, which is not scored: choose among "
                     f"{', '.join(self.metrics)}"
                 )
+
+    def check_export_format(self) -> None:
+        """Raise UserError if the export format cannot hold what the rules quantize."""
+        if self.export_format is None:
+            return
+        options = self.export_format.keywords
+        if "target" not in options:
+            raise UserError("export_format=fp4dit is what an export is without it: leave it out")
+        check_export(
+            options["target"],
+            self.model.build_on_meta().transformer,
+            self.weight,
+            options.get("dtype") or self.model.dtype,
+            options.get("dense", ()),
+        )
 
     def run(self, needs: Mapping[str, Path], out: Path, runtime: Runtime) -> None:
         """Write the folder, its model card and `export.json`.
@@ -90,12 +117,27 @@ class Export(Stage):
             tools=read_package_versions(),
         )
         (out / "pipeline" / "README.md").write_text(render_model_card(facts))
+        self.convert(out / "pipeline")
         sizes = {
             "bytes": facts.bytes,
             "bytes16": facts.bytes16,
             "text_encoder": asdict(text_encoder) if text_encoder else None,
         }
         write_json(out / "export.json", sizes)
+
+    def convert(self, folder: Path) -> None:
+        """Convert the exported pipeline in a folder to another library's format, if there is one.
+
+        Raises:
+            UserError: if a layer cannot be stored exactly.
+        """
+        if self.export_format is None:
+            return
+        packed = folder.with_name("packed")
+        folder.replace(packed)
+        for note in self.export_format(str(packed), str(folder)):
+            print(f"export: {note}")
+        shutil.rmtree(packed)
 
     def pack_text_encoder(self, pipeline: Pipeline, images: Path) -> TextEncoderReport | None:
         """Pack the text encoder in place, if there are rules for it."""

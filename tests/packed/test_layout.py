@@ -18,7 +18,7 @@ from fp4dit.numerics.scale_rules import AbsMax, MinMax, OffsetRange, TwoSidedAbs
 from fp4dit.numerics.shared_mantissa import SharedMantissa
 from fp4dit.packed.encoding import bitpack
 from fp4dit.packed.encoding.codes import encode_values, list_code_values
-from fp4dit.packed.encoding.layout import pack_weight
+from fp4dit.packed.encoding.packing import pack_weight
 from fp4dit.packed.encoding.qparams import (
     E4M3Encoding,
     E8M0Encoding,

@@ -14,21 +14,17 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from fp4dit.numerics.format_selection import FormatSelection
 from fp4dit.numerics.formats import Format
-from fp4dit.numerics.qparams import Blocks, QParams, Scale, as_tensors, from_tensors
+from fp4dit.numerics.qparams import QParams, Scale, as_tensors, from_tensors
 from fp4dit.numerics.quantizer import Granularity
 from fp4dit.numerics.shared_mantissa import SharedMantissa
-from fp4dit.packed.encoding.bitpack import pack_bits, packed_size, unpack_bits
+from fp4dit.packed.encoding.bitpack import packed_size, unpack_bits
 from fp4dit.packed.encoding.codes import (
     build_byte_table,
     count_code_bits,
-    encode_values,
     list_code_values,
 )
-from fp4dit.packed.encoding.qparams import FormatIndices, QParamEncoding, smallest_encoding
-from fp4dit.quantization.fake_quant import FakeQuantize
-from fp4dit.utils.errors import UserError
+from fp4dit.packed.encoding.qparams import FormatIndices, QParamEncoding
 
 WeightMatrix = Float[Tensor, "o k"]
 
@@ -215,77 +211,3 @@ def split_qparams(qparams: QParams, blocks: int) -> list[QParams]:
 def buffer_name(name: str, part: str) -> str:
     """Return the name of the buffer of one part of an encoded tensor."""
     return f"{name}_{part}" if part else name
-
-
-def pack_weight(
-    weight: WeightMatrix, fake_quant: FakeQuantize
-) -> tuple[Layout, dict[str, UInt8[Tensor, "..."]]]:
-    """Pack a weight whose values lie on the grid of `fake_quant`.
-
-    Raises:
-        UserError: if a value does not lie on the grid, or if the format or the scales cannot be
-            packed.
-    """
-    granularity, qparams = fake_quant.quantizer.granularity, fake_quant.qparams
-    assert qparams is not None, "round the weight first"
-    blocks = granularity.split(weight).float()
-    formats, format_index = read_chosen_formats(fake_quant, len(blocks))
-    encodings, buffers = {}, {}
-    for name, value in as_tensors(qparams).items():
-        column = flatten_qparam(value, len(blocks))
-        encodings[name], parts = smallest_encoding(column, format_index, len(formats))
-        for part, data in parts.items():
-            buffers[buffer_name(name, part)] = data
-    layout = Layout(formats, granularity, encodings)
-    grid_values = fake_quant.format.nearest(qparams.to_grid(blocks)).cpu()
-    codes = encode_blocks(grid_values, formats, format_index)
-    if layout.shared_group_size > 1:
-        shared = (codes & 1)[:, :: layout.shared_group_size]
-        buffers["shared_bits"] = pack_bits(shared.flatten(), 1)
-        codes >>= 1
-    buffers["codes"] = pack_bits(codes.view(weight.shape), layout.stored_code_bits)
-    if layout.format_index_bits:
-        buffers["format_index"] = pack_bits(format_index, layout.format_index_bits)
-    unpacked = layout.dequantize(buffers, weight.shape[1], layout.build_lookup_table())
-    if not unpacked.to(weight.dtype).equal(weight.cpu()):
-        raise UserError(
-            "the weight does not lie on its grid: it was changed after it was rounded, or never "
-            "rounded"
-        )
-    return layout, buffers
-
-
-def flatten_qparam(value: Tensor, blocks: int) -> Float[Tensor, "blocks"]:
-    """Return a tensor of qparams as a vector with one entry for each block.
-
-    Raises:
-        UserError: if the qparams are not constant within a block.
-    """
-    if value.shape != (blocks, 1):
-        raise UserError(
-            "a weight that is scaled by input channel is not packed: give it one scale per row or "
-            "group"
-        )
-    return value.flatten().float().cpu()
-
-
-def read_chosen_formats(
-    fake_quant: FakeQuantize, blocks: int
-) -> tuple[tuple[Format, ...], FormatIndices]:
-    """Return the formats that blocks may have, and the index of each block's format."""
-    candidates = fake_quant.quantizer.format
-    if isinstance(candidates, FormatSelection):
-        format_index = fake_quant.calibrated_tensors()["choice"].cpu()
-        if len(format_index) > 1:
-            return tuple(candidates.formats), format_index[:, 0]
-    return (fake_quant.format,), torch.zeros(1, dtype=torch.uint8).expand(blocks)
-
-
-def encode_blocks(
-    x: Blocks, formats: Sequence[Format], format_index: FormatIndices
-) -> UInt8[Tensor, "blocks block"]:
-    """Return the code of each value, in the format of its block."""
-    codes = torch.zeros_like(x, dtype=torch.uint8)
-    for i, fmt in enumerate(formats):
-        codes[format_index == i] = encode_values(x[format_index == i], list_code_values(fmt))
-    return codes

@@ -1,5 +1,4 @@
-"""Packed checkpoints in other libraries.
+"""Packed checkpoints in diffusers and transformers.
 
 Importing `diffusers` and `transformers` registers fp4dit with the library of the same name.
-`compressed_tensors_export` and `compressed_tensors_import` convert checkpoints.
 """

@@ -7,7 +7,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from fp4dit.numerics.qparams import QParams
-from fp4dit.packed.encoding.layout import Layout, pack_weight
+from fp4dit.packed.encoding.layout import Layout
+from fp4dit.packed.encoding.packing import pack_weight
 from fp4dit.packed.nn.backends import packed_matmul
 from fp4dit.packed.nn.base import PackedWeight
 from fp4dit.quantization.convolution import ConvGeometry, ConvolutionMixin

@@ -35,7 +35,7 @@ KEYS: dict[str, str] = {
     "demo_4_fp4dit_w4a8/generate": "0fa075062fd5ad6b",
     "demo_4_fp4dit_w4a8/reference": "060d500d88872191",
     "demo_4_fp4dit_w4a8/score": "3104ba9197441ad9",
-    "demo_4_fp4dit_w4a8/export": "05257e210b61c119",
+    "demo_4_fp4dit_w4a8/export": "27bccf8472e06225",
     "demo_4_fp4dit_w4a8/histograms": "c2d87356f730a77c",
     "demo_5_fp4_nearest/score": "fa4e4bfd7e403e0b",
     "demo_6_int4_adaround_dynamic/score": "b2f861133bad6343",

@@ -9,9 +9,11 @@ import torch
 from fp4dit.packed.encoding.integrity import DTYPES, open_safetensors
 from fp4dit.utils.errors import UserError
 
+COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-def find_transformer(path: str, method: str) -> Path:
-    """Return the folder of a transformer that is quantized by `method`.
+
+def find_transformer(path: str) -> Path:
+    """Return the folder of a transformer.
 
     Args:
         path: the folder itself, or that of a pipeline.
@@ -23,11 +25,6 @@ def find_transformer(path: str, method: str) -> Path:
     folder = root / "transformer" if (root / "model_index.json").is_file() else root
     if not (folder / "config.json").is_file():
         raise UserError(f"path={path}: there is no config.json of a transformer or its pipeline")
-    actual = read_config(folder).get("quantization_config", {}).get("quant_method")
-    if actual != method:
-        raise UserError(
-            f"the transformer in {folder} is quantized by {actual}, and has to be by {method}"
-        )
     return folder
 
 
@@ -38,9 +35,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: if it is not JSON.
     """
     try:
-        return json.loads((folder / "config.json").read_text())
-    except ValueError as error:
+        config = json.loads((folder / "config.json").read_text())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder}/config.json is damaged: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("quantization_config", {}), dict):
+        raise UserError(f"{folder}/config.json is damaged: it is not a config of a model")
+    return config
 
 
 def read_saved_dtype(folder: Path) -> torch.dtype:

@@ -10,17 +10,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from fp4dit.numerics.block_scales import E4M3, E8M0Scale
 from fp4dit.numerics.formats import floating
+from fp4dit.numerics.qparams import Scale
 from fp4dit.numerics.quantizer import PerGroup, Quantizer
-from fp4dit.packed.encoding.codes import list_code_values
-from fp4dit.packed.encoding.layout import Layout, PackedBuffers
+from fp4dit.packed.encoding.bitpack import pack_bits, unpack_bits
+from fp4dit.packed.encoding.codes import encode_values, list_code_values
 from fp4dit.packed.encoding.qparams import E8M0Encoding, add_neighbours
-from fp4dit.packed.integrations.base import make_block_layout, make_format_index, read_block_scales
-from fp4dit.packed.nn.linear import PackedLinear
+from fp4dit.packed.targets.grid import (
+    GridWeight,
+    make_format_index,
+    require_format,
+    require_scale,
+    require_width,
+)
 from fp4dit.quantization.fake_quant import FakeQuantize
 from fp4dit.utils.errors import UserError
 
@@ -51,16 +57,16 @@ class CompressedFormat(ABC):
         """
 
     @abstractmethod
-    def encode(self, layer: PackedLinear) -> dict[str, Tensor]:
-        """Return the tensors of a layer's weight, by the suffix of their names.
+    def encode(self, grid: GridWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the tensors of a weight, by the suffix of their names.
 
         Raises:
-            UserError: if readers would get another weight.
+            UserError: if readers would get another weight in `dtype`.
         """
 
     @abstractmethod
-    def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Layout, PackedBuffers]:
-        """Return the packed weight that the tensors of `encode` hold.
+    def decode(self, tensors: Mapping[str, Tensor]) -> GridWeight:
+        """Return the weight that the tensors of `encode` hold.
 
         Raises:
             UserError: if the tensors do not have this format.
@@ -97,22 +103,21 @@ class CompressedNVFP4(CompressedFormat):
         """
         return None
 
-    def encode(self, layer: PackedLinear) -> dict[str, Tensor]:
-        scales = read_block_scales(layer, E2M1, 16)
-        divisor = find_common_divisor(scales.unique(), layer.dtype)
-        scale_codes = E4M3.nearest(scales * divisor).to(torch.float8_e4m3fn)
+    def encode(self, grid: GridWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+        codes, scales = encode_e2m1(grid, 16)
+        divisor = find_common_divisor(scales.unique(), dtype)
         return {
-            "weight_packed": layer.packed_buffers["codes"],
-            "weight_scale": scale_codes.view(layer.out_features, -1),
+            "weight_packed": codes,
+            "weight_scale": E4M3.nearest(scales * divisor).to(torch.float8_e4m3fn),
             "weight_global_scale": divisor,
         }
 
-    def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Layout, PackedBuffers]:
+    def decode(self, tensors: Mapping[str, Tensor]) -> GridWeight:
         codes, scale = tensors["weight_packed"], tensors["weight_scale"]
         divisor = tensors["weight_global_scale"]
         if (codes.dtype, scale.dtype, divisor.numel()) != (torch.uint8, torch.float8_e4m3fn, 1):
             raise UserError("it is not of uint8, float8_e4m3fn, and one number for all")
-        return make_block_layout(codes, E2M1, 16, scale.float() / divisor.float())
+        return decode_e2m1(codes, scale.float() / divisor.float(), 16)
 
 
 @dataclass(frozen=True)
@@ -146,26 +151,66 @@ class CompressedMXFP4(CompressedFormat):
             return None
         return self.quantization_args(dynamic=True)
 
-    def encode(self, layer: PackedLinear) -> dict[str, Tensor]:
-        scales = read_block_scales(layer, E2M1, 32).cpu()
-        parts = E8M0Encoding(False).encode(scales, make_format_index(len(scales)))
-        if parts is None:
-            raise UserError("its scales are not powers of two")
-        return {
-            "weight_packed": layer.packed_buffers["codes"],
-            "weight_scale": parts[""].view(layer.out_features, -1),
-        }
+    def encode(self, grid: GridWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+        codes, scales = encode_e2m1(grid, 32)
+        return {"weight_packed": codes, "weight_scale": encode_powers_of_two(scales)}
 
-    def decode(self, tensors: Mapping[str, Tensor]) -> tuple[Layout, PackedBuffers]:
+    def decode(self, tensors: Mapping[str, Tensor]) -> GridWeight:
         codes, scale = tensors["weight_packed"], tensors["weight_scale"]
         if (codes.dtype, scale.dtype) != (torch.uint8, torch.uint8):
             raise UserError("it is not of uint8")
-        flat = scale.flatten()  # code 255, NaN in E8M0, gives an infinite scale
-        scales = E8M0Encoding(False).decode({"": flat}, make_format_index(len(flat)))
-        return make_block_layout(codes, E2M1, 32, scales.view(scale.shape))
+        return decode_e2m1(codes, decode_powers_of_two(scale), 32)
 
 
 FORMATS: tuple[CompressedNVFP4, CompressedMXFP4] = (CompressedNVFP4(), CompressedMXFP4())
+
+
+def encode_e2m1(grid: GridWeight, width: int) -> tuple[UInt8[Tensor, "o b"], Float[Tensor, "o n"]]:
+    """Return the packed codes of an E2M1 weight, the first of two in the low half, and its scales.
+
+    Raises:
+        UserError: if it has another format, zero points, or other blocks.
+    """
+    require_format(grid, E2M1)
+    require_width(grid, (width,))
+    scales = grid.by_row(require_scale(grid)).cpu()
+    return pack_bits(encode_values(grid.points.cpu(), list_code_values(E2M1)), 4), scales
+
+
+def decode_e2m1(
+    codes: UInt8[Tensor, "o b"], scales: Float[Tensor, "rows n"], width: int
+) -> GridWeight:
+    """Return the weight of packed E2M1 codes and scales.
+
+    Raises:
+        UserError: if there is not one scale for each block.
+    """
+    if codes.ndim != 2 or scales.shape != (len(codes), codes.shape[1] * 2 // width):
+        raise UserError(
+            f"there are scales {list(scales.shape)} for codes {list(codes.shape)} in blocks of "
+            f"{width}"
+        )
+    points = list_code_values(E2M1)[unpack_bits(codes, 4, codes.shape[1] * 2).int()]
+    return GridWeight(E2M1, points, Scale(scales.reshape(-1, 1)), width)
+
+
+def encode_powers_of_two(scales: Float[Tensor, "o n"]) -> UInt8[Tensor, "o n"]:
+    """Return the exponents of powers of two as E8M0 codes.
+
+    Raises:
+        UserError: if a scale is not a power of two.
+    """
+    parts = E8M0Encoding(False).encode(scales.flatten(), make_format_index(scales.numel()))
+    if parts is None:
+        raise UserError("its scales are not powers of two: use weight.scale.rule=e8m0")
+    return parts[""].view(scales.shape)
+
+
+def decode_powers_of_two(codes: UInt8[Tensor, "o n"]) -> Float[Tensor, "o n"]:
+    """Return powers of two. The code 255, which is NaN in E8M0, gives infinity."""
+    flat = codes.flatten()
+    powers = E8M0Encoding(False).decode({"": flat}, make_format_index(len(flat)))
+    return powers.view(codes.shape)
 
 
 def find_common_divisor(scales: Float[Tensor, "s"], dtype: torch.dtype) -> Float[Tensor, "1"]:

@@ -1,0 +1,149 @@
+"""Tiny models for each target, with layers of all kinds that it stores."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+from fp4dit.numerics.block_scales import NVFP4Scale
+from fp4dit.numerics.formats import floating, fp16, integer
+from fp4dit.numerics.quantizer import PerChannel, PerGroup, Quantizer
+from fp4dit.numerics.scale_rules import AbsMax, MinMax
+from fp4dit.packed.targets.auto_round import AutoRound
+from fp4dit.packed.targets.base import Target
+from fp4dit.packed.targets.bfl import BFL
+from fp4dit.packed.targets.conversion import export_folder
+from fp4dit.packed.targets.gguf import GGUF
+from fp4dit.packed.targets.sdnq import SDNQ
+from fp4dit.quantization.rules import Rule
+from tests.helpers import tiny
+from tests.helpers.packing import pack_model
+from tests.packed.targets.layers import BF16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A target with a model that it stores.
+
+    Attributes:
+        target: The target.
+        rules: Rules for the weights.
+        dtype: The dtype of the model.
+        package: The module that readers need.
+        build: The function that builds the plain model.
+    """
+
+    target: Target
+    rules: Sequence[Rule]
+    dtype: torch.dtype
+    package: str
+    build: Callable[[], Any] = tiny.transformer
+
+    def save(self, folder: Path) -> Any:
+        """Save the packed model in `ours` and the exported one in `theirs`, and return it."""
+        model = pack_model(self.rules, dtype=self.dtype, dit=self.build())
+        model.save_pretrained(folder / "ours")
+        export_folder(str(folder / "ours"), str(folder / "theirs"), self.target)
+        return model
+
+
+def build_flux() -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def group(fmt: Any, size: int, scale: Any = None) -> Quantizer:
+    return Quantizer(fmt, PerGroup(size), scale or AbsMax(fp16))
+
+
+INT4 = integer(4)
+KEPT = [Rule("*x_embedder", None), Rule("*time_text_embed*", None)]  # inputs of other widths
+
+CASES = {
+    "sdnq": Case(
+        SDNQ(),
+        [
+            Rule("*ff*", group(floating(3, 0), 32)),
+            Rule("*attn2*", group(integer(4, signed=False), 16, MinMax(fp16))),
+            Rule("pos_embed.proj", Quantizer(integer(8), PerChannel(), AbsMax(fp16))),
+            Rule("*adaln*", Quantizer(floating(4, 3, reserved=1), PerChannel(), AbsMax(fp16))),
+            Rule("proj_out", None),
+            Rule("*", group(floating(2, 1), 16)),
+        ],
+        torch.float32,
+        "sdnq",
+    ),
+    "sdnq in bf16": Case(
+        SDNQ(),
+        [
+            Rule("*ff*", group(floating(1, 2), 32, AbsMax(BF16))),
+            Rule("*attn2*", Quantizer(floating(5, 2, reserved=4), PerChannel(), AbsMax(BF16))),
+            Rule("pos_embed.proj", None),
+            Rule("*", group(INT4, 16, AbsMax(BF16))),
+        ],
+        torch.bfloat16,
+        "sdnq",
+    ),
+    "auto_round": Case(
+        AutoRound(),
+        [
+            Rule("pos_embed.proj", None),
+            Rule("*linear_1", None),
+            Rule("*ff*", group(integer(4, signed=False), 32, MinMax(fp16))),
+            Rule("*attn2*", Quantizer(integer(8), PerChannel(), AbsMax(fp16))),
+            Rule("*", group(INT4, 32)),
+        ],
+        torch.float16,
+        "auto_round",
+    ),
+    "auto_round in bf16": Case(
+        AutoRound(),
+        [
+            Rule("pos_embed.proj", None),
+            Rule("*", group(INT4, 32, AbsMax(BF16))),
+        ],
+        torch.bfloat16,
+        "auto_round",
+    ),
+    "bfl": Case(
+        BFL(),
+        [
+            *KEPT,
+            Rule("*attn*", Quantizer(floating(4, 3, reserved=1), PerChannel(), AbsMax())),
+            Rule("*norm*", group(floating(2, 1), 16, NVFP4Scale(256.0, (1.0, 1.5)))),
+            Rule("*", group(floating(2, 1), 16, NVFP4Scale())),
+        ],
+        torch.bfloat16,
+        "diffusers",
+        build_flux,
+    ),
+    "gguf": Case(
+        GGUF(),
+        [
+            *KEPT,
+            Rule("*attn*", group(integer(8), 32)),
+            Rule("*", group(INT4, 32)),
+        ],
+        torch.float16,
+        "gguf",
+        build_flux,
+    ),
+    "gguf in bf16": Case(
+        GGUF(),
+        [*KEPT, Rule("*", group(INT4, 32, AbsMax(BF16)))],
+        torch.bfloat16,
+        "gguf",
+        build_flux,
+    ),
+}
