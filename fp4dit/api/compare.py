@@ -112,7 +112,8 @@ def compose_and_check(
     """
     preset = compose_for_pipeline(pipe, method, overrides, **options)
     check_quantizes(preset)
-    assign_rules(find_layers(pipe.transformer), preset.weight)  # pyright: ignore
+    transformer = pipe.transformer  # pyright: ignore[reportAttributeAccessIssue]
+    assign_rules(find_layers(transformer), preset.fit(transformer).weight)
     return preset
 
 

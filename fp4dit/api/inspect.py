@@ -47,5 +47,6 @@ def inspect(
         source = preset.source
         source.check([])
     check_quantizes(preset)
+    preset = preset.fit(source.build_on_meta().transformer)
     audit = audit_transformer(source, preset.weight, preset.activation)
     return QuantizationReport(method, name, {TRANSFORMER: audit})

@@ -15,8 +15,8 @@ from torch import nn
 from fp4dit.models.adapter import TransformerAdapter
 from fp4dit.models.generic import GenericAdapter
 from fp4dit.models.pretrained import PretrainedSource
-from fp4dit.packed.quantize import copy_to_meta
 from fp4dit.utils.errors import UserError
+from fp4dit.utils.modules import copy_to_meta
 
 # The pipelines that stages can use now, by a name. A stage's config holds plain values, and so the
 # name stands for the pipeline there.

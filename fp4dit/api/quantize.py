@@ -105,8 +105,9 @@ def quantize_transformer_(
     check_quantizes(preset)
     check_storable(preset)
     live = LivePipeline.register(pipe, preset.source, by_content=work_dir is not None)
-    audit = audit_transformer(live, preset.weight, preset.activation)
     transformer, errors = live.pipe.transformer, {}
+    preset = preset.fit(transformer)
+    audit = audit_transformer(live, preset.weight, preset.activation)
     if preset.data_need is None:
         rounding = preset.rounding.elementwise_rounding
         assert rounding is not None

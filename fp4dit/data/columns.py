@@ -4,9 +4,9 @@ import json
 import mmap
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, chain, groupby
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -17,8 +17,13 @@ from torch import Tensor
 
 RowIndex = slice | Int[Tensor, "n"]
 
-# The place of a row in captured calls: the file, the step, and the number within the step.
-RowLocation = tuple[Path, int, int]
+# The place of a row in captured calls: the file, the group of calls in it, the step, and the number
+# within the step.
+RowLocation = tuple[Path, str, int, int]
+
+# A column of captured calls that says of which kind the call of each row is. Rows of one kind have
+# equal shapes.
+CALL_KIND = "call_kind"
 
 
 @runtime_checkable
@@ -107,6 +112,106 @@ class RowSubset:
 
 
 @dataclass(frozen=True)
+class SegmentedRows:
+    """Rows whose shapes differ, as segments that each have rows of one shape.
+
+    Rows of different segments can be read at once only if their shapes are equal.
+
+    Attributes:
+        segments: The rows of each segment.
+
+    Example:
+        >>> rows = SegmentedRows([torch.zeros(3, 7), torch.zeros(2, 9)])
+        >>> len(rows), rows.stops, rows[3:5].shape
+        (5, (3, 5), torch.Size([2, 9]))
+    """
+
+    segments: Sequence[RowSource]
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the column, with the row shape of its first segment."""
+        return torch.Size([len(self), *self.segments[0].shape[1:]])
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The number of the row after each segment."""
+        return tuple(accumulate(map(len, self.segments)))
+
+    def __len__(self) -> int:
+        return sum(map(len, self.segments))
+
+    def __getitem__(self, index: RowIndex) -> Shaped[Tensor, "n ..."]:
+        numbers = torch.arange(len(self))[index] if isinstance(index, slice) else index
+        if not len(numbers):
+            return self.segments[0][:0]
+        owners = torch.bucketize(numbers, torch.tensor(self.stops), right=True)
+        parts, places = [], []
+        for owner in owners.unique().tolist():
+            start = (0, *self.stops)[owner]
+            place = (owners == owner).nonzero().flatten()
+            parts.append(self.segments[owner][numbers[place] - start])
+            places.append(place)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts)[torch.cat(places).argsort()]
+
+
+def find_stops(columns: Mapping[str, RowSource]) -> tuple[int, ...]:
+    """Return the number of the row after each segment of the columns, which all have the same."""
+    first = next(iter(columns.values()))
+    return first.stops if isinstance(first, SegmentedRows) else (len(first),)
+
+
+def split_index(
+    columns: Mapping[str, RowSource], index: Int[Tensor, "n"]
+) -> Iterator[Int[Tensor, "m"]]:
+    """Yield the rows of an index segment by segment, each in its order."""
+    stops = find_stops(columns)
+    if len(stops) == 1:
+        yield index
+        return
+    owners = torch.bucketize(index, torch.tensor(stops), right=True)
+    for owner in owners.unique():
+        yield index[owners == owner]
+
+
+def iter_batches(
+    columns: Mapping[str, RowSource], index: Int[Tensor, "n"], size: int
+) -> Iterator[Int[Tensor, "b"]]:
+    """Yield the rows of an index in batches of equal shapes, segment by segment."""
+    for part in split_index(columns, index):
+        yield from part.split(size)
+
+
+def iter_slices(stops: Sequence[int], first: int, size: int) -> Iterator[slice]:
+    """Yield the rows from `first` on in slices of at most `size` that lie within one segment."""
+    for stop in stops:
+        for start in range(first, stop, size):
+            yield slice(start, min(start + size, stop))
+        first = max(first, stop)
+
+
+def select_subset_of(column: RowSource, rows: Int[Tensor, "n"]) -> RowSource:
+    """Return some rows of a column, which are read when they are used.
+
+    Args:
+        column: The column.
+        rows: The numbers of the rows, in ascending order.
+    """
+    if not isinstance(column, SegmentedRows):
+        return RowSubset(column, rows)
+    starts = dict(zip(column.stops, (0, *column.stops), strict=False))
+    parts = []
+    for part, segment in zip(column.segments, starts.items(), strict=True):
+        stop, start = segment
+        inside = rows[(rows >= start) & (rows < stop)]
+        if len(inside):
+            parts.append(RowSubset(part, inside - start))
+    return SegmentedRows(parts)
+
+
+@dataclass(frozen=True)
 class CapturedTensor:
     """Input of the captured calls, read from the files of `captured_calls.save_calls`.
 
@@ -139,30 +244,48 @@ class CapturedTensor:
         """Read rows one by one. Each file is opened once for consecutive rows."""
         for path, group in groupby(locations, lambda location: location[0]):
             with safe_open(path, "pt") as file:
-                values = file.get_slice(self.name)
-                # A constant input is written once for all steps.
-                is_constant = len(values.get_shape()) == 1 + len(self.row_shape)
-                for _, step, row in group:
-                    yield values[row : row + 1][0] if is_constant else values[step, row]
+                for prefix, in_group in groupby(group, lambda location: location[1]):
+                    values = file.get_slice(prefix + self.name)
+                    # A constant input is written once for all steps.
+                    is_constant = len(values.get_shape()) == 1 + len(self.row_shape)
+                    for _, _, step, row in in_group:
+                        yield values[row : row + 1][0] if is_constant else values[step, row]
 
 
-def open_captured_calls(folder: Path) -> dict[str, CapturedTensor]:
-    """Return every input of the captured calls, with one row per call, by file and step."""
-    locations: list[RowLocation] = []
-    row_shapes: dict[str, torch.Size] = {}
+def open_captured_calls(folder: Path) -> dict[str, RowSource]:
+    """Return every input of the captured calls, with one row per call, by kind, file and step."""
+    locations: dict[int, list[RowLocation]] = {}
+    row_shapes: dict[int, dict[str, torch.Size]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["about"])
-            counts = set()
-            for name in file.keys():
-                shape = file.get_slice(name).get_shape()
-                count, *row = shape if name in about["constant"] else shape[1:]
-                row_shapes[name] = torch.Size(row)
-                counts.add(count)
-        [count] = counts  # all inputs have the same number of rows
-        for step in range(about["steps"]):
-            locations += [(path, step, row) for row in range(count)]
-    return {name: CapturedTensor(name, locations, shape) for name, shape in row_shapes.items()}
+            for prefix, group in about.get("groups", {"": about}).items():
+                names = [name for name in file.keys() if name.startswith(prefix)]
+                counts, shapes = set(), {}
+                for name in names:
+                    shape = file.get_slice(name).get_shape()
+                    name = name.removeprefix(prefix)
+                    count, *row = shape if name in group["constant"] else shape[1:]
+                    shapes[name] = torch.Size(row)
+                    counts.add(count)
+                [count] = counts  # all inputs have the same number of rows
+                kind = 0
+                if CALL_KIND in shapes:
+                    kind = int(file.get_tensor(prefix + CALL_KIND).flatten()[0])
+                row_shapes[kind] = shapes
+                places = locations.setdefault(kind, [])
+                for step in range(group["steps"]):
+                    places += [(path, prefix, step, row) for row in range(count)]
+    columns: dict[str, RowSource] = {}
+    for name in dict.fromkeys(chain.from_iterable(row_shapes.values())):
+        segments: list[RowSource] = []
+        for kind, places in locations.items():
+            if name in row_shapes[kind]:
+                segments.append(CapturedTensor(name, places, row_shapes[kind][name]))
+            else:
+                segments.append(torch.empty(len(places), 0))  # calls of this kind do without it
+        columns[name] = SegmentedRows(segments) if len(segments) > 1 else segments[0]
+    return columns
 
 
 @dataclass
@@ -200,15 +323,21 @@ class MemoryBudget:
         Returns:
             The column, or None if there is no part.
         """
-        column, start = None, 0
-        for part in parts:
-            if column is None:
-                column = self.allocate(torch.Size([count, *part.shape[1:]]), part.dtype)
-            write_rows(column, start, part.cpu())
-            start += len(part)
-        if column is None or start == count:
-            return column
-        return RowSubset(column, torch.arange(start))
+        segments = []
+        # Parts of equal shapes follow one another.
+        for shape, equal in groupby(parts, lambda part: part.shape[1:]):
+            column, start = None, 0
+            for part in equal:
+                if column is None:
+                    column = self.allocate(torch.Size([count, *shape]), part.dtype)
+                write_rows(column, start, part.cpu())
+                start += len(part)
+            assert column is not None
+            is_full = start == count
+            segments.append(column if is_full else RowSubset(column, torch.arange(start)))
+        if len(segments) < 2:
+            return segments[0] if segments else None
+        return SegmentedRows(segments)
 
     def release(self, size: int) -> None:
         """Subtract the bytes of a deleted column from the memory in use."""
@@ -216,6 +345,8 @@ class MemoryBudget:
 
     def load(self, column: RowSource, batch_size: int = 64) -> RowSource:
         """Return the column in memory if the budget allows it; otherwise return it unchanged."""
+        if isinstance(column, SegmentedRows):
+            return SegmentedRows([self.load(part, batch_size) for part in column.segments])
         first = column[:1]
         if self.used_bytes + first.nbytes * len(column) > self.limit_bytes:
             return column
@@ -225,9 +356,50 @@ class MemoryBudget:
         return loaded
 
 
-def write_rows(column: Tensor | DiskTensor, start: int, rows: Shaped[Tensor, "n ..."]) -> None:
-    """Write consecutive rows of a column, from row `start` on."""
+Columns = dict[str, Tensor | DiskTensor | SegmentedRows]
+
+
+def add_rows(
+    columns: Columns,
+    name: str,
+    start: int,
+    rows: Shaped[Tensor, "n ..."],
+    stops: Sequence[int],
+    memory: MemoryBudget,
+) -> None:
+    """Write rows to a column that is filled in order, and make room for it where a segment begins.
+
+    Args:
+        columns: The columns, to which the column is added with its first rows.
+        name: The name of the column.
+        start: The number of the first row.
+        rows: The rows, which lie within one segment.
+        stops: The number of the row after each segment.
+        memory: The budget for the column.
+    """
+    begins = (0, *stops)
+    if start in begins:
+        count = stops[begins.index(start)] - start
+        segment = memory.allocate(torch.Size([count, *rows.shape[1:]]), rows.dtype)
+        if len(stops) == 1:
+            columns[name] = segment
+        else:
+            earlier = columns[name].segments if start else ()  # pyright: ignore
+            columns[name] = SegmentedRows([*earlier, segment])
+    write_rows(columns[name], start, rows)
+
+
+def write_rows(
+    column: Tensor | DiskTensor | SegmentedRows, start: int, rows: Shaped[Tensor, "n ..."]
+) -> None:
+    """Write consecutive rows of a column, from row `start` on. They lie within one segment."""
     if isinstance(column, Tensor):
         column[start : start + len(rows)] = rows
-    else:
+    elif isinstance(column, DiskTensor):
         column.write(start, rows)
+    else:
+        for segment in column.segments:
+            if start < len(segment):
+                write_rows(segment, start, rows)  # pyright: ignore[reportArgumentType]
+                return
+            start -= len(segment)

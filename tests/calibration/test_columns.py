@@ -88,7 +88,7 @@ def test_captured_calls_are_read_from_their_files(tmp_path: Path):
         for step in range(2):
             x, t = torch.randn(3, 2, 2), torch.full((3,), 10 - step)
             steps.append({"x": x, "text": text, "t": t})
-        captured_calls.save_calls(steps, tmp_path / f"{number:05}.safetensors")
+        captured_calls.save_calls([steps], tmp_path / f"{number:05}.safetensors")
         states += steps
     columns = open_captured_calls(tmp_path)
     for name in ("x", "text", "t"):

@@ -17,7 +17,6 @@ from fp4dit.packed.export import pack_transformer_, quantize_to_nearest_
 from fp4dit.packed.nn.linear import PackedLinear
 from fp4dit.packed.quantize import (
     assign_transformer_rules,
-    copy_to_meta,
     quantize_and_pack_,
     with_packed_formats,
 )

@@ -1,0 +1,312 @@
+"""Kinds of calls of a transformer. Calls of one kind differ in nothing but the rows of tensors.
+
+The calls of a pipeline may differ from prompt to prompt, and between the branches of guidance: in
+the number of text tokens, or in plain values. Nothing is padded. The samples of a call are sorted
+by the kind of call that each would be alone.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from fp4dit.data.columns import CALL_KIND
+from fp4dit.models.blocks import ActivationState, ReadOnlyState
+from fp4dit.models.templates import (
+    Each,
+    Rows,
+    describe_item,
+    fill_template,
+    find_counts,
+    from_tree,
+    hash_content,
+    hash_template,
+    iter_items,
+    list_rows,
+    make_template,
+    map_template,
+    rebuild,
+    to_tree,
+)
+from fp4dit.utils.calls import Call, find_timestep_name, read_timestep
+from fp4dit.utils.errors import UserError
+
+
+def name_arguments(transformer: nn.Module, call: Call) -> dict[str, Any]:
+    """Return the arguments of a call by name, also those that `**kwargs` collects."""
+    names = set(call.kwargs)
+    named = {}
+    for name, value in call.bind_arguments(transformer).items():
+        is_collected = isinstance(value, dict) and name not in names and value.keys() <= names
+        named |= value if is_collected else {name: value}
+    return named
+
+
+@dataclass(frozen=True)
+class CallKind:
+    """Calls of a transformer that differ in nothing but the rows of tensors.
+
+    Args:
+        arguments: The template of the arguments, by their names.
+        content: Hashes of the integers of a sample, if the shapes inside the transformer depend on
+            them.
+
+    Example:
+        >>> kind = CallKind.compare(transformer, calls_of_two_sizes, (2, 3))
+        >>> [(rows, kind, state)] = kind.read_call(transformer, call, by_content=False)
+        >>> same_call = kind.make_call(state)
+    """
+
+    arguments: dict[str, Any]
+    content: tuple[str, ...] = ()
+
+    @classmethod
+    def compare(
+        cls, transformer: nn.Module, calls: tuple[Call, Call], ratio: tuple[int, int]
+    ) -> "CallKind":
+        """Find which arguments belong to the samples, from calls with two numbers of samples.
+
+        Args:
+            transformer: The transformer.
+            calls: The calls.
+            ratio: Numbers that have the ratio of the numbers of samples, such as those of prompts.
+
+        Raises:
+            UserError: if nothing grows with the number of samples, or there is no timestep.
+        """
+        a, b = (name_arguments(transformer, call) for call in calls)
+        read_timestep(transformer, calls[0])  # raises an error if there is none
+        sizes = set(find_counts(a, b, ratio))
+        if not sizes:
+            raise UserError(
+                f"{type(transformer).__name__} is called with {', '.join(a)}, and none of them "
+                "grows with the number of prompts"
+            )
+        template = make_template(a, b, min(sizes), "")
+        return cls(rename_rows(template, find_special_names(template)))
+
+    @cached_property
+    def number(self) -> int:
+        """The number of the kind, which is the same in every process."""
+        return hash_template([self.arguments, self.content])
+
+    @property
+    def rows(self) -> list[Rows]:
+        """The placeholders of rows of the arguments."""
+        return list_rows(self.arguments)
+
+    def fill(self, count: int, fill: Callable[[Rows], Tensor]) -> Call:
+        """Make a call with `count` samples, with the rows that `fill` returns."""
+        return Call((), fill_template(self.arguments, count, fill))
+
+    def make_call(self, state: ReadOnlyState) -> Call:
+        """Make the call whose rows are those of the state."""
+        return self.fill(len(state["timestep"]), lambda rows: state[rows.name])
+
+    def make_example_call(self, count: int) -> Call:
+        """Make a call with `count` equal samples."""
+        return self.fill(count, lambda rows: rows.repeat_example(count))
+
+    def read_call(
+        self, transformer: nn.Module, call: Call, by_content: bool
+    ) -> list[tuple[Int[Tensor, "n"], "CallKind", ActivationState]]:
+        """Sort the samples of a call by kind. The call may be of another kind itself.
+
+        Args:
+            transformer: The transformer.
+            call: The call.
+            by_content: Whether samples with different integers, such as those of masks, are of
+                different kinds, because the shapes inside the transformer depend on them.
+
+        Returns:
+            For each kind, the numbers of the samples, the kind, and their rows by name.
+        """
+        arguments = name_arguments(transformer, call)
+        reader = CallReader(count_samples(arguments, self.arguments))
+        template = reader.read(arguments, self.arguments, "")
+        timesteps = read_timestep(transformer, call).expand(reader.count)
+        device = "cpu" if timesteps.is_meta else timesteps.device
+        parts = []
+        for content, index in reader.group_samples(by_content):
+            rows = reader.select(index)
+            kind_template = reader.describe_kind(template, int(index[0]), rows)
+            names = find_special_names(kind_template)
+            kind = CallKind(rename_rows(kind_template, names), content)
+            state = {names.get(name, name): value for name, value in rows.items()}
+            if "timestep" not in state:  # the model has a timestep for each token
+                state["timestep"] = timesteps[index.to(timesteps.device)]
+            state[CALL_KIND] = torch.full((len(index),), kind.number, device=device)
+            parts.append((index, kind, state))
+        return parts
+
+    def to_tree(self) -> Any:
+        """Return the kind as a tree that `fp4dit.utils.pytree_io` saves."""
+        return {"arguments": to_tree(self.arguments), "content": self.content}
+
+    @classmethod
+    def from_tree(cls, tree: Any) -> "CallKind":
+        """Return the kind that `to_tree` returned as a tree."""
+        return cls(from_tree(tree["arguments"]), tree["content"])
+
+
+class CallReader:
+    """Reader of the rows of a call.
+
+    Args:
+        count: The number of samples of the call.
+
+    Attributes:
+        tensors: The rows of tensors, by the names of the placeholders.
+        items: The items of each list that has one for each sample, by the name of the list.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.tensors: ActivationState = {}
+        self.items: dict[str, list[Any]] = {}
+
+    def read(self, value: Any, known: Any, name: str) -> Any:
+        """Read the rows of a value, and return its template.
+
+        Args:
+            value: Arguments of the call, or a part of them.
+            known: The template of the same arguments in another call; what is new there is
+                recognized by its size.
+            name: The name of the value.
+        """
+        if isinstance(value, Tensor):
+            placeholder = self.describe_tensor(value, known, name)
+            if isinstance(placeholder, Rows):
+                self.tensors[name] = placeholder.split(value, self.count)
+            return placeholder
+        if isinstance(known, Each) and isinstance(value, list | tuple):
+            self.items[name] = list(value)
+            return Each(describe_item(value[0], name), isinstance(value, tuple))
+        items = iter_items(value)
+        if items is None:
+            return value
+        others = dict(iter_items(known) or ())
+        read = []
+        for key, item in items:
+            read.append(self.read(item, others.get(key), f"{name}.{key}" if name else key))
+        return rebuild(value, read)
+
+    def describe_tensor(self, value: Tensor, known: Any, name: str) -> Rows | Tensor:
+        """Return the placeholder of a tensor; the tensor itself if it has no rows."""
+        if isinstance(known, Tensor):
+            return value
+        was_number = isinstance(known, Rows) and known.is_number
+        is_number = value.numel() == 1 and (self.count > 1 or value.ndim == 0 or was_number)
+        if not isinstance(known, Rows) or known.is_number != is_number:
+            known = Rows(name, value, is_number=is_number)
+            if not is_number and len(value) != self.count:
+                return value
+        placeholder = Rows(name, value, known.dim, known.is_merged, known.is_number)
+        example = placeholder.split(value, self.count)[0]
+        return Rows(name, example, known.dim, known.is_merged, known.is_number)
+
+    def group_samples(self, by_content: bool) -> Iterator[tuple[tuple[str, ...], Int[Tensor, "n"]]]:
+        """Yield the numbers of the samples that have equal items in all lists, group by group.
+
+        Args:
+            by_content: Whether their integers must be equal, too.
+
+        Yields:
+            The hashes of the integers, and the numbers.
+        """
+        groups: dict[tuple, list[int]] = {}
+        for i in range(self.count):
+            content = []
+            if by_content:
+                content = [hash_content(x[i]) for x in self.tensors.values() if is_content(x)]
+            items = tuple(hash_template(item) for item in self.list_items(i))
+            groups.setdefault((tuple(content), items), []).append(i)
+        for (content, _), numbers in groups.items():
+            yield content, torch.tensor(numbers)
+
+    def list_items(self, number: int) -> list[Any]:
+        """Return the template of the item of a sample in each list."""
+        return [describe_item(items[number], name) for name, items in self.items.items()]
+
+    def select(self, index: Int[Tensor, "n"]) -> ActivationState:
+        """Return the rows of some samples, whose items have equal shapes."""
+        rows: ActivationState = {}
+        for name, value in self.tensors.items():
+            rows[name] = value if len(index) == self.count else value[index.to(value.device)]
+        for name, items in self.items.items():
+            leaves = [list_rows(describe_item(items[i], name)) for i in index.tolist()]
+            for same in zip(*leaves, strict=True):
+                rows[same[0].name] = torch.stack([leaf.example for leaf in same])
+        return rows
+
+    def describe_kind(self, template: Any, number: int, rows: ReadOnlyState) -> Any:
+        """Return the template of the calls that are like that of one sample.
+
+        Args:
+            template: The template of the whole call.
+            number: The number of the sample.
+            rows: Rows of samples that are like it.
+        """
+        items = iter(self.list_items(number))
+
+        def describe(leaf: Any) -> Any:
+            if isinstance(leaf, Each):
+                return Each(next(items), leaf.is_tuple)
+            return replace(leaf, example=rows[leaf.name][0]) if isinstance(leaf, Rows) else leaf
+
+        return map_template(describe, template)
+
+
+def find_special_names(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Return the arguments that are called `latent` and `timestep` for every model.
+
+    Args:
+        arguments: The template of the arguments, whose rows are named by their place.
+    """
+    names = {}
+    key = find_timestep_name(arguments)
+    if key and isinstance(arguments[key], Rows) and arguments[key].example.ndim == 0:
+        names[key] = "timestep"
+    for rows in list_rows(arguments):
+        if rows.name not in names:
+            return names | {rows.name: "latent"}
+    return names
+
+
+def rename_rows(template: Any, names: Mapping[str, str]) -> Any:
+    """Return a template whose rows have other names."""
+
+    def rename(leaf: Any) -> Any:
+        if isinstance(leaf, Each):
+            return Each(map_template(rename, leaf.item), leaf.is_tuple)
+        if isinstance(leaf, Rows):
+            return replace(leaf, name=names.get(leaf.name, leaf.name))
+        return leaf
+
+    return map_template(rename, template)
+
+
+def is_content(rows: Tensor) -> bool:
+    """Return whether rows are integers or truth values, of which a sample has several."""
+    return not rows.dtype.is_floating_point and rows.ndim > 1
+
+
+def count_samples(arguments: Mapping[str, Any], known: Mapping[str, Any]) -> int:
+    """Return the number of samples of a call, given the template of another call."""
+
+    def iter_counts(value: Any, template: Any) -> Iterator[int]:
+        if isinstance(template, Rows) and isinstance(value, Tensor):
+            if not template.is_number and not template.is_merged:
+                yield value.shape[template.dim]
+        elif isinstance(template, Each) and isinstance(value, list | tuple):
+            yield len(value)
+        else:
+            items, others = iter_items(value), dict(iter_items(template) or ())
+            for key, item in items or ():
+                yield from iter_counts(item, others.get(key))
+
+    return next(iter_counts(arguments, known))
