@@ -157,13 +157,13 @@ def find_counts(a: Any, b: Any, ratio: tuple[int, int]) -> Iterator[tuple[int, i
         if a.ndim == b.ndim:
             yield from (pair for pair in zip(a.shape, b.shape, strict=True) if grows(*pair))
         return
-    items = iter_items(a), iter_items(b)
-    if items[0] is None or items[1] is None or not isinstance(b, type(a)):
+    items, others = iter_items(a), iter_items(b)
+    if items is None or others is None or not isinstance(b, type(a)):
         return
     if isinstance(a, list | tuple) and grows(len(a), len(b)):
         yield len(a), len(b)
         return
-    for (_, item), (_, other) in zip(*items, strict=False):
+    for (_, item), (_, other) in zip(items, others, strict=False):
         yield from find_counts(item, other, ratio)
 
 

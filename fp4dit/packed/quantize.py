@@ -21,6 +21,7 @@ from fp4dit.quantization.rules import Rule, assign_rules, find_layers, naming_la
 from fp4dit.quantization.timestep import TimestepContext
 from fp4dit.quantization.timestep_ranges import base_layer_name
 from fp4dit.utils.errors import UserError
+from fp4dit.utils.modules import copy_to_meta
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from fp4dit.numerics.quantizer import Quantizer
 from fp4dit.quantization.layers import check_quantizable
 from fp4dit.quantization.rules import Rule, find_layers, find_rule
 from fp4dit.utils.errors import UserError
@@ -61,40 +62,74 @@ def resolve_roles(rules: Sequence[Rule], model: nn.Module) -> list[Rule]:
     """
     if not has_roles(rules):
         return list(rules)
-    names = list(find_layers(model))
-    widths = find_widths(model)
     neighbours = find_activation_neighbours(model)
-    named: list[Rule] = []
+    expanded: list[Rule] = []
     for rule in rules:
-        if rule.match in neighbours:
-            free = [name for name in neighbours[rule.match] if find_rule(name, named) is None]
-            if not free and not rule.optional:
-                raise UserError(
-                    f"no layer of {type(model).__name__} was found for {rule.match}: name the "
-                    "layers that the preset means in model_layers.pre_gelu or post_gelu, or give []"
-                )
-            for match in merge_names(free, names):
-                named.append(replace(rule, match=match))
-        elif rule.match.startswith(PREFIX) and rule.match != INDIVISIBLE:
+        expanded += name_neighbours(rule, model, neighbours.get(rule.match), [])
+    others = [rule for rule in expanded if rule.match != INDIVISIBLE]
+    resolved: list[Rule] = []
+    for rule in rules:
+        if rule.match == INDIVISIBLE:
+            resolved += [
+                replace(rule, match=name, quantizer=quantizer)
+                for name, quantizer in find_indivisible(model, rule, others)
+                if find_rule(name, resolved) is None
+            ]
+        else:
+            resolved += name_neighbours(rule, model, neighbours.get(rule.match), resolved)
+    return resolved
+
+
+def name_neighbours(
+    rule: Rule, model: nn.Module, layers: Sequence[str] | None, earlier: Sequence[Rule]
+) -> list[Rule]:
+    """Return rules for the names of layers, without those that earlier rules are for.
+
+    Args:
+        rule: The rule.
+        model: The model.
+        layers: The layers that have the role of the rule; None if it is a rule for names.
+        earlier: Rules that come before it.
+
+    Raises:
+        UserError: if there is no such role, or if no layer has it.
+    """
+    if layers is None:
+        if rule.match.startswith(PREFIX) and rule.match != INDIVISIBLE:
             known = ", ".join((INDIVISIBLE, BEFORE_ACTIVATION, AFTER_ACTIVATION))
             raise UserError(f"{rule.match} is no role: there are {known}")
-        else:
-            named.append(rule)
-    resolved: list[Rule] = []
-    others = [rule for rule in named if rule.match != INDIVISIBLE]
-    for rule in named:
-        if rule.match != INDIVISIBLE:
-            resolved.append(rule)
+        return [rule]
+    if not layers and not rule.optional:
+        raise UserError(
+            f"no layer of {type(model).__name__} was found for {rule.match}: name the layers that "
+            "the preset means in model_layers.pre_gelu or model_layers.post_gelu, or give []"
+        )
+    free = [name for name in layers if find_rule(name, earlier) is None]
+    return [replace(rule, match=match) for match in merge_names(free, list(find_layers(model)))]
+
+
+def find_indivisible(
+    model: nn.Module, rule: Rule, others: Sequence[Rule]
+) -> Iterator[tuple[str, Quantizer | None]]:
+    """Yield the layers and operands that their rule does not fit, and the quantizer they get.
+
+    Args:
+        model: The model.
+        rule: The rule for what is indivisible.
+        others: All other rules.
+
+    Yields:
+        The name, and the quantizer of `rule`; None for a layer that cannot be quantized at all.
+    """
+    layers = find_layers(model)
+    for name, width in find_widths(model).items():
+        other = find_rule(name, others)
+        if other is None or other.quantizer is None:
             continue
-        for name, width in widths.items():
-            other = find_rule(name, others)
-            if other is None or find_rule(name, resolved) is not None:
-                continue
-            if name in names and not is_quantizable(model.get_submodule(name)):
-                resolved.append(replace(rule, match=name, quantizer=None))
-            elif other.quantizer and not is_divisible(other, width):
-                resolved.append(replace(rule, match=name))
-    return resolved
+        if name in layers and not is_quantizable(layers[name]):
+            yield name, None
+        elif not is_divisible(other, width):
+            yield name, rule.quantizer
 
 
 def is_quantizable(layer: nn.Module) -> bool:
@@ -156,12 +191,16 @@ def find_activation_neighbours(model: nn.Module) -> dict[str, list[str]]:
     known: dict[Any, tuple[set[str], set[str]]] = {}
     for name, module in model.named_modules():
         layers = find_layers(module)
-        if not any(part.isdigit() for part in name.split(".")) or not layers:
+        is_in_block = any(part.isdigit() for part in name.split("."))
+        if not layers or not is_in_block:
             continue
         shapes = tuple((layer, module.get_submodule(layer).weight.shape) for layer in layers)  # pyright: ignore
         key = (type(module), shapes)  # a model has many blocks of one kind
         if key not in known:
-            known[key] = probe_module(module) or compare_order(module)
+            # Linear attention applies activation functions to q and k, which is another matter.
+            is_attention = hasattr(module, "set_processor")
+            found_by_run = None if is_attention else probe_module(module)
+            known[key] = found_by_run or compare_order(module)
         for found, inner_names in zip((before, after), known[key], strict=True):
             found |= {f"{name}.{inner}" if inner else name for inner in inner_names}
     names = list(find_layers(model))
@@ -247,7 +286,8 @@ class ActivationWatcher(TorchFunctionMode):
         if func in ACTIVATIONS:
             layers = {name for name in sources if name is not None}
             self.before |= layers
-            sources = {None} if layers else set()
+            sources.clear()
+            sources |= {None} if layers else set()
         if sources:
             self.set_sources(output, sources)
         return output

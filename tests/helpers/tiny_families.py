@@ -4,7 +4,9 @@ Each has the structure of the published model: the same classes of diffusers, wi
 of width WIDTH and with text encoders and autoencoders of a few channels.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,15 @@ from transformers import PreTrainedTokenizerFast
 
 from fp4dit.pretraining.architecture import build_tokenizer
 from fp4dit.worlds import ShapesWorld
-from tests.helpers.tiny import WIDTH, autoencoder, clip, text_encoder
+from tests.helpers.tiny import (
+    WIDTH,
+    autoencoder,
+    clip,
+    save_flux,
+    save_sana,
+    save_sd3,
+    text_encoder,
+)
 
 HEADS, HEAD_DIM = 2, WIDTH // 2
 ROPE_AXES = (HEAD_DIM // 4, HEAD_DIM // 4, HEAD_DIM // 2)
@@ -411,11 +421,131 @@ def hunyuan_video() -> DiffusionPipeline:
     )
 
 
-def make_saver(build: Callable[[], DiffusionPipeline]) -> Callable[[Path], None]:
-    """Return a function that saves a pipeline with fixed random weights in a folder."""
+@dataclass(frozen=True)
+class TinyFamily:
+    """Tiny replica of a family.
+
+    Args:
+        save: Saves the pipeline with fixed random weights in a folder.
+        options: Arguments of the pipeline for small images or videos.
+        pre_activation: The patterns of the layers before activation functions, by the source of
+            diffusers.
+        overrides: Overrides that the family needs.
+    """
+
+    save: Callable[[Path], None]
+    options: Mapping[str, Any]
+    pre_activation: Sequence[str]
+    overrides: Sequence[str] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        """The overrides of a run, without the path of the model."""
+        options = []
+        for name, value in self.options.items():
+            options.append(f"+model.options.{name}={format_value(value)}")
+        return ["model=generic", "model.dtype=float32", *options, *self.overrides]
+
+
+def format_value(value: Any) -> str:
+    """Return a value in the grammar of overrides."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{format_value(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)
+
+
+def make_family(
+    build: Callable[[], DiffusionPipeline], options: Mapping[str, Any], *pre_activation: str
+) -> TinyFamily:
+    """Make a family whose pipeline `build` returns."""
 
     def save(folder: Path) -> None:
         torch.manual_seed(0)
         build().save_pretrained(folder)
 
-    return save
+    return TinyFamily(save, options, pre_activation)
+
+
+SMALL = {"height": 32, "width": 32}
+SHORT = {**SMALL, "max_sequence_length": 16}
+VIDEO = {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16}
+BLOCK_MLP = "transformer_blocks.*.ff.net.0.proj"
+CONTEXT_MLP = "transformer_blocks.*.ff_context.net.0.proj"
+SINGLE_MLP = "single_transformer_blocks.*.proj_mlp"
+REFINERS = ("noise_refiner", "context_refiner", "layers")
+
+TINY_FAMILIES = {
+    "flux": TinyFamily(
+        save_flux,
+        SHORT,
+        (BLOCK_MLP, CONTEXT_MLP, SINGLE_MLP),
+    ),
+    "flux2_klein": make_family(
+        flux2_klein,
+        {**SHORT, "text_encoder_out_layers": [1, 2, 3]},
+        "transformer_blocks.*.ff.linear_in",
+        "transformer_blocks.*.ff_context.linear_in",
+        "single_transformer_blocks.*.attn.to_qkv_mlp_proj",
+    ),
+    "z_image": make_family(z_image, SHORT, *(f"{part}.*.feed_forward.w1" for part in REFINERS)),
+    "qwen_image": make_family(
+        qwen_image,
+        SMALL,
+        "transformer_blocks.*.img_mlp.net.0.proj",
+        "transformer_blocks.*.txt_mlp.net.0.proj",
+    ),
+    "sd3": TinyFamily(save_sd3, SMALL, (BLOCK_MLP, CONTEXT_MLP)),
+    "wan": make_family(wan, VIDEO, "blocks.*.ffn.net.0.proj"),
+    "wan_2_2": make_family(wan_2_2, VIDEO, "blocks.*.ffn.net.0.proj"),
+    "ltx": make_family(ltx, {**SHORT, "num_frames": 9}, BLOCK_MLP),
+    "chroma": make_family(
+        chroma,
+        SHORT,
+        "distilled_guidance_layer.layers.*.linear_1",
+        BLOCK_MLP,
+        CONTEXT_MLP,
+        SINGLE_MLP,
+    ),
+    "lumina2": make_family(
+        lumina2,
+        {**SMALL, "max_sequence_length": 40},
+        *(f"{part}.*.feed_forward.linear_1" for part in REFINERS),
+    ),
+    "sana": TinyFamily(
+        save_sana,
+        {
+            **SMALL,
+            "use_resolution_binning": False,
+            "complex_human_instruction": None,
+            "clean_caption": False,
+        },
+        ("transformer_blocks.*.ff.conv_inverted",),
+        # Its linear attention has no scaled dot product.
+        ("+activation.ignore=['*.attn1.[qkv]']",),
+    ),
+    "hidream": make_family(
+        hidream,
+        {"height": 128, "width": 128, "max_sequence_length": 16},
+        "double_stream_blocks.*.block.ff_i.shared_experts.w1",
+        *(f"double_stream_blocks.*.block.ff_i.experts.{i}.w1" for i in range(4)),
+        "double_stream_blocks.*.block.ff_t.w1",
+        "single_stream_blocks.*.block.ff_i.shared_experts.w1",
+        *(f"single_stream_blocks.*.block.ff_i.experts.{i}.w1" for i in range(4)),
+    ),
+    "cogvideox": make_family(cogvideox, {**VIDEO, "num_frames": 9}, BLOCK_MLP),
+    "hunyuan_video": make_family(
+        hunyuan_video,
+        {**VIDEO, "prompt_template": {"template": "{}", "crop_start": 0}},
+        "context_embedder.token_refiner.refiner_blocks.*.ff.net.0.proj",
+        BLOCK_MLP,
+        CONTEXT_MLP,
+        SINGLE_MLP,
+    ),
+    "auraflow": make_family(
+        auraflow,
+        SHORT,
+        "joint_transformer_blocks.*.ff.linear_1",
+        "joint_transformer_blocks.*.ff_context.linear_1",
+        "single_transformer_blocks.*.ff.linear_1",
+    ),
+}

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import pipelines.inspect
 import pipelines.run
-from fp4dit.models.blocks import ActivationState, Unit, flatten_outputs
+from fp4dit.models.blocks import flatten_outputs
 from fp4dit.models.call_kinds import CallKind
 from fp4dit.models.generic import Generic, GenericAdapter
 from fp4dit.models.pixart import PixArt
-from fp4dit.models.tracing import list_parts, record_parts, trace_kind
+from fp4dit.models.tracing import list_parts, trace_kind
 from fp4dit.numerics.formats import integer
 from fp4dit.numerics.quantizer import PerChannel, Quantizer
 from fp4dit.numerics.scale_rules import AbsMax
@@ -31,16 +31,11 @@ from fp4dit.utils.errors import UserError
 from tests.conftest import Run
 from tests.helpers import tiny
 from tests.helpers.small_runs import FEW, run_stages
+from tests.helpers.units import check_parts, run_unit
 
 INT8 = Quantizer(integer(8), PerChannel(), AbsMax())
 
 OPTIONS = {"max_sequence_length": 20, "use_resolution_binning": False, "clean_caption": False}
-
-
-def run_unit(unit: Unit, state: ActivationState, index: Any, model: nn.Module) -> tuple:
-    """Return the outputs of a unit on some rows of the state."""
-    call = unit.make_call(unit.select_inputs(state, index))
-    return unit.read_outputs(call(model.get_submodule(unit.module)), len(state["timestep"][index]))
 
 
 @pytest.mark.parametrize("save", [tiny.save, tiny.save_alpha], ids=["sigma", "alpha"])
@@ -311,21 +306,6 @@ def test_a_model_with_its_own_adapter_goes_through_too(
     with calls.record_calls(adapter.transformer) as recorded:
         adapter.sample(prompts[:2], [5, 6], 1, 4.5)
     check_parts(adapter, recorded[0])
-
-
-@torch.no_grad()
-def check_parts(adapter: Any, call: Call) -> None:
-    """Check that the units compute what the parts of the transformer compute in a call."""
-    adapter.units()
-    for _, state in adapter.read_states(call):
-        kind_call = adapter.kinds[int(state["call_kind"][0])].make_call(state)
-        outputs = record_parts(adapter.transformer, kind_call, adapter.parts)
-        for unit, expected in zip(adapter.units(), outputs.values(), strict=True):
-            rows = run_unit(unit, state, slice(None), adapter.transformer)
-            count = len(state["timestep"])
-            assert all(map(torch.equal, rows, unit.read_outputs(expected, count)))
-            state = state | dict(zip(unit.outputs, rows, strict=True))
-    assert adapter.parts != {""}
 
 
 def test_a_pipeline_without_a_transformer_is_refused(tmp_path: Path):
