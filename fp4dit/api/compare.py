@@ -112,7 +112,7 @@ def compose_and_check(
     """
     preset = compose_for_pipeline(pipe, method, overrides, **options)
     check_quantizes(preset)
-    transformer = pipe.transformer  # pyright: ignore[reportAttributeAccessIssue]
+    transformer = getattr(pipe, preset.source.component)
     assign_rules(find_layers(transformer), preset.fit(transformer).weight)
     return preset
 

@@ -145,6 +145,12 @@ class CaptureTask(L.LightningModule):
         self, recorded: Sequence[Call], batch: PromptBatch
     ) -> Iterable[list[ActivationState]]:
         """Return the inputs at each kept step, for each group of rows whose shapes are equal."""
+        if not recorded:
+            class_name = type(self.pipeline.transformer).__name__
+            raise UserError(
+                f"the sampler called this {class_name} in none of its {self.steps} steps: give it "
+                "more, with calibration.steps"
+            )
         steps = group_by_step(self.pipeline.transformer, recorded)
         count = min(self.num_kept or len(steps), len(steps))
         groups: dict[tuple, list[ActivationState]] = {}

@@ -24,7 +24,7 @@ from fp4dit.data.columns import CALL_KIND
 from fp4dit.models.adapter import TRUE_GUIDANCE, TransformerAdapter, find_guidance_name
 from fp4dit.models.blocks import ActivationState, ReadOnlyState, Unit
 from fp4dit.models.call_kinds import CallKind
-from fp4dit.models.hub_files import INDEX, read_config
+from fp4dit.models.hub_files import INDEX, TRANSFORMER, read_config
 from fp4dit.models.pretrained import PretrainedSource
 from fp4dit.models.templates import iter_pairs, list_rows
 from fp4dit.models.testing import ADAPTER_HINT
@@ -58,24 +58,33 @@ class Generic(PretrainedSource):
 
     Args:
         options: Keyword arguments of the pipeline, such as `height`.
+        transformer: The transformer that is quantized, if the pipeline has two.
 
     Example:
         >>> pipeline = Generic("/my/sd3", options={"height": 512, "width": 512}).load()
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
+    transformer: str | None = field(default=None, kw_only=True)
 
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (DiffusionPipeline,)
+
+    @property
+    def component(self) -> str:
+        return self.transformer or TRANSFORMER
 
     def check(self, prompts: Sequence[str]) -> None:
         """Check, before loading, that the model is not quantized and that it knows all options.
 
         Raises:
-            UserError: if the pipeline has no parameter of an option's name. An option that
-                disappears in `**kwargs` is an error, too.
+            UserError: if the pipeline has two transformers and none is chosen, or no parameter of
+                an option's name. An option that disappears in `**kwargs` is an error, too.
         """
         super().check(prompts)
-        class_name = read_config(self.pipeline_path(), INDEX)["_class_name"]
+        index = read_config(self.pipeline_path(), INDEX)
+        present = [name for name, value in index.items() if isinstance(value, list) and value[1]]
+        check_transformer_chosen(self.path, present, self.transformer)
+        class_name = index["_class_name"]
         parameters = list(signature(getattr(diffusers, class_name).__call__).parameters)[1:]
         for option in sorted(self.options.keys() - parameters):
             close = get_close_matches(option, parameters)
@@ -88,6 +97,27 @@ class Generic(PretrainedSource):
         self, transformer: ModelMixin, pipe: DiffusionPipeline | None = None
     ) -> "GenericAdapter":
         return GenericAdapter(transformer, self.options, self.load, pipe)
+
+
+def check_transformer_chosen(model: str, components: Sequence[str], chosen: str | None) -> None:
+    """Check that a transformer of a pipeline with several is chosen.
+
+    Args:
+        model: The model, as messages call it.
+        components: The names of the components of the pipeline.
+        chosen: The name of the chosen transformer; None if none is.
+
+    Raises:
+        UserError: if none is chosen, and there are several.
+    """
+    transformers = [name for name in components if name.startswith(TRANSFORMER)]
+    if chosen is None and len(transformers) > 1:
+        first, second, *_ = transformers
+        raise UserError(
+            f"{model} has {len(transformers)} transformers, {' and '.join(transformers)}, and one "
+            f"is quantized at a time: give model.transformer={first}, and then quantize what was "
+            f"exported again, with model.transformer={second}"
+        )
 
 
 class GenericAdapter(TransformerAdapter):

@@ -6,7 +6,7 @@ of width WIDTH and with text encoders and autoencoders of a few channels.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -496,7 +496,10 @@ TINY_FAMILIES = {
     ),
     "sd3": TinyFamily(save_sd3, SMALL, (BLOCK_MLP, CONTEXT_MLP)),
     "wan": make_family(wan, VIDEO, "blocks.*.ffn.net.0.proj"),
-    "wan_2_2": make_family(wan_2_2, VIDEO, "blocks.*.ffn.net.0.proj"),
+    "wan_2_2": replace(
+        make_family(wan_2_2, VIDEO, "blocks.*.ffn.net.0.proj"),
+        overrides=["model.transformer=transformer"],
+    ),
     "ltx": make_family(ltx, {**SHORT, "num_frames": 9}, BLOCK_MLP),
     "chroma": make_family(
         chroma,

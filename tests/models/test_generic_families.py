@@ -9,17 +9,19 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+import fp4dit
 import pipelines.inspect
 from fp4dit.models.generic import Generic
 from fp4dit.quantization.rules import assign_rules, find_layers
 from fp4dit.utils import calls
+from fp4dit.utils.errors import UserError
 from fp4dit.utils.images import read_image
 from pipelines.planning.executor import build_stages
 from pipelines.planning.plan import make_plan
 from tests.conftest import Compose, Run
 from tests.helpers import tiny
 from tests.helpers.small_runs import run_stages
-from tests.helpers.tiny_families import TINY_FAMILIES, TinyFamily
+from tests.helpers.tiny_families import TINY_FAMILIES, TinyFamily, wan_2_2
 from tests.helpers.units import check_parts
 
 pytestmark = pytest.mark.unchecked
@@ -127,3 +129,36 @@ def test_inspect_estimates_all_stages(
     output = capfd.readouterr().out
     assert "quantized: " in output
     assert "reconstruct" in output
+
+
+def test_the_two_transformers_of_a_pipeline_are_quantized_one_after_the_other(
+    tmp_path: Path, run: Run, capfd: pytest.CaptureFixture[str]
+):
+    """The second run starts from the export of the first, and both stay quantized."""
+    family = TINY_FAMILIES["wan_2_2"]
+    folder = tmp_path / "wan_2_2"
+    family.save(folder)
+    unchosen = [x for x in family.arguments if not x.startswith("model.transformer")]
+    assert run(*unchosen, f"model.path={folder}", *NEAREST) == 1
+    message = "has 2 transformers, transformer and transformer_2, and one is quantized at a time"
+    assert message in capfd.readouterr().err
+    for component in ("transformer", "transformer_2"):
+        overrides = [*unchosen, f"model.path={folder}", f"model.transformer={component}", *NEAREST]
+        paths = run_stages(tmp_path, *overrides, small=FEWEST, targets=("export",))
+        folder = paths["export"] / "pipeline"
+    pipe: Any = DiffusionPipeline.from_pretrained(folder)
+    for transformer in (pipe.transformer, pipe.transformer_2):
+        assert transformer.config.quantization_config
+
+
+def test_python_quantizes_both_transformers_one_after_the_other():
+    torch.manual_seed(0)
+    pipe: Any = wan_2_2()
+    with pytest.raises(UserError, match="has 2 transformers, transformer and transformer_2"):
+        fp4dit.quantize(pipe, "nvfp4_rtn")
+    options = [f"+model.options.{x}" for x in ("height=16", "width=16", "num_frames=5")]
+    for component in ("transformer", "transformer_2"):
+        choice = f"model.transformer={component}"
+        report = fp4dit.quantize(pipe, "nvfp4_rtn", overrides=[*options, choice])
+        assert report.bits_weight < 16
+        assert getattr(pipe, component).config.quantization_config
