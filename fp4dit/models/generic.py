@@ -1,4 +1,4 @@
-"""Adapter of any diffusers pipeline whose transformer has a list of blocks.
+"""Adapter of any diffusers pipeline whose transformer has blocks.
 
 The units are not written down: `fp4dit.models.tracing` finds them in a recorded call.
 """
