@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fp4dit.calibration.captured_calls import save_calls
-from fp4dit.data.columns import CALL_KIND
+from fp4dit.data.captured import CALL_KIND
 from fp4dit.models.base import Pipeline
 from fp4dit.models.blocks import ActivationState
 from fp4dit.models.nan_guard import nan_guard

@@ -10,13 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fp4dit.data.columns import (
-    CALL_KIND,
-    MemoryBudget,
-    RowSource,
-    SegmentedRows,
-    open_captured_calls,
-)
+from fp4dit.data.captured import CALL_KIND, open_captured_calls
+from fp4dit.data.columns import MemoryBudget, RowSource, SegmentedRows
 from fp4dit.models.blocks import ActivationState, RowSources, select_rows
 from fp4dit.utils.files import atomic_write_checksummed
 from fp4dit.utils.pytree_io import unshare_memory

@@ -10,7 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from fp4dit.data.columns import MemoryBudget, find_stops, split_index
+from fp4dit.data.columns import MemoryBudget
+from fp4dit.data.segments import find_stops, split_index
 from fp4dit.models.blocks import (
     ActivationState,
     RowSources,

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fp4dit.calibration.dataset import UnitDataset
-from fp4dit.data.columns import iter_batches
+from fp4dit.data.segments import iter_batches
 from fp4dit.quantization.layers import QuantLayer
 from fp4dit.utils.calls import remove_hooks
 

@@ -14,15 +14,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from fp4dit.calibration.saved_rows import SavedRows
-from fp4dit.data.columns import (
-    Columns,
-    MemoryBudget,
-    RowSource,
-    add_rows,
-    find_stops,
-    iter_batches,
-    iter_slices,
-)
+from fp4dit.data.columns import MemoryBudget, RowSource
+from fp4dit.data.segments import Columns, add_rows, find_stops, iter_batches, iter_slices
 from fp4dit.models.blocks import (
     ReadOnlyState,
     RowSources,

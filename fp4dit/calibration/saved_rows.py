@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fp4dit.data.columns import Columns, MemoryBudget, RowSource, add_rows, find_stops, iter_slices
+from fp4dit.data.columns import MemoryBudget, RowSource
+from fp4dit.data.segments import Columns, add_rows, find_stops, iter_slices
 from fp4dit.models.blocks import select_rows
 from fp4dit.utils import pytree_io
 from fp4dit.utils.resumable import load_checkpoint

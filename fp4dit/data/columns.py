@@ -1,29 +1,19 @@
 """Rows of calibration data, one for each captured call: in memory, or in files if too large."""
 
-import json
 import mmap
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int, Shaped
-from safetensors import safe_open
 from torch import Tensor
 
 RowIndex = slice | Int[Tensor, "n"]
-
-# The place of a row in captured calls: the file, the group of calls in it, the step, and the number
-# within the step.
-RowLocation = tuple[Path, str, int, int]
-
-# A column of captured calls that says of which kind the call of each row is. Rows of one kind have
-# equal shapes.
-CALL_KIND = "call_kind"
 
 
 @runtime_checkable
@@ -157,137 +147,6 @@ class SegmentedRows:
         return torch.cat(parts)[torch.cat(places).argsort()]
 
 
-def find_stops(columns: Mapping[str, RowSource]) -> tuple[int, ...]:
-    """Return the number of the row after each segment of the columns, which all have the same."""
-    first = next(iter(columns.values()))
-    return first.stops if isinstance(first, SegmentedRows) else (len(first),)
-
-
-def split_index(
-    columns: Mapping[str, RowSource], index: Int[Tensor, "n"]
-) -> Iterator[Int[Tensor, "m"]]:
-    """Yield the rows of an index segment by segment, each in its order."""
-    stops = find_stops(columns)
-    if len(stops) == 1:
-        yield index
-        return
-    owners = torch.bucketize(index, torch.tensor(stops), right=True)
-    for owner in owners.unique():
-        yield index[owners == owner]
-
-
-def iter_batches(
-    columns: Mapping[str, RowSource], index: Int[Tensor, "n"], size: int
-) -> Iterator[Int[Tensor, "b"]]:
-    """Yield the rows of an index in batches of equal shapes, segment by segment."""
-    for part in split_index(columns, index):
-        yield from part.split(size)
-
-
-def iter_slices(stops: Sequence[int], first: int, size: int) -> Iterator[slice]:
-    """Yield the rows from `first` on in slices of at most `size` that lie within one segment."""
-    for stop in stops:
-        for start in range(first, stop, size):
-            yield slice(start, min(start + size, stop))
-        first = max(first, stop)
-
-
-def select_subset_of(column: RowSource, rows: Int[Tensor, "n"]) -> RowSource:
-    """Return some rows of a column, which are read when they are used.
-
-    Args:
-        column: The column.
-        rows: The numbers of the rows, in ascending order.
-    """
-    if not isinstance(column, SegmentedRows):
-        return RowSubset(column, rows)
-    starts = dict(zip(column.stops, (0, *column.stops), strict=False))
-    parts = []
-    for part, segment in zip(column.segments, starts.items(), strict=True):
-        stop, start = segment
-        inside = rows[(rows >= start) & (rows < stop)]
-        if len(inside):
-            parts.append(RowSubset(part, inside - start))
-    return SegmentedRows(parts)
-
-
-@dataclass(frozen=True)
-class CapturedTensor:
-    """Input of the captured calls, read from the files of `captured_calls.save_calls`.
-
-    Args:
-        name: The name of the input in the files.
-        locations: The place of each row.
-        row_shape: The shape of one row.
-
-    Example:
-        >>> open_captured_calls(Path("outputs/store/capture/0123/calls"))["latent"][:4].shape
-        torch.Size([4, 4, 64, 64])
-    """
-
-    name: str
-    locations: Sequence[RowLocation]
-    row_shape: torch.Size
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size([len(self), *self.row_shape])
-
-    def __len__(self) -> int:
-        return len(self.locations)
-
-    def __getitem__(self, index: RowIndex) -> Shaped[Tensor, "n ..."]:
-        numbers = range(len(self))[index] if isinstance(index, slice) else index.tolist()
-        return torch.stack(list(self.iter_rows([self.locations[i] for i in numbers])))
-
-    def iter_rows(self, locations: Sequence[RowLocation]) -> Iterator[Tensor]:
-        """Read rows one by one. Each file is opened once for consecutive rows."""
-        for path, group in groupby(locations, lambda location: location[0]):
-            with safe_open(path, "pt") as file:
-                for prefix, in_group in groupby(group, lambda location: location[1]):
-                    values = file.get_slice(prefix + self.name)
-                    # A constant input is written once for all steps.
-                    is_constant = len(values.get_shape()) == 1 + len(self.row_shape)
-                    for _, _, step, row in in_group:
-                        yield values[row : row + 1][0] if is_constant else values[step, row]
-
-
-def open_captured_calls(folder: Path) -> dict[str, RowSource]:
-    """Return every input of the captured calls, with one row per call, by kind, file and step."""
-    locations: dict[int, list[RowLocation]] = {}
-    row_shapes: dict[int, dict[str, torch.Size]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["about"])
-            for prefix, group in about.get("groups", {"": about}).items():
-                names = [name for name in file.keys() if name.startswith(prefix)]
-                counts, shapes = set(), {}
-                for name in names:
-                    shape = file.get_slice(name).get_shape()
-                    name = name.removeprefix(prefix)
-                    count, *row = shape if name in group["constant"] else shape[1:]
-                    shapes[name] = torch.Size(row)
-                    counts.add(count)
-                [count] = counts  # all inputs have the same number of rows
-                kind = 0
-                if CALL_KIND in shapes:
-                    kind = int(file.get_tensor(prefix + CALL_KIND).flatten()[0])
-                row_shapes[kind] = shapes
-                places = locations.setdefault(kind, [])
-                for step in range(group["steps"]):
-                    places += [(path, prefix, step, row) for row in range(count)]
-    columns: dict[str, RowSource] = {}
-    for name in dict.fromkeys(chain.from_iterable(row_shapes.values())):
-        segments: list[RowSource] = []
-        for kind, places in locations.items():
-            if name in row_shapes[kind]:
-                segments.append(CapturedTensor(name, places, row_shapes[kind][name]))
-            else:
-                segments.append(torch.empty(len(places), 0))  # calls of this kind do without it
-        columns[name] = SegmentedRows(segments) if len(segments) > 1 else segments[0]
-    return columns
-
-
 @dataclass
 class MemoryBudget:
     """A budget of host memory for calibration data. Tensors that exceed it are placed in files.
@@ -354,39 +213,6 @@ class MemoryBudget:
         for start in range(0, len(column), batch_size):
             write_rows(loaded, start, column[start : start + batch_size])
         return loaded
-
-
-Columns = dict[str, Tensor | DiskTensor | SegmentedRows]
-
-
-def add_rows(
-    columns: Columns,
-    name: str,
-    start: int,
-    rows: Shaped[Tensor, "n ..."],
-    stops: Sequence[int],
-    memory: MemoryBudget,
-) -> None:
-    """Write rows to a column that is filled in order, and make room for it where a segment begins.
-
-    Args:
-        columns: The columns, to which the column is added with its first rows.
-        name: The name of the column.
-        start: The number of the first row.
-        rows: The rows, which lie within one segment.
-        stops: The number of the row after each segment.
-        memory: The budget for the column.
-    """
-    begins = (0, *stops)
-    if start in begins:
-        count = stops[begins.index(start)] - start
-        segment = memory.allocate(torch.Size([count, *rows.shape[1:]]), rows.dtype)
-        if len(stops) == 1:
-            columns[name] = segment
-        else:
-            earlier = columns[name].segments if start else ()  # pyright: ignore
-            columns[name] = SegmentedRows([*earlier, segment])
-    write_rows(columns[name], start, rows)
 
 
 def write_rows(

@@ -1,11 +1,12 @@
 """Transformer blocks as units that can be called one by one, and the calls that reach them."""
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fp4dit.data.columns import RowIndex, RowSource
@@ -68,6 +69,21 @@ class Unit:
     def select_inputs(self, columns: RowSources, index: RowIndex) -> ActivationState:
         """Return the rows `index` of the activations that the unit reads."""
         return select_rows(select_columns(self.inputs, columns), index)
+
+
+def copy_repeated_modules(model: nn.Module, units: Sequence[Unit]) -> dict[int, nn.Module]:
+    """Copy the modules of the units that an earlier unit contains, or is inside of.
+
+    When it is their turn, layers of the earlier unit are quantized.
+
+    Returns:
+        The modules by the numbers of the units, from 1.
+    """
+    copies = {}
+    for i, unit in enumerate(units):
+        if any(x.contains(unit.module) or unit.contains(x.module) for x in units[:i]):
+            copies[i + 1] = copy.deepcopy(model.get_submodule(unit.module))
+    return copies
 
 
 def make_simple_unit(module: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Unit:

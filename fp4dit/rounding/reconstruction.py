@@ -26,6 +26,7 @@ from fp4dit.models.base import Pipeline
 from fp4dit.models.blocks import (
     RowSources,
     Unit,
+    copy_repeated_modules,
     select_columns,
     split_by_unit,
 )
@@ -37,7 +38,7 @@ from fp4dit.quantization.timestep import TimestepContext
 from fp4dit.rounding.base import Curve, RoundingMethod, check_curve
 from fp4dit.rounding.preparation import prepare_layers
 from fp4dit.rounding.unit_boundary import BoundaryFiles, UnitBoundary
-from fp4dit.rounding.unit_files import load_layers, save_layers, unit_path
+from fp4dit.rounding.unit_files import is_finished, load_layers, save_layers, unit_path
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.files import atomic_write_checksummed, read_json
 from fp4dit.utils.resumable import ResumableTrainers
@@ -128,7 +129,7 @@ class Reconstruction:
         units = [with_timestep(unit, context) for unit in self.pipeline.units()]
         check_all_reached(self.rules, units)
         rules = split_by_unit(self.rules, units)
-        teachers = self.copy_repeated_modules(units)
+        teachers = copy_repeated_modules(self.pipeline.transformer, units)
         files = BoundaryFiles(self.folder / "boundary", self.save_every)
         boundary = self.load_boundary(files, units, columns)
         for number, unit in track(list(enumerate(units, 1))):
@@ -137,9 +138,8 @@ class Reconstruction:
             if number <= boundary.number:
                 reports.append(self.load_unit(path, unit, unit_rules, context))
                 continue
-            teacher = teachers.pop(number, None)
-            if teacher is None:
-                teacher = copy.deepcopy(self.pipeline.transformer.get_submodule(unit.module))
+            module = self.pipeline.transformer.get_submodule(unit.module)
+            teacher = teachers.pop(number, None) or copy.deepcopy(module)
             saved = self.find_saved_rows(path, "targets")
             target = self.propagate(teacher, unit, boundary.original, saved)
             report, outputs = self.reconstruct_unit(
@@ -170,22 +170,6 @@ class Reconstruction:
         if num_finished == len(units):
             return UnitBoundary(num_finished, {}, {})  # nothing is left to propagate
         return files.load(columns, self.memory, num_finished)
-
-    def copy_repeated_modules(self, units: Sequence[Unit]) -> dict[int, nn.Module]:
-        """Copy the original modules of the units that an earlier unit contains, or is inside of.
-
-        When it is their turn, layers of the earlier unit are quantized.
-
-        Returns:
-            The modules by the numbers of the units, from 1.
-        """
-        copies = {}
-        for i, unit in enumerate(units):
-            earlier = units[:i]
-            if any(other.contains(unit.module) or unit.contains(other.module) for other in earlier):
-                module = self.pipeline.transformer.get_submodule(unit.module)
-                copies[i + 1] = copy.deepcopy(module)
-        return copies
 
     def load_unit(
         self, path: Path, unit: Unit, rules: Mapping[str, Rule], context: TimestepContext
@@ -292,11 +276,6 @@ class Reconstruction:
         return propagate_unit(
             module, unit, columns, self.batch_size, device, self.memory, saved=saved
         )
-
-
-def is_finished(path: Path) -> bool:
-    """Return whether the file of a unit's layers exists, and its report beside it."""
-    return path.exists() and path.with_suffix(".json").exists()
 
 
 def get_states(layers: Mapping[str, QuantLayer]) -> dict[str, dict[str, Tensor]]:

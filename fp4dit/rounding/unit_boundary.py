@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp4dit.calibration.saved_rows import SavedRows, count_row_bytes
-from fp4dit.data.columns import Columns, MemoryBudget, RowSource, find_stops
+from fp4dit.data.columns import MemoryBudget, RowSource
+from fp4dit.data.segments import Columns, find_stops
 from fp4dit.models.blocks import RowSources, count_rows
 from fp4dit.utils.save_timer import LONGEST, SaveTimer
 

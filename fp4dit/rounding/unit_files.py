@@ -78,6 +78,11 @@ def unit_path(folder: Path, number: int, unit: Unit) -> Path:
     return folder / f"{number:03}_{unit.module}.safetensors"
 
 
+def is_finished(path: Path) -> bool:
+    """Return whether the file of a unit's layers exists, and its report beside it."""
+    return path.exists() and path.with_suffix(".json").exists()
+
+
 def save_layers(layers: Mapping[str, QuantLayer], path: Path) -> None:
     """Write the state of quantized layers to one file."""
     tensors = {}

@@ -13,7 +13,8 @@ from fp4dit.calibration.dataset import UnitDataset
 from fp4dit.calibration.histograms import copy_weights
 from fp4dit.calibration.propagate import compute_relative_error, propagate_unit
 from fp4dit.calibration.saved_rows import SavedRows
-from fp4dit.data.columns import MemoryBudget, RowSource, select_subset_of
+from fp4dit.data.columns import MemoryBudget, RowSource
+from fp4dit.data.segments import select_subset_of
 from fp4dit.estimate.stages import Estimator, StageCost
 from fp4dit.models.base import Pipeline, PipelineSource
 from fp4dit.models.blocks import split_by_unit

@@ -7,7 +7,7 @@ import torch
 
 from fp4dit.calibration import captured_calls
 from fp4dit.calibration.captured_calls import CapturedSteps
-from fp4dit.data.columns import open_captured_calls
+from fp4dit.data.captured import open_captured_calls
 from fp4dit.models.blocks import count_rows
 from fp4dit.utils.files import checksum_path
 

@@ -9,14 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp4dit.calibration import captured_calls
-from fp4dit.data.columns import (
-    CapturedTensor,
-    DiskTensor,
-    MemoryBudget,
-    RowSource,
-    open_captured_calls,
-    write_rows,
-)
+from fp4dit.data.captured import CapturedTensor, open_captured_calls
+from fp4dit.data.columns import DiskTensor, MemoryBudget, RowSource, write_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool]
 
