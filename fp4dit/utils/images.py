@@ -53,6 +53,9 @@ def save_image(image: Float[Tensor, "*f 3 h w"], path: Path) -> None:
             save_all=True,
             append_images=others,
             duration=FRAME_MILLISECONDS,
+            # Pillow joins equal frames unless they are blended in another way, and opaque frames
+            # look the same in either way.
+            blend=[number % 2 for number in range(len(others) + 1)],
         )
     else:
         first.save(path, format="PNG")
