@@ -97,17 +97,21 @@ class CallKind:
         """The placeholders of rows of the arguments."""
         return list_rows(self.arguments)
 
-    def fill(self, count: int, fill: Callable[[Rows], Tensor]) -> Call:
-        """Make a call with `count` samples, with the rows that `fill` returns."""
-        return Call((), fill_template(self.arguments, count, fill))
+    def fill(self, count: int, fill: Callable[[Rows], Tensor], device: torch.device | str) -> Call:
+        """Make a call with `count` samples on a device, with the rows that `fill` returns."""
+        arguments = map_template(
+            lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, self.arguments
+        )
+        return Call((), fill_template(arguments, count, fill))
 
     def make_call(self, state: ReadOnlyState) -> Call:
         """Make the call whose rows are those of the state."""
-        return self.fill(len(state["timestep"]), lambda rows: state[rows.name])
+        timestep = state["timestep"]
+        return self.fill(len(timestep), lambda rows: state[rows.name], timestep.device)
 
-    def make_example_call(self, count: int) -> Call:
-        """Make a call with `count` equal samples."""
-        return self.fill(count, lambda rows: rows.repeat_example(count))
+    def make_example_call(self, count: int, device: torch.device | str) -> Call:
+        """Make a call with `count` equal samples on a device."""
+        return self.fill(count, lambda rows: rows.repeat_example(count).to(device), device)
 
     def read_call(
         self, transformer: nn.Module, call: Call, by_content: bool

@@ -77,7 +77,8 @@ class GenericAdapter(TransformerAdapter):
         self.cached_units: list[Unit] = []
 
     def meta_call(self, n: int) -> Call:
-        return self.find_first_kind().make_example_call(n)
+        kind = self.find_first_kind()
+        return kind.make_example_call(n, next(self.transformer.parameters()).device)
 
     def initial_state(self, call: Call) -> ActivationState:
         """Return the state of a call, all of whose samples are of one kind."""

@@ -213,7 +213,7 @@ class TransformerTrace:
 
         with self.replace_parts(transformer, replay):
             try:
-                self.kind.fill(count, fill)(transformer)
+                self.kind.fill(count, fill, device)(transformer)
             except PartReached as reached:
                 return reached.call
         raise AssertionError(f"{part} ran when the call was traced, and now it does not run")
@@ -240,7 +240,7 @@ class TransformerTrace:
             inputs[run] = tuple(name for name in names if name in found)
             return fill_template(self.outputs[run], 2, fill)
 
-        call = self.kind.fill(2, fill)
+        call = self.kind.fill(2, fill, device)
         with self.replace_parts(transformer, replay), tracker, torch.no_grad():
             call(transformer)
         return inputs
@@ -253,7 +253,8 @@ def trace_kind(transformer: nn.Module, kind: CallKind, parts: Collection[str]) -
         UserError: if other parts run in another number of samples, or one returns a tensor that
             does not grow with the number of samples.
     """
-    one, two = (record_parts(transformer, kind.make_example_call(n), parts) for n in (1, 2))
+    device = next(transformer.parameters()).device
+    one, two = (record_parts(transformer, kind.make_example_call(n, device), parts) for n in (1, 2))
     class_name = type(transformer).__name__
     if one.keys() != two.keys():
         raise UserError(
