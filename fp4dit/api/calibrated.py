@@ -158,7 +158,7 @@ def load_and_pack_(live: LivePipeline, preset: Preset, folders: Mapping[str, Pat
 
     A copy is packed, which then takes the place of the original, so that an error changes nothing.
     """
-    transformer = copy.deepcopy(live.pipe.transformer)
+    transformer = copy.deepcopy(live.transformer)
     rules = assign_rules(find_layers(transformer), preset.weight)
     _, input_rules = load_quantized_(
         live.adapt(transformer),
@@ -168,7 +168,7 @@ def load_and_pack_(live: LivePipeline, preset: Preset, folders: Mapping[str, Pat
         folders["activations"],
     )
     pack_transformer_(transformer, rules, input_rules)
-    live.pipe.transformer.__dict__.update(transformer.__dict__)
+    live.transformer.__dict__.update(transformer.__dict__)
 
 
 def read_block_errors(path: Path) -> dict[str, float]:

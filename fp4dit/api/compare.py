@@ -112,7 +112,8 @@ def compose_and_check(
     """
     preset = compose_for_pipeline(pipe, method, overrides, **options)
     check_quantizes(preset)
-    assign_rules(find_layers(pipe.transformer), preset.weight)  # pyright: ignore
+    transformer = getattr(pipe, preset.source.component)
+    assign_rules(find_layers(transformer), preset.fit(transformer).weight)
     return preset
 
 
@@ -173,6 +174,11 @@ def draw_images(
     images = []
     for batch in batch_prompts(list(prompts), options.batch_size, options.seed):
         drawn = adapter.sample(batch.prompts, batch.seeds, options.steps, options.guidance)
+        if drawn.ndim > 4:
+            raise UserError(
+                f"compare draws images, and this {type(pipe).__name__} draws videos: use the "
+                "commands, as in docs/guides/your-model.md"
+            )
         images += [to_pil_image(image.cpu().clamp(0, 1)) for image in drawn]
     return images
 

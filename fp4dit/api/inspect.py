@@ -34,7 +34,7 @@ def inspect(
         >>> print(fp4dit.inspect("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "nvfp4_4over6"))
     """
     if isinstance(pipe_or_path, DiffusionPipeline):
-        check_components(pipe_or_path, (TRANSFORMER,))
+        check_components(pipe_or_path, (TRANSFORMER,), overrides)
         preset = compose_for_pipeline(pipe_or_path, method, overrides)
         source: PipelineSource = LivePipeline.register(pipe_or_path, preset.source)
         name = type(pipe_or_path).__name__
@@ -47,5 +47,6 @@ def inspect(
         source = preset.source
         source.check([])
     check_quantizes(preset)
+    preset = preset.fit(source.build_on_meta().transformer)
     audit = audit_transformer(source, preset.weight, preset.activation)
     return QuantizationReport(method, name, {TRANSFORMER: audit})

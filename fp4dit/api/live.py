@@ -14,9 +14,10 @@ from torch import nn
 
 from fp4dit.models.adapter import TransformerAdapter
 from fp4dit.models.generic import GenericAdapter
+from fp4dit.models.hub_files import TRANSFORMER
 from fp4dit.models.pretrained import PretrainedSource
-from fp4dit.packed.quantize import copy_to_meta
 from fp4dit.utils.errors import UserError
+from fp4dit.utils.modules import copy_to_meta
 
 # The pipelines that stages can use now, by a name. A stage's config holds plain values, and so the
 # name stands for the pipeline there.
@@ -51,7 +52,7 @@ class LivePipeline:
             by_content: Name it by the hash of its transformer, so that another process gives an
                 equal pipeline the same name; otherwise by random digits.
         """
-        transformer: Any = pipe.transformer  # pyright: ignore[reportAttributeAccessIssue]
+        transformer: Any = getattr(pipe, source.component)
         digest = hash_module(transformer) if by_content else uuid4().hex[:16]
         _pipelines[digest] = pipe
         return cls(digest, source)
@@ -62,30 +63,35 @@ class LivePipeline:
         return _pipelines[self.digest]
 
     @property
+    def transformer(self) -> Any:
+        """The transformer that is quantized."""
+        return getattr(self.pipe, self.source.component)
+
+    @property
     def draws_from_embeddings(self) -> bool:
         return self.source.draws_from_embeddings
 
     def load(self) -> TransformerAdapter:
         """Return an adapter of a copy of the transformer; all other components are shared."""
-        return self.adapt(copy.deepcopy(self.pipe.transformer))
+        return self.adapt(copy.deepcopy(self.transformer))
 
     def adapt(self, transformer: Any) -> TransformerAdapter:
         """Return an adapter of a transformer, with the other components of the pipeline."""
-        pipe = replace_transformer(self.pipe, transformer)
+        pipe = replace_transformer(self.pipe, transformer, self.source.component)
         adapter = self.source.make_adapter(transformer, pipe)
         adapter.device = self.pipe.device
         return adapter
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raise a UserError if the transformer is quantized already."""
-        check_not_quantized(self.pipe.transformer)
+        check_not_quantized(self.transformer)
 
     def check_text_encoder(self) -> None:
         """Do nothing: the text encoder is quantized apart from the stages."""
 
     def build_on_meta(self) -> TransformerAdapter:
         """Build the transformer alone on the meta device, without weights."""
-        original = self.pipe.transformer
+        original = self.transformer
         # Unlike accelerate's `init_empty_weights`, this changes nothing for other threads.
         skeleton: Any = copy_to_meta(original)
         adapter = self.source.make_adapter(skeleton)
@@ -94,11 +100,11 @@ class LivePipeline:
         return adapter
 
 
-def replace_transformer(pipe: Any, transformer: Any) -> Any:
+def replace_transformer(pipe: Any, transformer: Any, component: str = TRANSFORMER) -> Any:
     """Return a pipeline with another transformer, which shares all other components."""
     clone = copy.copy(pipe)
     # `setattr` would change the configs that the copy shares with the original pipeline.
-    clone.__dict__["transformer"] = transformer
+    clone.__dict__[component] = transformer
     return clone
 
 

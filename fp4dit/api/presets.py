@@ -14,9 +14,12 @@ from diffusers import DiffusionPipeline
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
 from fp4dit.api.families import find_lower_tokens, find_model_option
+from fp4dit.models.adapter import find_guidance_name
 from fp4dit.models.pretrained import PretrainedSource
+from fp4dit.quantization.roles import resolve_roles
 from fp4dit.quantization.rules import Rule
 from fp4dit.rounding.base import RoundingMethod
 from fp4dit.rounding.data_free import explain_data_need
@@ -80,6 +83,17 @@ class Preset:
             return f"its stage {stage} trains the rounded weights"
         return explain_data_need(self.weight, self.activation, self.rounding)
 
+    def fit(self, model: nn.Module) -> "Preset":
+        """Return the preset with rules for the names of a model's layers in place of their roles.
+
+        Args:
+            model: The transformer before it is quantized, possibly on the meta device.
+        """
+        fitted = Preset(self.method, self.config)
+        for name in ("weight", "activation"):
+            fitted.__dict__[name] = resolve_roles(getattr(self, name), model)
+        return fitted
+
     def _instantiate(self, group: str) -> Any:
         with explain_config_errors():
             return instantiate_node(group, self.config[group])
@@ -139,8 +153,9 @@ def compose_for_pipeline(
     parameters = signature(type(pipe).__call__).parameters
     if steps is None and "num_inference_steps" in parameters:
         steps = parameters["num_inference_steps"].default
-    if guidance is None and "guidance_scale" in parameters:
-        guidance = parameters["guidance_scale"].default
+    name = find_guidance_name(parameters)
+    if guidance is None and name is not None:
+        guidance = parameters[name].default
     class_name, tokenizer = type(pipe).__name__, pipe.components.get("tokenizer")
     limit = getattr(tokenizer, "model_max_length", None)
     preset = compose_preset(

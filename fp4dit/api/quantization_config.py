@@ -76,6 +76,7 @@ class QuantizationConfig(OnLoadConfigMixin, DiffusersConfigMixin, TransformersCo
         if isinstance(model, ModelMixin):
             rounding = preset.rounding.elementwise_rounding
             assert rounding is not None, "the preset needs no data"
+            preset = preset.fit(model)
             return assign_transformer_rules(model, preset.weight, preset.activation, rounding)
         return assign_text_encoder_rules(model, preset.text_encoder)
 

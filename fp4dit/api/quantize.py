@@ -15,6 +15,7 @@ from fp4dit.api.presets import Preset, compose_for_pipeline
 from fp4dit.api.report import TRANSFORMER, QuantizationReport
 from fp4dit.api.settings import keep_torch_settings
 from fp4dit.estimate.audit import audit_transformer
+from fp4dit.models.generic import check_transformer_chosen
 from fp4dit.packed.encoding.schema import to_tagged_json
 from fp4dit.packed.export import count_state_bytes, quantize_encoder_, quantize_to_nearest_
 from fp4dit.packed.quantize import assign_text_encoder_rules
@@ -74,7 +75,7 @@ def quantize(
         >>> fp4dit.quantize(pipe, "fp4dit", prompts=["a red bicycle", "two cats on a sofa", ...])
     """
     start = time.monotonic()
-    check_components(pipe, components)
+    check_components(pipe, components, overrides)
     options = {"steps": steps, "guidance": guidance, "seed": seed}
     preset = compose_for_pipeline(pipe, method, overrides, **options)
     audits: dict[str, ModelAudit] = {}
@@ -104,9 +105,14 @@ def quantize_transformer_(
     """
     check_quantizes(preset)
     check_storable(preset)
+    present = [name for name, component in pipe.components.items() if component is not None]
+    check_transformer_chosen(
+        f"this {type(pipe).__name__}", present, preset.config.model.get("transformer")
+    )
     live = LivePipeline.register(pipe, preset.source, by_content=work_dir is not None)
+    transformer, errors = live.transformer, {}
+    preset = preset.fit(transformer)
     audit = audit_transformer(live, preset.weight, preset.activation)
-    transformer, errors = live.pipe.transformer, {}
     if preset.data_need is None:
         rounding = preset.rounding.elementwise_rounding
         assert rounding is not None
@@ -149,8 +155,15 @@ def check_quantizes(preset: Preset) -> None:
         raise UserError(f"{preset.method} does not quantize a trained model: choose another method")
 
 
-def check_components(pipe: DiffusionPipeline, names: Sequence[str]) -> None:
+def check_components(
+    pipe: DiffusionPipeline, names: Sequence[str], overrides: Sequence[str] = ()
+) -> None:
     """Check that a pipeline has the components, and that they can be quantized where they are.
+
+    Args:
+        pipe: The pipeline.
+        names: The names of the components.
+        overrides: Overrides, one of which may choose another transformer.
 
     Raises:
         UserError: if not.
@@ -172,7 +185,11 @@ def check_components(pipe: DiffusionPipeline, names: Sequence[str]) -> None:
                 f"components: this {type(pipe).__name__} has no {name} that can be quantized; it "
                 f"has {', '.join(possible) or 'none'}"
             )
-        check_quantizable_component(pipe.components[name])
+        chosen = name
+        for override in overrides if name == TRANSFORMER else ():
+            if override.startswith("model.transformer="):
+                chosen = override.partition("=")[2]
+        check_quantizable_component(pipe.components.get(chosen))
 
 
 def check_quantizable_component(component: Any) -> None:

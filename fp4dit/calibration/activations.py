@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fp4dit.models.base import Pipeline
-from fp4dit.models.blocks import ActivationState, flatten_outputs
+from fp4dit.models.blocks import ActivationState
 from fp4dit.quantization.audit import LayerAudit
 from fp4dit.quantization.fake_quant import FakeQuantize, TimestepFakeQuantize
 from fp4dit.quantization.rules import Rule
@@ -73,7 +73,8 @@ class ReplayTask(L.LightningModule):
 
         with hook_activations(self.activations, hook):
             for unit in self.pipeline.units():
-                outputs = flatten_outputs(unit.make_call(state)(model.get_submodule(unit.module)))
+                output = unit.make_call(state)(model.get_submodule(unit.module))
+                outputs = unit.read_outputs(output, len(state["timestep"]))
                 state = state | dict(zip(unit.outputs, outputs, strict=True))
 
     def get_progress(self) -> dict[str, Any]:

@@ -1,17 +1,20 @@
 """Capture the inputs of the transformer while the real sampler runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import lightning as L
 import torch
+from torch import nn
 
 from fp4dit.calibration.captured_calls import save_calls
+from fp4dit.data.captured import CALL_KIND
 from fp4dit.models.base import Pipeline
 from fp4dit.models.blocks import ActivationState
 from fp4dit.models.nan_guard import nan_guard
 from fp4dit.utils import calls
+from fp4dit.utils.calls import Call, read_timestep
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.resumable_calls import resume_calls
 
@@ -131,14 +134,46 @@ class CaptureTask(L.LightningModule):
             calls.record_calls(model) as recorded,
         ):
             pipeline.sample(batch.prompts, batch.seeds, self.steps, self.guidance)
-        count = min(self.num_kept or len(recorded), len(recorded))
-        kept_steps = torch.linspace(0, len(recorded) - 1, count).round().int()
-        captured = [pipeline.initial_state(recorded[i]) for i in kept_steps]
-        rows = len(captured[0]["timestep"])  # with guidance each prompt has two rows
-        prompt_numbers = (torch.arange(rows) % len(batch.prompts)) + batch.first
-        states = []
-        for state in captured:
-            on_cpu = {name: value.cpu() for name, value in state.items()}
-            states.append(on_cpu | {"prompt": prompt_numbers})
-        save_calls(self.transform(states, batch), path)
+        groups = []
+        for states in self.group_states(recorded, batch):
+            groups.append(self.transform(states, batch))
+        pipeline.save_call_kinds(path)
+        save_calls(groups, path)
         resume_path.unlink(missing_ok=True)
+
+    def group_states(
+        self, recorded: Sequence[Call], batch: PromptBatch
+    ) -> Iterable[list[ActivationState]]:
+        """Return the inputs at each kept step, for each group of rows whose shapes are equal."""
+        if not recorded:
+            class_name = type(self.pipeline.transformer).__name__
+            raise UserError(
+                f"the sampler called this {class_name} in none of its {self.steps} steps: give it "
+                "more, with calibration.steps"
+            )
+        steps = group_by_step(self.pipeline.transformer, recorded)
+        count = min(self.num_kept or len(steps), len(steps))
+        groups: dict[tuple, list[ActivationState]] = {}
+        for i in torch.linspace(0, len(steps) - 1, count).round().int():
+            for number, call in enumerate(steps[i]):
+                for rows, state in self.pipeline.read_states(call):
+                    # With guidance each prompt has two rows.
+                    prompts = (rows % len(batch.prompts)) + batch.first
+                    on_cpu = {name: value.cpu() for name, value in state.items()}
+                    kind = [] if CALL_KIND not in state else state[CALL_KIND].tolist()
+                    key = (number, *kind, *rows.tolist())
+                    groups.setdefault(key, []).append(on_cpu | {"prompt": prompts})
+        return groups.values()
+
+
+def group_by_step(transformer: nn.Module, recorded: Sequence[Call]) -> list[list[Call]]:
+    """Group the calls of a sampler by its steps: consecutive calls at the same timestep."""
+    steps: list[list[Call]] = []
+    latest = None
+    for call in recorded:
+        timestep = read_timestep(transformer, call).flatten()[0].item()
+        if timestep != latest:
+            steps.append([])
+        steps[-1].append(call)
+        latest = timestep
+    return steps

@@ -3,15 +3,18 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fp4dit.data.columns import CapturedTensor, MemoryBudget, RowSource, open_captured_calls
+from fp4dit.data.captured import CALL_KIND, open_captured_calls
+from fp4dit.data.columns import MemoryBudget, RowSource, SegmentedRows
 from fp4dit.models.blocks import ActivationState, RowSources, select_rows
 from fp4dit.utils.files import atomic_write_checksummed
+from fp4dit.utils.pytree_io import unshare_memory
 from fp4dit.utils.safetensors_io import save_tensors
 
 
@@ -28,11 +31,13 @@ class CapturedSteps(Dataset[ActivationState]):
         tensor([999, 999])
     """
 
-    def __init__(self, columns: Mapping[str, CapturedTensor], index: Int[Tensor, "n"]) -> None:
-        locations = next(iter(columns.values())).locations
-        by_step: dict[tuple[Path, int], list[int]] = {}
+    def __init__(self, columns: Mapping[str, RowSource], index: Int[Tensor, "n"]) -> None:
+        first = columns.get(CALL_KIND, next(iter(columns.values())))
+        segments: Sequence[Any] = first.segments if isinstance(first, SegmentedRows) else [first]
+        locations = [location for segment in segments for location in segment.locations]
+        by_step: dict[tuple, list[int]] = {}
         for i in index.tolist():
-            by_step.setdefault(locations[i][:2], []).append(i)
+            by_step.setdefault(locations[i][:-1], []).append(i)
         self.columns, self.steps = columns, [torch.tensor(rows) for rows in by_step.values()]
 
     def __len__(self) -> int:
@@ -42,25 +47,33 @@ class CapturedSteps(Dataset[ActivationState]):
         return select_rows(self.columns, self.steps[index])
 
 
-def save_calls(states: Sequence[Mapping[str, Tensor]], path: Path) -> None:
+def save_calls(groups: Sequence[Sequence[Mapping[str, Tensor]]], path: Path) -> None:
     """Write the model's inputs at consecutive denoising steps to one file.
 
     A tensor that is the same at every step, such as the text, is written once.
     `fp4dit.data.columns.open_captured_calls` reads the file.
+
+    Args:
+        groups: The inputs at each step, for each group of rows whose shapes are equal.
+        path: The file.
     """
     tensors: dict[str, Tensor] = {}
-    constant = []
-    for name in states[0]:
-        values = [state[name] for state in states]
-        if all(torch.equal(value, values[0]) for value in values):
-            constant.append(name)
-            tensors[name] = values[0]
-        else:
-            tensors[name] = torch.stack(values)
+    about: dict[str, Any] = {}
+    for number, states in enumerate(groups):
+        prefix = f"{number}/" if len(groups) > 1 else ""
+        constant = []
+        for name in states[0]:
+            values = [state[name] for state in states]
+            if all(torch.equal(value, values[0]) for value in values):
+                constant.append(name)
+                tensors[prefix + name] = values[0]
+            else:
+                tensors[prefix + name] = torch.stack(values)
+        about[prefix] = {"steps": len(states), "constant": constant}
+    about = {"groups": about} if len(groups) > 1 else about[""]
     # The metadata is one entry, because safetensors writes several entries in an arbitrary order.
-    about = json.dumps({"steps": len(states), "constant": constant})
     with atomic_write_checksummed(path) as part:
-        save_tensors(tensors, part, {"about": about})
+        save_tensors(unshare_memory(tensors), part, {"about": json.dumps(about)})
 
 
 def load_calls(folder: Path, memory: MemoryBudget | None = None) -> dict[str, RowSource]:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import count
 from typing import TypeVar
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fp4dit.data.columns import MemoryBudget
+from fp4dit.data.segments import find_stops, split_index
 from fp4dit.models.blocks import (
     ActivationState,
     RowSources,
@@ -91,6 +91,8 @@ class UnitDataset:
 class UnitBatches(IterableDataset[UnitBatch]):
     """Endless batches of a unit's training rows, with each row once per epoch.
 
+    Rows of different shapes are in different batches.
+
     A thread reads the next batch while the current one is used, if rows lie in files or are copied
     to a GPU.
 
@@ -121,15 +123,28 @@ class UnitBatches(IterableDataset[UnitBatch]):
     def iter_batches(self) -> Iterator[UnitBatch]:
         """Yield the batches without a thread and without pinned memory."""
         generator = torch.Generator().manual_seed(self.seed)
-        rows = self.dataset.train_rows
-        remaining = rows[:0]
-        for number in count():
-            while len(remaining) < self.batch_size:
-                epoch = rows[torch.randperm(len(rows), generator=generator)]
-                remaining = torch.cat([remaining, epoch])
-            index, remaining = remaining[: self.batch_size], remaining[self.batch_size :]
+        for number, index in enumerate(self.iter_indices(generator)):
             if number >= self.num_skipped:
                 yield self.dataset.select(index)
+
+    def iter_indices(self, generator: torch.Generator) -> Iterator[Int[Tensor, "b"]]:
+        """Yield the rows of each batch. All rows of a batch are of one segment of the columns."""
+        rows = self.dataset.train_rows
+        remaining: dict[int, Tensor] = {}
+        while True:
+            epoch = rows[torch.randperm(len(rows), generator=generator)]
+            for part in split_index(self.dataset.inputs, epoch):
+                segment = int(torch.bucketize(part[0], self.stops, right=True))
+                queue = torch.cat([remaining.get(segment, rows[:0]), part])
+                while len(queue) >= self.batch_size:
+                    yield queue[: self.batch_size]
+                    queue = queue[self.batch_size :]
+                remaining[segment] = queue
+
+    @property
+    def stops(self) -> Int[Tensor, "s"]:
+        """The number of the row after each segment of the columns."""
+        return torch.tensor(find_stops(self.dataset.inputs))
 
 
 def prefetch(items: Iterator[T]) -> Iterator[T]:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fp4dit.calibration.dataset import UnitDataset
+from fp4dit.data.segments import iter_batches
 from fp4dit.quantization.layers import QuantLayer
 from fp4dit.utils.calls import remove_hooks
 
@@ -52,7 +53,7 @@ def iter_layer_inputs(
     for i, layer in enumerate(layers):
         hooks.append(layer.input_fake_quant.register_forward_hook(partial(hook, i)))
     with remove_hooks(hooks):
-        for batch in index.split(batch_size):
+        for batch in iter_batches(dataset.inputs, index, batch_size):
             inputs[:] = [None] * len(layers)
             dataset.make_call(batch, layers[0].weight.device)(module)
             yield [group_by_row(x, len(batch)) for x in inputs]

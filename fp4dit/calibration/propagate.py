@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from fp4dit.calibration.saved_rows import Columns, SavedRows
-from fp4dit.data.columns import MemoryBudget, RowSource, write_rows
+from fp4dit.calibration.saved_rows import SavedRows
+from fp4dit.data.columns import MemoryBudget, RowSource
+from fp4dit.data.segments import Columns, add_rows, find_stops, iter_batches, iter_slices
 from fp4dit.models.blocks import (
     ReadOnlyState,
     RowSources,
     Unit,
     count_rows,
-    flatten_outputs,
     to_device,
 )
 from fp4dit.models.nan_guard import nonfinite_error
@@ -72,7 +72,7 @@ def propagate_unit(
     batch_size: int,
     device: torch.device | str,
     memory: MemoryBudget | None = None,
-    progress: Callable[[range], Iterable[int]] = iter,
+    progress: Callable[[list[slice]], Iterable[slice]] = iter,
     saved: SavedRows | None = None,
 ) -> dict[str, RowSource]:
     """Compute the outputs of a unit for every row.
@@ -84,32 +84,29 @@ def propagate_unit(
         batch_size: The number of rows of one forward pass.
         device: The device of `module`.
         memory: The budget for the outputs. Outputs that exceed it lie in files.
-        progress: Wraps the range of the batches, for example in a progress bar.
+        progress: Wraps the list of the batches, for example in a progress bar.
         saved: The rows that a killed run has computed. Further rows are added while they are
             computed.
 
     Raises:
         UserError: if an output is NaN or infinite.
     """
-    memory, total = memory or MemoryBudget(), count_rows(columns)
+    memory, stops = memory or MemoryBudget(), find_stops(columns)
     outputs: Columns = {}
     first = 0
     if saved is not None:
-        outputs, first = saved.load(total, memory)
-    for start in progress(range(first, total, batch_size)):
-        index = slice(start, start + batch_size)
+        outputs, first = saved.load(stops, memory)
+    for index in progress(list(iter_slices(stops, first, batch_size))):
         call = unit.make_call(to_device(device, unit.select_inputs(columns, index)))
-        for name, output in zip(unit.outputs, flatten_outputs(call(module)), strict=True):
+        values = unit.read_outputs(call(module), index.stop - index.start)
+        for name, output in zip(unit.outputs, values, strict=True):
             is_bad = ~output.isfinite().flatten(1).all(1)  # for each row
             if is_bad.any():
                 timestep = columns["timestep"][index][is_bad.cpu()][0]
-                raise nonfinite_error(unit.module, float(timestep))
-            if name not in outputs:
-                shape = torch.Size([total, *output.shape[1:]])
-                outputs[name] = memory.allocate(shape, output.dtype)
-            write_rows(outputs[name], start, output.cpu())
+                raise nonfinite_error(unit.label, float(timestep))
+            add_rows(outputs, name, index.start, output.cpu(), stops, memory)
         if saved is not None:
-            saved.save_if_due(outputs, min(start + batch_size, total))
+            saved.save_if_due(outputs, index.stop)
     return {**outputs}
 
 
@@ -127,7 +124,7 @@ def compute_relative_error(
     index = torch.arange(count_rows(targets)) if index is None else index
     noise = signal = 0.0
     for name, column in targets.items():
-        for batch in index.split(size):
+        for batch in iter_batches(targets, index, size):
             target = column[batch].double()
             noise += (outputs[name][batch].double() - target).square().sum().item()
             signal += target.square().sum().item()

@@ -1,21 +1,17 @@
 """Rows of activations that are saved while they are computed, so that a killed run reads them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from fp4dit.data.columns import DiskTensor, MemoryBudget, RowSource, write_rows
+from fp4dit.data.columns import MemoryBudget, RowSource
+from fp4dit.data.segments import Columns, add_rows, find_stops, iter_slices
 from fp4dit.models.blocks import select_rows
 from fp4dit.utils import pytree_io
 from fp4dit.utils.resumable import load_checkpoint
 from fp4dit.utils.save_timer import LONGEST, SaveTimer
 
 FILE_BYTES = 1 << 27  # a file is held in memory while it is written or read
-
-Columns = dict[str, Tensor | DiskTensor]
 
 
 class SavedRows:
@@ -33,7 +29,7 @@ class SavedRows:
 
     Example:
         >>> saved = SavedRows(Path("draft/targets"))
-        >>> columns, first = saved.load(total=1280, memory=MemoryBudget())
+        >>> columns, first = saved.load(stops=(1280,), memory=MemoryBudget())
         >>> for start in range(first, 1280, 16):
         ...     compute_rows(columns, start, start + 16)
         ...     saved.save_if_due(columns, start + 16)
@@ -43,8 +39,13 @@ class SavedRows:
         self.folder, self.timer = folder, SaveTimer(seconds)
         self.num_saved = 0
 
-    def load(self, total: int, memory: MemoryBudget) -> tuple[Columns, int]:
-        """Return columns of `total` rows with the rows that were saved, and the number of these."""
+    def load(self, stops: Sequence[int], memory: MemoryBudget) -> tuple[Columns, int]:
+        """Return columns with the rows that were saved, and the number of these rows.
+
+        Args:
+            stops: The number of the row after each segment of the columns.
+            memory: The budget for the columns.
+        """
         columns: Columns = {}
         self.num_saved = 0
         for path in sorted(self.folder.glob("*.safetensors")):
@@ -53,11 +54,7 @@ class SavedRows:
                 path.unlink()  # its rows are computed again
                 continue
             for name, rows in content["rows"].items():
-                if name not in columns:
-                    columns[name] = memory.allocate(
-                        torch.Size([total, *rows.shape[1:]]), rows.dtype
-                    )
-                write_rows(columns[name], self.num_saved, rows)
+                add_rows(columns, name, self.num_saved, rows, stops, memory)
             self.num_saved = content["stop"]
         return columns, self.num_saved
 
@@ -73,12 +70,12 @@ class SavedRows:
             OSError: if they cannot be written.
         """
         step = max(1, FILE_BYTES // max(1, count_row_bytes(columns)))
-        for first in range(self.num_saved, stop, step):
-            end = min(first + step, stop)
-            content: dict[str, Any] = {"first": first, "stop": end}
-            content["rows"] = select_rows(columns, slice(first, end))
-            pytree_io.save_tree(content, self.folder / f"{first:09}.safetensors")
-            self.num_saved = end
+        stops = [min(end, stop) for end in find_stops(columns)]
+        for rows in iter_slices(stops, self.num_saved, step):
+            content: dict[str, Any] = {"first": rows.start, "stop": rows.stop}
+            content["rows"] = select_rows(columns, rows)
+            pytree_io.save_tree(content, self.folder / f"{rows.start:09}.safetensors")
+            self.num_saved = rows.stop
 
 
 def count_row_bytes(columns: Mapping[str, RowSource]) -> int:

@@ -1,6 +1,7 @@
 """Prompts, prompt embeddings, and rows of calibration data in memory or in files."""
 
-from fp4dit.data.columns import CapturedTensor, DiskTensor, MemoryBudget, RowSource, RowSubset
+from fp4dit.data.captured import CapturedTensor
+from fp4dit.data.columns import DiskTensor, MemoryBudget, RowSource, RowSubset
 from fp4dit.data.embeddings import PromptEmbeddings
 from fp4dit.data.prompts import (
     Prompt,

@@ -1,24 +1,19 @@
 """Rows of calibration data, one for each captured call: in memory, or in files if too large."""
 
-import json
 import mmap
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int, Shaped
-from safetensors import safe_open
 from torch import Tensor
 
 RowIndex = slice | Int[Tensor, "n"]
-
-# The place of a row in captured calls: the file, the step, and the number within the step.
-RowLocation = tuple[Path, int, int]
 
 
 @runtime_checkable
@@ -107,62 +102,49 @@ class RowSubset:
 
 
 @dataclass(frozen=True)
-class CapturedTensor:
-    """Input of the captured calls, read from the files of `captured_calls.save_calls`.
+class SegmentedRows:
+    """Rows whose shapes differ, as segments that each have rows of one shape.
 
-    Args:
-        name: The name of the input in the files.
-        locations: The place of each row.
-        row_shape: The shape of one row.
+    Rows of different segments can be read at once only if their shapes are equal.
+
+    Attributes:
+        segments: The rows of each segment.
 
     Example:
-        >>> open_captured_calls(Path("outputs/store/capture/0123/calls"))["latent"][:4].shape
-        torch.Size([4, 4, 64, 64])
+        >>> rows = SegmentedRows([torch.zeros(3, 7), torch.zeros(2, 9)])
+        >>> len(rows), rows.stops, rows[3:5].shape
+        (5, (3, 5), torch.Size([2, 9]))
     """
 
-    name: str
-    locations: Sequence[RowLocation]
-    row_shape: torch.Size
+    segments: Sequence[RowSource]
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size([len(self), *self.row_shape])
+        """The shape of the column, with the row shape of its first segment."""
+        return torch.Size([len(self), *self.segments[0].shape[1:]])
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The number of the row after each segment."""
+        return tuple(accumulate(map(len, self.segments)))
 
     def __len__(self) -> int:
-        return len(self.locations)
+        return sum(map(len, self.segments))
 
     def __getitem__(self, index: RowIndex) -> Shaped[Tensor, "n ..."]:
-        numbers = range(len(self))[index] if isinstance(index, slice) else index.tolist()
-        return torch.stack(list(self.iter_rows([self.locations[i] for i in numbers])))
-
-    def iter_rows(self, locations: Sequence[RowLocation]) -> Iterator[Tensor]:
-        """Read rows one by one. Each file is opened once for consecutive rows."""
-        for path, group in groupby(locations, lambda location: location[0]):
-            with safe_open(path, "pt") as file:
-                values = file.get_slice(self.name)
-                # A constant input is written once for all steps.
-                is_constant = len(values.get_shape()) == 1 + len(self.row_shape)
-                for _, step, row in group:
-                    yield values[row : row + 1][0] if is_constant else values[step, row]
-
-
-def open_captured_calls(folder: Path) -> dict[str, CapturedTensor]:
-    """Return every input of the captured calls, with one row per call, by file and step."""
-    locations: list[RowLocation] = []
-    row_shapes: dict[str, torch.Size] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["about"])
-            counts = set()
-            for name in file.keys():
-                shape = file.get_slice(name).get_shape()
-                count, *row = shape if name in about["constant"] else shape[1:]
-                row_shapes[name] = torch.Size(row)
-                counts.add(count)
-        [count] = counts  # all inputs have the same number of rows
-        for step in range(about["steps"]):
-            locations += [(path, step, row) for row in range(count)]
-    return {name: CapturedTensor(name, locations, shape) for name, shape in row_shapes.items()}
+        numbers = torch.arange(len(self))[index] if isinstance(index, slice) else index
+        if not len(numbers):
+            return self.segments[0][:0]
+        owners = torch.bucketize(numbers, torch.tensor(self.stops), right=True)
+        parts, places = [], []
+        for owner in owners.unique().tolist():
+            start = (0, *self.stops)[owner]
+            place = (owners == owner).nonzero().flatten()
+            parts.append(self.segments[owner][numbers[place] - start])
+            places.append(place)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts)[torch.cat(places).argsort()]
 
 
 @dataclass
@@ -200,15 +182,21 @@ class MemoryBudget:
         Returns:
             The column, or None if there is no part.
         """
-        column, start = None, 0
-        for part in parts:
-            if column is None:
-                column = self.allocate(torch.Size([count, *part.shape[1:]]), part.dtype)
-            write_rows(column, start, part.cpu())
-            start += len(part)
-        if column is None or start == count:
-            return column
-        return RowSubset(column, torch.arange(start))
+        segments = []
+        # Parts of equal shapes follow one another.
+        for shape, equal in groupby(parts, lambda part: part.shape[1:]):
+            column, start = None, 0
+            for part in equal:
+                if column is None:
+                    column = self.allocate(torch.Size([count, *shape]), part.dtype)
+                write_rows(column, start, part.cpu())
+                start += len(part)
+            assert column is not None
+            is_full = start == count
+            segments.append(column if is_full else RowSubset(column, torch.arange(start)))
+        if len(segments) < 2:
+            return segments[0] if segments else None
+        return SegmentedRows(segments)
 
     def release(self, size: int) -> None:
         """Subtract the bytes of a deleted column from the memory in use."""
@@ -216,6 +204,8 @@ class MemoryBudget:
 
     def load(self, column: RowSource, batch_size: int = 64) -> RowSource:
         """Return the column in memory if the budget allows it; otherwise return it unchanged."""
+        if isinstance(column, SegmentedRows):
+            return SegmentedRows([self.load(part, batch_size) for part in column.segments])
         first = column[:1]
         if self.used_bytes + first.nbytes * len(column) > self.limit_bytes:
             return column
@@ -225,9 +215,17 @@ class MemoryBudget:
         return loaded
 
 
-def write_rows(column: Tensor | DiskTensor, start: int, rows: Shaped[Tensor, "n ..."]) -> None:
-    """Write consecutive rows of a column, from row `start` on."""
+def write_rows(
+    column: Tensor | DiskTensor | SegmentedRows, start: int, rows: Shaped[Tensor, "n ..."]
+) -> None:
+    """Write consecutive rows of a column, from row `start` on. They lie within one segment."""
     if isinstance(column, Tensor):
         column[start : start + len(rows)] = rows
-    else:
+    elif isinstance(column, DiskTensor):
         column.write(start, rows)
+    else:
+        for segment in column.segments:
+            if start < len(segment):
+                write_rows(segment, start, rows)  # pyright: ignore[reportArgumentType]
+                return
+            start -= len(segment)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fp4dit.models.base import Pipeline
-from fp4dit.models.blocks import ReadOnlyState, filter_by_unit, flatten_outputs
+from fp4dit.models.blocks import ReadOnlyState, split_by_unit
 from fp4dit.quantization.apply import (
     find_activation_slots,
     quantize_activations_,
@@ -137,10 +137,10 @@ class FusedAttention(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ):
         options = dict(kwargs or {})
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **options)
         names = ("query", "key", "value", "attn_mask")
         arguments = dict(zip(names, args, strict=False)) | options
+        if func is not F.scaled_dot_product_attention or not arguments["query"].is_meta:
+            return func(*args, **options)
         operands = (arguments.get(name) for name in names)
         return torch.ops.aten._scaled_dot_product_efficient_attention(*operands, True)[0]
 
@@ -154,25 +154,26 @@ def measure_footprint(pipeline: Pipeline, weight: Sequence[Rule] = ()) -> ModelF
         pipeline: A pipeline on the meta device. Layers are replaced by quantized ones in place.
         weight: The rules for weights.
     """
+    call = pipeline.meta_call(1)
     model = pipeline.transformer
     parameter_bytes = sum(p.nbytes for p in model.parameters())
     layers = insert_plain_layers_(model, weight)
     shapes = record_activation_shapes(model)
-    state = pipeline.initial_state(pipeline.meta_call(1))
+    state = pipeline.initial_state(call)
     input_bytes = count_bytes(state)
     units: list[UnitFootprint] = []
     costs: dict[Hashable, tuple[int, int, int]] = {}
-    for unit in pipeline.units():
+    all_units = pipeline.units()
+    for unit, unit_layers in zip(all_units, split_by_unit(layers, all_units), strict=True):
         call, module = unit.make_call(state), model.get_submodule(unit.module)
         key = describe_call(module, call)
         if key not in costs:  # a model has many blocks of one kind
             costs[key] = (*measure_forward(module, call), measure_saved_bytes(module, call))
-        outputs = dict(zip(unit.outputs, flatten_outputs(call(module)), strict=True))
-        unit_layers = list(filter_by_unit(layers, unit).values())
+        values = unit.read_outputs(call(module), 1)
+        outputs = dict(zip(unit.outputs, values, strict=True))
         output_bytes = count_bytes(outputs)
-        units.append(
-            UnitFootprint(unit.module, unit.inputs, *costs[key], output_bytes, unit_layers)
-        )
+        footprint = *costs[key], output_bytes, list(unit_layers.values())
+        units.append(UnitFootprint(unit.module, unit.inputs, *footprint))
         state = state | outputs
     return ModelFootprint(input_bytes, units, shapes, parameter_bytes)
 
@@ -193,9 +194,11 @@ def measure_activation_shapes(
         pipeline: A pipeline on the meta device. Layers are replaced by quantized ones in place.
         weight: The rules for weights.
     """
+    call = pipeline.meta_call(1)  # first, because the model may be replaced by one with weights
     insert_plain_layers_(pipeline.transformer, weight)
     shapes = record_activation_shapes(pipeline.transformer)
-    pipeline.meta_call(1)(pipeline.transformer)
+    with torch.no_grad():
+        call(pipeline.transformer)
     return shapes
 
 

@@ -1,15 +1,15 @@
-"""Generation of one image per prompt."""
+"""Generation of one image or video per prompt."""
 
 from pathlib import Path
 
 import lightning as L
-from torchvision.transforms.functional import to_pil_image
 
 from fp4dit.calibration.capture import PromptBatch
 from fp4dit.models.base import Pipeline
 from fp4dit.models.nan_guard import nan_guard
 from fp4dit.packed.integer_inference import use_integer_arithmetic_
 from fp4dit.utils.files import atomic_write_checksummed
+from fp4dit.utils.images import save_image
 from fp4dit.utils.resumable_calls import resume_calls
 
 
@@ -61,5 +61,5 @@ class GenerateTask(L.LightningModule):
             images = self.pipeline.sample(batch.prompts, batch.seeds, self.steps, self.guidance)
         for path, image in zip(list_image_files(self.out, batch), images, strict=True):
             with atomic_write_checksummed(path) as part:
-                to_pil_image(image.cpu().clamp(0, 1)).save(part, format="PNG")
+                save_image(image, part)
         resume_path.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fp4dit.metrics.base import FeatureExtractor, Images, PerImageMetric, SetMetric
+from fp4dit.metrics.base import FeatureExtractor, PerImageMetric, SetMetric
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.files import atomic_write_checksummed
 from fp4dit.utils.images import read_image
@@ -47,7 +47,7 @@ class ScoreShard(NamedTuple):
     reference: Path
     prompts: Sequence[str]
 
-    def load_batches(self) -> Iterator[tuple[Images, Images, list[str]]]:
+    def load_batches(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         """Yield images, references and prompts, batch by batch.
 
         Raises:
@@ -81,7 +81,7 @@ def make_shards(images: Path, reference: Path, prompts: Sequence[str]) -> list[S
     return shards
 
 
-def stack_pairs(loaded: Sequence[Tensor], count: int) -> tuple[Images, Images]:
+def stack_pairs(loaded: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
     """Stack the first `count` images, and their references, which follow them.
 
     Raises:
@@ -154,11 +154,13 @@ class ScoreTask(L.LightningModule):
         results.remove()
 
     def compute_scores(
-        self, images: Images, reference: Images, prompts: list[str]
+        self, images: Tensor, reference: Tensor, prompts: list[str]
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the values of each metric and the features of each layer, by name."""
         for name, metric in self.metrics.items():
-            yield name, metric.score(images, reference, prompts)  # pyright: ignore[reportCallIssue]
+            yield name, score_frames(metric, images, reference, prompts)  # pyright: ignore
+        if self.layers_to_read and images.ndim > 4:
+            raise UserError("metrics of a set of images do not score videos: choose others")
         extractors = zip(self.layers_to_read.items(), self.networks, strict=True)
         for (extractor, to_read), network in extractors:
             sides = {"images": images}
@@ -168,6 +170,18 @@ class ScoreTask(L.LightningModule):
                 features = network(pixels)
                 for layer in to_read.layers:
                     yield feature_key(extractor, layer, side), features[layer].contiguous()
+
+
+def score_frames(
+    metric: PerImageMetric, images: Tensor, reference: Tensor, prompts: list[str]
+) -> Float[Tensor, " n"]:
+    """Return one value for each image, or the mean over the frames of each video."""
+    if images.ndim == 4:
+        return metric.score(images, reference, prompts)
+    frames = images.shape[1]
+    repeated = [prompt for prompt in prompts for _ in range(frames)]
+    values = metric.score(images.flatten(0, 1), reference.flatten(0, 1), repeated)
+    return values.reshape(-1, frames).mean(1)
 
 
 def collect_layers(metrics: Iterable[SetMetric]) -> dict[FeatureExtractor, LayersToRead]:

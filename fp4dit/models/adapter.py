@@ -4,19 +4,22 @@ docs/guides/your-model.md shows how to write an adapter.
 """
 
 from collections.abc import Mapping, Sequence
+from inspect import Parameter, signature
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fp4dit.models.blocks import ActivationState, Unit
 from fp4dit.utils.calls import Call
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.safetensors_io import convert_to_os_errors
+
+TRUE_GUIDANCE = "true_cfg_scale"  # of pipelines that may call a transformer with a negative prompt
 
 
 class TransformerAdapter:
@@ -52,6 +55,21 @@ class TransformerAdapter:
     def initial_state(self, call: Call) -> ActivationState:
         """Return the tensors of a call of the transformer, each with one row per sample."""
         raise NotImplementedError
+
+    def read_states(self, call: Call) -> list[tuple[Int[Tensor, "n"], ActivationState]]:
+        """Return the states of a call, one for each group of samples with equal shapes.
+
+        Returns:
+            The numbers of the samples of each group, and their state.
+        """
+        state = self.initial_state(call)
+        return [(torch.arange(len(state["timestep"])), state)]
+
+    def save_call_kinds(self, path: Path) -> None:
+        """Save what the calls of a file have in common, if more than their tensors is needed."""
+
+    def load_call_kinds(self, folder: Path) -> None:
+        """Load what `save_call_kinds` saved for the files of a folder."""
 
     def units(self) -> list[Unit]:
         """Return all parts of the transformer that can be quantized, in execution order."""
@@ -115,7 +133,7 @@ class TransformerAdapter:
         steps: int,
         guidance: float,
         **options: Any,
-    ) -> Float[Tensor, "n 3 h w"]:
+    ) -> Float[Tensor, "n *f 3 h w"]:
         """Run diffusers' pipeline with one generator of noise for each image.
 
         Args:
@@ -128,11 +146,28 @@ class TransformerAdapter:
         Returns:
             Images with values in [0, 1].
         """
-        return self.pipe(
-            inputs and list(inputs),
+        output = self.pipe(
+            **self.name_arguments(inputs and list(inputs), guidance),
             num_inference_steps=steps,
-            guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="pt",
             **options,
-        ).images.float()
+        )
+        return next(iter(output.values())).float()  # images, or the frames of videos
+
+    def name_arguments(self, inputs: Sequence[str | int] | None, guidance: float) -> dict[str, Any]:
+        """Return the first argument of the pipeline and the guidance, by their names."""
+        first = list(signature(type(self.pipe).__call__).parameters)[1]
+        return {first: inputs, "guidance_scale": guidance}
+
+
+def find_guidance_name(parameters: Mapping[str, Parameter]) -> str | None:
+    """Return the name of the guidance scale among the parameters of a pipeline, if it has one.
+
+    If guidance by a second call of the transformer has its own scale, and is used by default, it is
+    that; otherwise it may also be a number that the transformer gets.
+    """
+    true_scale = parameters.get(TRUE_GUIDANCE)
+    if true_scale is not None and true_scale.default > 1:
+        return TRUE_GUIDANCE
+    return "guidance_scale" if "guidance_scale" in parameters else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fp4dit.models.blocks import ActivationState, Unit
@@ -72,9 +72,32 @@ class Pipeline(Protocol):
         """Return the tensors of a call of the transformer, each with one row per sample.
 
         The key `timestep` is required, with one number per row: `calibration.capture`,
-        `rounding.reconstruction` and `rounding.finetune` read it. The key `prompt` is reserved,
-        because `calibration.capture` adds it. The transformer's `forward` needs an argument named
-        `timestep`, which `quantization.timestep` and `models.nan_guard` read.
+        `rounding.reconstruction` and `rounding.finetune` read it. The keys `prompt` and `call_kind`
+        are reserved. The transformer's `forward` needs an argument for the timestep with one of the
+        names of `utils.calls.TIMESTEP_NAMES`.
+        """
+        ...
+
+    def read_states(self, call: Call) -> list[tuple[Int[Tensor, "n"], ActivationState]]:
+        """Return the states of a call, one for each group of samples with equal shapes.
+
+        Returns:
+            The numbers of the samples of each group, and their state.
+        """
+        ...
+
+    def save_call_kinds(self, path: Path) -> None:
+        """Save what the calls of a file have in common, if more than their tensors is needed.
+
+        Args:
+            path: The file of the captured calls. What is saved lies beside it.
+        """
+        ...
+
+    def load_call_kinds(self, folder: Path) -> None:
+        """Load what `save_call_kinds` saved for the files of a folder.
+
+        It has to be called before layers are replaced, because the transformer may run.
         """
         ...
 

@@ -1,11 +1,12 @@
 """Transformer blocks as units that can be called one by one, and the calls that reach them."""
 
-from collections.abc import Callable, Collection, Mapping
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fp4dit.data.columns import RowIndex, RowSource
@@ -21,6 +22,16 @@ ReadOnlyState = Mapping[str, Tensor]
 RowSources = Mapping[str, RowSource]
 
 
+def flatten_outputs(output: Any) -> tuple[Tensor, ...]:
+    """Return the tensors of a module's output in order, however they are nested."""
+    return tuple(value for value in tree_leaves(output) if isinstance(value, Tensor))
+
+
+def read_all_outputs(output: Any, count: int) -> tuple[Tensor, ...]:
+    """Return the tensors of a module's output, all of which have one row per sample."""
+    return flatten_outputs(output)
+
+
 @dataclass(frozen=True)
 class Unit:
     """A part of the model that is reconstructed at once, such as a transformer block.
@@ -31,6 +42,8 @@ class Unit:
         make_call: Makes the call of the module from the activations among `inputs` that the
             model has.
         outputs: The names of the activations that the module returns, in order.
+        read_outputs: Returns these activations, each with one row per sample, from what the module
+            returns and the number of samples.
 
     Example:
         >>> def make_call(state):
@@ -42,10 +55,35 @@ class Unit:
     inputs: tuple[str, ...]
     make_call: Callable[[ReadOnlyState], Call]
     outputs: tuple[str, ...]
+    read_outputs: Callable[[Any, int], tuple[Tensor, ...]] = read_all_outputs
+
+    @property
+    def label(self) -> str:
+        """The name of the module in messages. The model itself has an empty name."""
+        return self.module or "the transformer"
+
+    def contains(self, name: str) -> bool:
+        """Return whether a module of this name is the unit's module, or inside it."""
+        return not self.module or name == self.module or name.startswith(f"{self.module}.")
 
     def select_inputs(self, columns: RowSources, index: RowIndex) -> ActivationState:
         """Return the rows `index` of the activations that the unit reads."""
         return select_rows(select_columns(self.inputs, columns), index)
+
+
+def copy_repeated_modules(model: nn.Module, units: Sequence[Unit]) -> dict[int, nn.Module]:
+    """Copy the modules of the units that an earlier unit contains, or is inside of.
+
+    When it is their turn, layers of the earlier unit are quantized.
+
+    Returns:
+        The modules by the numbers of the units, from 1.
+    """
+    copies = {}
+    for i, unit in enumerate(units):
+        if any(x.contains(unit.module) or unit.contains(x.module) for x in units[:i]):
+            copies[i + 1] = copy.deepcopy(model.get_submodule(unit.module))
+    return copies
 
 
 def make_simple_unit(module: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Unit:
@@ -61,18 +99,17 @@ def make_simple_unit(module: str, inputs: tuple[str, ...], outputs: tuple[str, .
     return Unit(module, inputs, make_call, outputs)
 
 
-def filter_by_unit(by_layer: Mapping[str, T], unit: Unit) -> dict[str, T]:
-    """Return the entries whose layers lie inside a unit."""
-    inside = {}
-    for name, value in by_layer.items():
-        if name == unit.module or name.startswith(f"{unit.module}."):
-            inside[name] = value
-    return inside
+def split_by_unit(by_layer: Mapping[str, T], units: Sequence[Unit]) -> list[dict[str, T]]:
+    """Return the entries of each unit's layers. A layer belongs to the first unit that contains it.
 
-
-def flatten_outputs(output: Any) -> tuple[Tensor, ...]:
-    """Return the tensors of a module's output in order, however they are nested."""
-    return tuple(value for value in tree_leaves(output) if isinstance(value, Tensor))
+    A model may run a module, or a part of one, a second time. The second run is a unit without
+    layers.
+    """
+    remaining, parts = dict(by_layer), []
+    for unit in units:
+        names = [name for name in remaining if unit.contains(name)]
+        parts.append({name: remaining.pop(name) for name in names})
+    return parts
 
 
 def select_columns(names: Collection[str], columns: Mapping[str, T]) -> dict[str, T]:

@@ -15,7 +15,8 @@ from fp4dit.utils.errors import UserError
 from fp4dit.utils.hub import resolve_package_path
 
 INDEX = "model_index.json"
-TRANSFORMER_CONFIG = "transformer/config.json"
+TRANSFORMER = "transformer"  # the component of a pipeline that is quantized
+TRANSFORMER_CONFIG = f"{TRANSFORMER}/config.json"
 
 PUBLISHED = Path(__file__).parent / "published"
 

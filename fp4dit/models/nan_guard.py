@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fp4dit.utils.calls import Call, remove_hooks
+from fp4dit.utils.calls import Call, read_timestep, remove_hooks
 from fp4dit.utils.errors import UserError
 
 
@@ -69,7 +69,7 @@ def nan_guard(model: nn.Module) -> Iterator[None]:
             return
         searching = True  # finding the layer calls the model again
         call = Call(args, kwargs)
-        timestep = float(call.bind_arguments(module)["timestep"].flatten()[0])
+        timestep = float(read_timestep(module, call)[0])
         raise nonfinite_error(find_first_nonfinite_module(module, call), timestep)
 
     with remove_hooks([model.register_forward_hook(hook, with_kwargs=True)]):

@@ -14,7 +14,7 @@ from torch import nn
 from fp4dit.models.adapter import TransformerAdapter
 from fp4dit.models.hub_files import (
     INDEX,
-    TRANSFORMER_CONFIG,
+    TRANSFORMER,
     check_weights_available,
     find_config,
     read_config,
@@ -56,6 +56,11 @@ class PretrainedSource:
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]]
 
     @property
+    def component(self) -> str:
+        """The component of the pipeline that is quantized."""
+        return TRANSFORMER
+
+    @property
     def draws_from_embeddings(self) -> bool:
         """True if prompts are read from a file of embeddings in place of a text encoder."""
         return False
@@ -74,7 +79,7 @@ class PretrainedSource:
     def load(self) -> TransformerAdapter:
         """Load the pipeline with its weights."""
         pipe: Any = self.load_pipeline()
-        return self.make_adapter(pipe.transformer, pipe)
+        return self.make_adapter(getattr(pipe, self.component), pipe)
 
     def load_pipeline(self, **components: Any) -> DiffusionPipeline:
         """Load diffusers' pipeline.
@@ -87,15 +92,15 @@ class PretrainedSource:
                 is needed and cannot be reached.
         """
         folder, pipeline_path = self.validate_path(), self.pipeline_path()
-        check_weights_available(folder, TRANSFORMER_CONFIG)
+        check_weights_available(folder, f"{self.component}/config.json")
         check_weights_available(pipeline_path, INDEX)
         options: Any = {
             "dtype": getattr(torch, self.dtype),
             "use_safetensors": None if self.pickle else True,
         }
         if pipeline_path != folder:
-            transformer = AutoModel.from_pretrained(folder, subfolder="transformer", **options)
-            components = {"transformer": transformer, **components}
+            transformer = AutoModel.from_pretrained(folder, subfolder=self.component, **options)
+            components = {self.component: transformer, **components}
         pipe = DiffusionPipeline.from_pretrained(pipeline_path, **options, **components)
         if not isinstance(pipe, self.pipelines):
             raise self.wrong_pipeline_error(type(pipe).__name__)
@@ -156,12 +161,12 @@ class PretrainedSource:
             UserError: if the config says that the weights are quantized, if there is no config, or
                 as `validate_path` does.
         """
-        config = read_config(self.validate_path(), TRANSFORMER_CONFIG)
+        config = read_config(self.validate_path(), f"{self.component}/config.json")
         if quantization := config.get("quantization_config"):
             method = quantization.get("quant_method")
             suffix = f" of {method}" if "quant_method" in quantization else ""
             raise UserError(
-                f"{self.path} is quantized already (its transformer/config.json has a "
+                f"{self.path} is quantized already (its {self.component}/config.json has a "
                 f"quantization_config{suffix}): give the original model"
             )
         return config
@@ -186,7 +191,7 @@ class PretrainedSource:
             return folder
         if (Path(folder) / INDEX).is_file():
             self.check_index(Path(folder) / INDEX)
-        elif not (self.base and (Path(folder) / "transformer").is_dir()):
+        elif not (self.base and (Path(folder) / self.component).is_dir()):
             raise UserError(f"{self.path} is not a diffusers pipeline: the folder has no {INDEX}")
         return folder
 
@@ -196,9 +201,9 @@ class PretrainedSource:
         class_name = index.get("_class_name")
         if not issubclass(getattr(diffusers, str(class_name), type(None)), self.pipelines):
             raise self.wrong_pipeline_error(class_name)
-        if "transformer" not in index:
+        if self.component not in index:
             raise UserError(
-                f"{self.path} holds a {class_name}, which has no transformer: only diffusion "
+                f"{self.path} holds a {class_name}, which has no {self.component}: only diffusion "
                 "transformers are quantized"
             )
 

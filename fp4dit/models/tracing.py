@@ -1,11 +1,12 @@
-"""Find the units of any transformer by tracing one call.
+"""Find the units of any transformer by tracing its calls.
 
-Between its parts a transformer computes things without weights: positions, masks, concatenations.
-To repeat the call of one part, the transformer itself runs up to that part, and all parts before it
-are replaced by their recorded outputs.
+A part is a module with weights that the transformer itself runs: a block, an embedding, an output
+layer. Between its parts a transformer computes things without weights: positions, masks,
+concatenations. To repeat the call of one part, the transformer itself runs up to that part, and all
+parts before it are replaced by their recorded outputs.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,39 +14,59 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
 
-from fp4dit.models.blocks import ReadOnlyState, Unit
+from fp4dit.models.blocks import ReadOnlyState
+from fp4dit.models.call_kinds import CallKind
+from fp4dit.models.dependencies import DependencyTracker
+from fp4dit.models.templates import Rows, fill_template, list_rows, make_template
 from fp4dit.models.testing import ADAPTER_HINT
-from fp4dit.models.traced_arguments import (
-    NestedTensors,
-    RowShape,
-    TracedArguments,
-    describe_leaf,
-)
 from fp4dit.quantization.rules import find_layers
 from fp4dit.utils.calls import Call, remove_hooks
 from fp4dit.utils.errors import UserError
 
 
-def list_parts(transformer: nn.Module) -> list[str]:
-    """List the parts of a transformer that become units.
+def list_parts(transformer: nn.Module) -> set[str]:
+    """List the modules that are parts where the transformer itself runs them.
 
-    These are its children that have layers with weights; a list of blocks counts as its blocks.
+    These are its modules with weights, except those that contain a whole block: such a module is
+    looked into, as the transformer is.
 
     Raises:
-        UserError: if there is no list of blocks.
+        UserError: if there is no block.
     """
-    parts, has_blocks = [], False
-    for name, child in transformer.named_children():
-        if not find_layers(child):
-            continue
-        if isinstance(child, nn.ModuleList):
-            has_blocks = True
-            parts += [f"{name}.{i}" for i, block in child.named_children() if find_layers(block)]
-        else:
-            parts.append(name)
-    if not has_blocks:
+    blocks = find_blocks(transformer)
+    parts = set()
+    for name, module in transformer.named_modules():
+        has_block = any(block.startswith(f"{name}." if name else "") for block in blocks)
+        has_weights = any(isinstance(inner, nn.Linear | _ConvNd) for inner in module.modules())
+        if has_weights and not (has_block and name not in blocks):
+            parts.add(name)
+    return parts
+
+
+def find_blocks(transformer: nn.Module) -> list[str]:
+    """Find the blocks of a transformer: modules of the classes that its own class names.
+
+    If its class names none, they are the items of its lists of modules.
+
+    Raises:
+        UserError: if there is none.
+    """
+    repeated = getattr(transformer, "_repeated_blocks", None)
+    classes = repeated or getattr(transformer, "_no_split_modules", None) or ()
+    blocks: list[str] = []
+    for name, module in transformer.named_modules():
+        is_inside = any(name.startswith(f"{block}.") for block in blocks)
+        if name and type(module).__name__ in classes and not is_inside and find_layers(module):
+            blocks.append(name)
+    if blocks:
+        return blocks
+    for name, module in transformer.named_children():
+        if isinstance(module, nn.ModuleList):
+            blocks += [f"{name}.{i}" for i, block in module.named_children() if find_layers(block)]
+    if not blocks:
         children = []
         for name, child in transformer.named_children():
             children.append(f"{name} ({type(child).__name__})")
@@ -53,7 +74,7 @@ def list_parts(transformer: nn.Module) -> list[str]:
             f"{type(transformer).__name__} has no list of blocks, only {', '.join(children)}. "
             f"{ADAPTER_HINT}"
         )
-    return parts
+    return blocks
 
 
 class PartReached(Exception):
@@ -65,6 +86,54 @@ class PartReached(Exception):
 
     def __init__(self, call: Call) -> None:
         self.call = call
+
+
+class RunCounter:
+    """Names the runs of modules in a call: the name of the module, and a number from the second on.
+
+    Example:
+        >>> counter = RunCounter()
+        >>> counter.name_run("embed"), counter.name_run("embed")
+        ('embed', 'embed#2')
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def name_run(self, module: str) -> str:
+        """Return the name of the next run of a module."""
+        count = self.counts[module] = self.counts.get(module, 0) + 1
+        return module if count == 1 else f"{module}#{count}"
+
+
+def get_module_name(run: str) -> str:
+    """Return the name of the module of a run."""
+    return run.partition("#")[0]
+
+
+@torch.no_grad()
+def record_parts(transformer: nn.Module, call: Call, parts: Collection[str]) -> dict[str, Any]:
+    """Run a call of a transformer, and return the output of each run of a part, in order."""
+    outputs: dict[str, Any] = {}
+    running: list[str] = []
+    counter = RunCounter()
+
+    def enter(name: str, *_: Any) -> None:
+        running.append(name)
+
+    def leave(name: str, _module: nn.Module, _args: tuple, output: Any) -> None:
+        running.pop()
+        if not running:  # the transformer itself has run it
+            outputs[counter.name_run(name)] = output
+
+    hooks = []
+    for name in parts:
+        module = transformer.get_submodule(name)
+        hooks.append(module.register_forward_pre_hook(partial(enter, name)))
+        hooks.append(module.register_forward_hook(partial(leave, name)))
+    with remove_hooks(hooks):
+        call(transformer)
+    return outputs
 
 
 @contextmanager
@@ -89,154 +158,116 @@ def replace_forwards(
 
 @dataclass(frozen=True)
 class TransformerTrace:
-    """Record of one call of a transformer.
+    """Record of the calls of one kind of a transformer.
 
     Args:
-        arguments: The arguments of the call.
-        outputs: The output of each part, by its name, in execution order.
+        kind: The kind of the calls.
+        outputs: The template of the output of each run of a part, by the name of the run, in order.
 
     Example:
-        >>> units = trace_call(transformer, call).make_units(transformer)
+        >>> trace = trace_kind(transformer, kind)
+        >>> call = trace.make_part_call(transformer, "blocks.1", state)
     """
 
-    arguments: TracedArguments
-    outputs: Mapping[str, NestedTensors]
+    kind: CallKind
+    outputs: Mapping[str, Any]
 
-    def make_units(self, transformer: nn.Module) -> list[Unit]:
-        """Make one unit for each part of the transformer."""
-        inputs = self.find_part_inputs(transformer)
-        units = []
-        for name, output in self.outputs.items():
-            make_call = partial(self.make_part_call, transformer, name)
-            output_names = tuple(shape.name for shape in output.row_shapes)
-            units.append(Unit(name, inputs[name], make_call, output_names))
-        return units
+    def replace_parts(
+        self, transformer: nn.Module, replay: Callable[..., Any]
+    ) -> Any:  # a context manager
+        """Replace all parts by `replay(run, *args, **kwargs)` inside the `with` statement."""
+        counter = RunCounter()
 
-    def make_part_call(self, transformer: nn.Module, part: str, rows: ReadOnlyState) -> Call:
+        def forward(name: str, *args: Any, **kwargs: Any) -> Any:
+            return replay(counter.name_run(name), *args, **kwargs)
+
+        return replace_forwards(transformer, {*map(get_module_name, self.outputs)}, forward)
+
+    def make_part_call(self, transformer: nn.Module, part: str, state: ReadOnlyState) -> Call:
         """Make the call of one part.
 
         Args:
             transformer: The transformer.
-            part: The name of the part.
-            rows: The rows of the activations that the call depends on. Zeros replace all others.
+            part: The name of the part's run.
+            state: The rows of the activations that the call depends on. Arguments among the others
+                are replaced by examples, and outputs of parts by anything.
         """
-        timestep = rows["timestep"]
+        count, device = len(state["timestep"]), state["timestep"].device
 
-        def fill(shape: RowShape) -> Tensor:
-            if shape.name in rows:
-                return rows[shape.name]
-            return shape.make_zeros(len(timestep), timestep.device)
+        def fill(rows: Rows) -> Tensor:
+            if rows.name in state:
+                return state[rows.name]
+            return rows.repeat_example(count).to(device)
 
-        def replay(name: str, *args: Any, **kwargs: Any) -> Any:
-            if name == part:
+        def fill_output(rows: Rows) -> Tensor:
+            if rows.name in state or not rows.example.dtype.is_floating_point:
+                return fill(rows)
+            return torch.empty(
+                (count, *rows.example.shape), dtype=rows.example.dtype, device=device
+            )
+
+        def replay(run: str, *args: Any, **kwargs: Any) -> Any:
+            if run == part:
                 raise PartReached(Call(args, kwargs))
-            return self.outputs[name].fill_leaves(fill)
+            return fill_template(self.outputs[run], count, fill_output)
 
-        with replace_forwards(transformer, self.outputs, replay):
+        with self.replace_parts(transformer, replay):
             try:
-                self.arguments.make_call(fill)(transformer)
+                self.kind.fill(count, fill, device)(transformer)
             except PartReached as reached:
                 return reached.call
         raise AssertionError(f"{part} ran when the call was traced, and now it does not run")
 
-    @torch.enable_grad()
     def find_part_inputs(self, transformer: nn.Module) -> dict[str, tuple[str, ...]]:
-        """Find the activations that the call of each part depends on.
+        """Find the activations that the call of each run of a part depends on.
 
-        An activation counts if a tensor of the call has a gradient with respect to it. Integers
-        have no gradients, so they always count, and so does the timestep.
-
-        Raises:
-            UserError: if the transformer itself runs a layer inside a part.
+        The timestep always counts. If the transformer reads the values of a tensor, as the lengths
+        of masks, everything after that depends on it.
         """
-        device = next(transformer.parameters()).device
-        sources: dict[str, Tensor] = {}
+        tracker, names = DependencyTracker(), ["timestep"]
         inputs: dict[str, tuple[str, ...]] = {}
+        device = next(transformer.parameters()).device
 
-        def fill(shape: RowShape) -> Tensor:
-            rows = shape.make_zeros(2, device).clone()
-            sources[shape.name] = rows.requires_grad_(shape.dtype.is_floating_point)
-            return sources[shape.name].clone()  # the transformer may write to its inputs
+        def fill(rows: Rows) -> Tensor:
+            value = rows.repeat_example(2).to(device)
+            tracker.name_tensor(rows.name, value)
+            if rows.name not in names:
+                names.append(rows.name)
+            return value
 
-        def replay(name: str, *args: Any, **kwargs: Any) -> Any:
-            leaves = tree_leaves((args, kwargs))
-            values = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-            inputs[name] = tuple(
-                activation
-                for activation, source in sources.items()
-                if activation == "timestep" or depends_on(source, values)
-            )
-            return self.outputs[name].fill_leaves(fill)
+        def replay(run: str, *args: Any, **kwargs: Any) -> Any:
+            found = tracker.find_names(tree_leaves((args, kwargs))) | {"timestep"}
+            inputs[run] = tuple(name for name in names if name in found)
+            return fill_template(self.outputs[run], 2, fill)
 
-        with (
-            refuse_inner_layers(transformer, self.outputs),
-            replace_forwards(transformer, self.outputs, replay),
-        ):
-            self.arguments.make_call(fill)(transformer)
+        call = self.kind.fill(2, fill, device)
+        with self.replace_parts(transformer, replay), tracker, torch.no_grad():
+            call(transformer)
         return inputs
 
 
-@contextmanager
-def refuse_inner_layers(transformer: nn.Module, parts: Collection[str]) -> Iterator[None]:
-    """Raise an error when a layer that is not itself a part runs.
-
-    The forward methods of the parts are replaced, so only the transformer itself can run it.
-    """
-
-    def refuse(name: str, *_: Any) -> None:
-        raise UserError(
-            f"{type(transformer).__name__} runs {name} itself, outside the block that contains it. "
-            f"{ADAPTER_HINT}"
-        )
-
-    hooks = []
-    for name, layer in find_layers(transformer).items():
-        if name not in parts:
-            hooks.append(layer.register_forward_pre_hook(partial(refuse, name)))
-    with remove_hooks(hooks):
-        yield
-
-
-def depends_on(source: Tensor, values: Sequence[Tensor]) -> bool:
-    """Return whether any of the values depends on `source`, or whether it has no gradients.
-
-    Args:
-        source: A tensor that the values may be computed from.
-        values: Tensors that have gradients.
-    """
-    if not source.requires_grad:
-        return True
-    if not values:
-        return False
-    ones = [torch.ones_like(value) for value in values]
-    gradients = torch.autograd.grad(values, source, ones, retain_graph=True, allow_unused=True)
-    return gradients[0] is not None
-
-
-@torch.no_grad()
-def trace_call(transformer: nn.Module, call: Call) -> TransformerTrace:
-    """Run a call of a transformer, and record its arguments and the outputs of its parts.
+def trace_kind(transformer: nn.Module, kind: CallKind, parts: Collection[str]) -> TransformerTrace:
+    """Run calls of a kind with one and with two samples, and record the outputs of the parts.
 
     Raises:
-        UserError: if a part runs twice, or if a tensor it returns has no row for each sample.
+        UserError: if other parts run in another number of samples, or one returns a tensor that
+            does not grow with the number of samples.
     """
-    count = len(next(iter(call.bind_arguments(transformer).values())))
-    outputs: dict[str, NestedTensors] = {}
-
-    def record(name: str, _module: nn.Module, _args: tuple, output: Any) -> None:
-        part = f"{name} of {type(transformer).__name__}"
-        leaves, spec = tree_flatten(output)
-        if name in outputs:
-            raise UserError(f"{part} runs more than once in a call. {ADAPTER_HINT}")
-        if any(isinstance(leaf, Tensor) and len(leaf) != count for leaf in leaves):
-            raise UserError(f"{part} does not return a row for each sample. {ADAPTER_HINT}")
-        shapes = [describe_leaf(f"{name}.{i}", leaf, count) for i, leaf in enumerate(leaves)]
-        outputs[name] = NestedTensors(tuple(shapes), spec)
-
-    hooks = []
-    for name in list_parts(transformer):
-        module = transformer.get_submodule(name)
-        hooks.append(module.register_forward_hook(partial(record, name)))
-    with remove_hooks(hooks):
-        call(transformer)
-    return TransformerTrace(TracedArguments.from_call(transformer, call), outputs)
+    device = next(transformer.parameters()).device
+    one, two = (record_parts(transformer, kind.make_example_call(n, device), parts) for n in (1, 2))
+    class_name = type(transformer).__name__
+    if one.keys() != two.keys():
+        raise UserError(
+            f"{class_name} runs {min(one.keys() ^ two.keys())} for some numbers of samples only. "
+            f"{ADAPTER_HINT}"
+        )
+    outputs = {}
+    for run, output in one.items():
+        outputs[run] = make_template(output, two[run], (1, 2), run)
+        # A placeholder stands for each tensor with a row for each sample.
+        has_others = any(isinstance(leaf, Tensor) for leaf in tree_leaves(outputs[run]))
+        if has_others or not list_rows(outputs[run]):
+            raise UserError(
+                f"{run} of {class_name} does not return a row for each sample. {ADAPTER_HINT}"
+            )
+    return TransformerTrace(kind, outputs)

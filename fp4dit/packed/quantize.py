@@ -4,7 +4,6 @@ No calibration calls are needed, and therefore no pipeline. `fp4dit.rounding.dat
 rules and rounding methods allow this.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +21,7 @@ from fp4dit.quantization.rules import Rule, assign_rules, find_layers, naming_la
 from fp4dit.quantization.timestep import TimestepContext
 from fp4dit.quantization.timestep_ranges import base_layer_name
 from fp4dit.utils.errors import UserError
+from fp4dit.utils.modules import copy_to_meta
 
 
 @dataclass(frozen=True)
@@ -173,16 +173,6 @@ def list_block_layers(model: nn.Module) -> list[str]:
         if any(map(str.isdigit, name.split("."))):
             names.append(name)
     return names
-
-
-def copy_to_meta(model: nn.Module) -> nn.Module:
-    """Return a copy of a model whose parameters and buffers are on the meta device."""
-    copies: dict[int, torch.Tensor] = {}  # by the identity of the original, as `deepcopy` expects
-    for parameter in model.parameters():
-        copies[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-    for buffer in model.buffers():
-        copies[id(buffer)] = buffer.to("meta")
-    return copy.deepcopy(model, copies)
 
 
 def with_packed_formats(model: nn.Module, audit: Sequence[LayerAudit]) -> list[LayerAudit]:

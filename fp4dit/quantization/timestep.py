@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fp4dit.utils.calls import Call
+from fp4dit.utils.calls import Call, read_timestep
 
 
 class TimestepContext:
@@ -29,8 +29,8 @@ class TimestepContext:
 
     # This hook is a method and no closure, because it is pickled for spawned processes.
     def on_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Set the timestep to the `timestep` argument of this call of `model`."""
-        self.update(Call(args, kwargs).bind_arguments(model)["timestep"])
+        """Set the timestep to that of this call of `model`."""
+        self.update(read_timestep(model, Call(args, kwargs)))
 
     def update(self, timestep: Tensor) -> None:
         """Set the timestep."""

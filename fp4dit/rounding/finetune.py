@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from fp4dit.calibration.dataset import UnitBatch, UnitDataset
 from fp4dit.models.base import Pipeline
-from fp4dit.models.blocks import ActivationState, ReadOnlyState, Unit, flatten_outputs
+from fp4dit.models.blocks import ActivationState, ReadOnlyState, Unit
 from fp4dit.numerics.formats import Format
 from fp4dit.numerics.qparams import Blocks, QParams
 from fp4dit.quantization.fake_quant import FakeQuantize
@@ -129,7 +129,8 @@ class WholeModel(nn.Module):
             # `make_call` runs without autocast, as it did when the targets were computed.
             with torch.autocast(timestep.device.type, enabled=False):
                 call = unit.make_call(state)
-            outputs = flatten_outputs(call(self.transformer.get_submodule(unit.module)))
+            output = call(self.transformer.get_submodule(unit.module))
+            outputs = unit.read_outputs(output, len(timestep))
             state = state | dict(zip(unit.outputs, outputs, strict=True))
         return tuple(state[name] for name in self.units[-1].outputs)
 

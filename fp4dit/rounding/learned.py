@@ -18,7 +18,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from fp4dit.calibration.dataset import UnitBatch, UnitBatches, UnitDataset
-from fp4dit.models.blocks import flatten_outputs
 from fp4dit.quantization.layers import QuantLayer
 from fp4dit.quantization.learnable_rounding import LearnableRounding, RoundingFactory
 from fp4dit.rounding.base import Curve, RoundingMethod, iter_blank_blocks
@@ -160,8 +159,11 @@ class ReconstructionTask(L.LightningModule):
     def compute_error(self, batch: UnitBatch) -> Tensor:
         # `make_call` runs without autocast, as it did when the targets were computed.
         with torch.autocast(self.device.type, enabled=False):
-            call = self.dataset.unit.make_call(batch.rows)
-        return self.method.objective.error(flatten_outputs(call(self.module)), batch.target)
+            unit = self.dataset.unit
+            call = unit.make_call(batch.rows)
+        return self.method.objective.error(
+            unit.read_outputs(call(self.module), len(batch.target[0])), batch.target
+        )
 
     def record_point(self, error: Tensor, rounding_loss: Any) -> None:
         interval = max(1, self.method.steps // 20)

@@ -26,8 +26,9 @@ from fp4dit.models.base import Pipeline
 from fp4dit.models.blocks import (
     RowSources,
     Unit,
-    filter_by_unit,
+    copy_repeated_modules,
     select_columns,
+    split_by_unit,
 )
 from fp4dit.quantization.apply import quantize_inputs_, quantize_weights_
 from fp4dit.quantization.audit import audit_weights
@@ -37,7 +38,7 @@ from fp4dit.quantization.timestep import TimestepContext
 from fp4dit.rounding.base import Curve, RoundingMethod, check_curve
 from fp4dit.rounding.preparation import prepare_layers
 from fp4dit.rounding.unit_boundary import BoundaryFiles, UnitBoundary
-from fp4dit.rounding.unit_files import load_layers, save_layers, unit_path
+from fp4dit.rounding.unit_files import is_finished, load_layers, save_layers, unit_path
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.files import atomic_write_checksummed, read_json
 from fp4dit.utils.resumable import ResumableTrainers
@@ -127,22 +128,26 @@ class Reconstruction:
         reports, context = [], TimestepContext()
         units = [with_timestep(unit, context) for unit in self.pipeline.units()]
         check_all_reached(self.rules, units)
+        rules = split_by_unit(self.rules, units)
+        teachers = copy_repeated_modules(self.pipeline.transformer, units)
         files = BoundaryFiles(self.folder / "boundary", self.save_every)
         boundary = self.load_boundary(files, units, columns)
         for number, unit in track(list(enumerate(units, 1))):
             path = unit_path(self.folder, number, unit)
+            unit_rules = rules[number - 1]
             if number <= boundary.number:
-                reports.append(self.load_unit(path, unit, context))
+                reports.append(self.load_unit(path, unit, unit_rules, context))
                 continue
-            teacher = copy.deepcopy(self.pipeline.transformer.get_submodule(unit.module))
+            module = self.pipeline.transformer.get_submodule(unit.module)
+            teacher = teachers.pop(number, None) or copy.deepcopy(module)
             saved = self.find_saved_rows(path, "targets")
             target = self.propagate(teacher, unit, boundary.original, saved)
             report, outputs = self.reconstruct_unit(
                 path,
                 teacher,
-                self.insert_layers(unit, context),
+                self.insert_layers(unit_rules, context),
                 UnitDataset(unit, boundary.quantized, target, self.train_rows, self.memory),
-                partial(make_trainers, f"{number}/{len(units)} {unit.module}"),
+                partial(make_trainers, f"{number}/{len(units)} {unit.label}"),
             )
             reports.append(report)
             # Activations that no later unit reads free their memory.
@@ -166,9 +171,11 @@ class Reconstruction:
             return UnitBoundary(num_finished, {}, {})  # nothing is left to propagate
         return files.load(columns, self.memory, num_finished)
 
-    def load_unit(self, path: Path, unit: Unit, context: TimestepContext) -> dict:
+    def load_unit(
+        self, path: Path, unit: Unit, rules: Mapping[str, Rule], context: TimestepContext
+    ) -> dict:
         """Load the layers of a finished unit, and return its report."""
-        load_layers(self.insert_layers(unit, context), path)
+        load_layers(self.insert_layers(rules, context), path)
         self.pipeline.transformer.get_submodule(unit.module).to(self.pipeline.device)
         return read_json(path.with_suffix(".json"))
 
@@ -207,7 +214,7 @@ class Reconstruction:
         else:
             trainers = ResumableTrainers(make_trainers(), resume_folder, self.save_every)
             curve = self.round_layers(teacher, layers, dataset, trainers)
-            report = {"unit": unit.module, "error": None, "curve": curve}
+            report = {"unit": unit.label, "error": None, "curve": curve}
         module = self.pipeline.transformer.get_submodule(unit.module)
         outputs = self.propagate(module, unit, dataset.inputs, saved)
         if saved is not None:
@@ -218,9 +225,10 @@ class Reconstruction:
         shutil.rmtree(resume_folder, ignore_errors=True)
         return report, outputs
 
-    def insert_layers(self, unit: Unit, context: TimestepContext) -> dict[str, QuantLayer]:
+    def insert_layers(
+        self, rules: Mapping[str, Rule], context: TimestepContext
+    ) -> dict[str, QuantLayer]:
         """Replace the layers of a unit by quantized ones, and return these by name."""
-        rules = filter_by_unit(self.rules, unit)
         layers = quantize_weights_(self.pipeline.transformer, rules, context=context)
         quantize_inputs_(layers, self.activation)
         return layers
@@ -270,11 +278,6 @@ class Reconstruction:
         )
 
 
-def is_finished(path: Path) -> bool:
-    """Return whether the file of a unit's layers exists, and its report beside it."""
-    return path.exists() and path.with_suffix(".json").exists()
-
-
 def get_states(layers: Mapping[str, QuantLayer]) -> dict[str, dict[str, Tensor]]:
     """Return the state of each layer by name."""
     return {name: layer.state_dict() for name, layer in layers.items()}
@@ -286,11 +289,8 @@ def check_all_reached(rules: Mapping[str, Rule], units: Sequence[Unit]) -> None:
     Raises:
         UserError: for the first such layer.
     """
-    reached = set()
-    for unit in units:
-        reached |= filter_by_unit(rules, unit).keys()
     for name, rule in rules.items():
-        if rule.quantizer and name not in reached:
+        if rule.quantizer and not any(unit.contains(name) for unit in units):
             raise UserError(
                 f"{name} cannot be quantized, because the model does not run it: "
                 f"+weight.ignore=['{name}'] leaves it in 16 bits"

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fp4dit.calibration.saved_rows import Columns, SavedRows, count_row_bytes
+from fp4dit.calibration.saved_rows import SavedRows, count_row_bytes
 from fp4dit.data.columns import MemoryBudget, RowSource
+from fp4dit.data.segments import Columns, find_stops
 from fp4dit.models.blocks import RowSources, count_rows
 from fp4dit.utils.save_timer import LONGEST, SaveTimer
 
@@ -101,11 +102,11 @@ class BoundaryFiles:
             memory: The budget for the activations.
             last: The number of units, from the first on, that are finished.
         """
-        total = count_rows(captured)
+        stops = find_stops(captured)
         for path in reversed(self.list_complete()):
             if int(path.name) <= last:
-                columns, num_rows = SavedRows(path).load(total, memory)
-                if num_rows == total:
+                columns, num_rows = SavedRows(path).load(stops, memory)
+                if num_rows == stops[-1]:
                     sides = split_by_side(columns)
                     return UnitBoundary(
                         int(path.name),

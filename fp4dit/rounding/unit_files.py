@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from fp4dit.calibration.activations import load_scales_
 from fp4dit.models.base import Pipeline
-from fp4dit.models.blocks import Unit, filter_by_unit
+from fp4dit.models.blocks import Unit, split_by_unit
 from fp4dit.quantization.apply import quantize_activations_, quantize_weights_
 from fp4dit.quantization.fake_quant import FakeQuantize
 from fp4dit.quantization.layers import QuantLayer
@@ -61,19 +61,26 @@ def load_weights_(
     Returns:
         The quantizers of the activations, and their rules, by name.
     """
+    units = pipeline.units()  # before layers are replaced, because it may run the model
     model, context = pipeline.transformer, TimestepContext()
     context.attach(model)
     rules = assign_rules(find_layers(model), weight)
     layers = quantize_weights_(model, rules, context=context)
     activations = quantize_activations_(model, activation)
-    for number, unit in enumerate(pipeline.units(), 1):
-        load_layers(filter_by_unit(layers, unit), unit_path(folder, number, unit))
+    parts = split_by_unit(layers, units)
+    for number, (unit, unit_layers) in enumerate(zip(units, parts, strict=True), 1):
+        load_layers(unit_layers, unit_path(folder, number, unit))
     return activations
 
 
 def unit_path(folder: Path, number: int, unit: Unit) -> Path:
     """Return the file of a unit. Units are numbered from 1."""
     return folder / f"{number:03}_{unit.module}.safetensors"
+
+
+def is_finished(path: Path) -> bool:
+    """Return whether the file of a unit's layers exists, and its report beside it."""
+    return path.exists() and path.with_suffix(".json").exists()
 
 
 def save_layers(layers: Mapping[str, QuantLayer], path: Path) -> None:

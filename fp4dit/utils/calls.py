@@ -1,13 +1,16 @@
 """Forward calls of a model and its blocks, recorded with all their arguments."""
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from fp4dit.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,38 @@ class Call:
     def bind_arguments(self, module: nn.Module) -> dict[str, Any]:
         """Return the arguments by the parameter names of `module.forward`."""
         return inspect.signature(module.forward).bind(*self.args, **self.kwargs).arguments
+
+
+# The names that transformers of diffusers have for the timestep.
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma", "sigmas", "noise_level")
+
+
+def find_timestep_name(arguments: Mapping[str, Any]) -> str | None:
+    """Return the name of the argument that is the timestep, if there is one."""
+    for name in TIMESTEP_NAMES:
+        if arguments.get(name) is not None:
+            return name
+    return None
+
+
+def read_timestep(module: nn.Module, call: Call) -> Tensor:
+    """Return the timestep of a call of a transformer, with one number for each sample.
+
+    A model may have one for each token. The largest of them is returned.
+
+    Raises:
+        UserError: if no argument has a name that timesteps have.
+    """
+    arguments = call.bind_arguments(module)
+    name = find_timestep_name(arguments)
+    if name is None:
+        raise UserError(
+            f"{type(module).__name__} is not called with a timestep: none of its arguments "
+            f"{', '.join(arguments)} is called {', '.join(TIMESTEP_NAMES[:-1])} or "
+            f"{TIMESTEP_NAMES[-1]}"
+        )
+    timestep = torch.as_tensor(arguments[name])
+    return timestep.flatten(1).amax(1) if timestep.ndim > 1 else timestep.reshape(-1)
 
 
 @contextmanager

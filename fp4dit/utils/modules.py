@@ -1,7 +1,9 @@
 """Helpers for torch modules."""
 
+import copy
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 
@@ -23,3 +25,13 @@ class DtypePreservingModule(nn.Module):
             return result if result.dtype == x.dtype else x.to(result.device)
 
         return super()._apply(move, recurse)
+
+
+def copy_to_meta(model: nn.Module) -> nn.Module:
+    """Return a copy of a model whose parameters and buffers are on the meta device."""
+    copies: dict[int, torch.Tensor] = {}  # by the identity of the original, as `deepcopy` expects
+    for parameter in model.parameters():
+        copies[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    for buffer in model.buffers():
+        copies[id(buffer)] = buffer.to("meta")
+    return copy.deepcopy(model, copies)

@@ -1,7 +1,7 @@
 """Plan the stages of a composed config, and run those that have no result yet."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,19 @@ class PlannedStage:
         Raises:
             UserError: if the config names something that does not exist, or has a wrong value.
         """
-        return instantiate_node(self.name, self.config)
+        return name_layers_by_role(instantiate_node(self.name, self.config))
+
+
+def name_layers_by_role(stage: Any) -> Any:
+    """Return a stage whose rules for roles of layers are rules for the layers of its model."""
+    # Imported here because planning needs no torch.
+    from fp4dit.quantization.roles import has_roles, resolve_roles
+
+    fields = [name for name in ("weight", "activation") if has_roles(getattr(stage, name, None))]
+    if not fields:
+        return stage
+    model = stage.model.build_on_meta().transformer
+    return replace(stage, **{name: resolve_roles(getattr(stage, name), model) for name in fields})
 
 
 def make_plan(cfg: DictConfig) -> dict[str, PlannedStage]:

@@ -51,6 +51,7 @@ class Activate(Stage):
 
     def run(self, needs: Needs, out: Path, runtime: Runtime) -> None:
         pipeline = self.model.load()
+        pipeline.load_call_kinds(needs["calls"] / "calls")
         activations, rules = load_weights_(
             pipeline, self.weight, self.activation, needs["weights"] / UNITS
         )

@@ -13,10 +13,11 @@ from fp4dit.calibration.dataset import UnitDataset
 from fp4dit.calibration.histograms import copy_weights
 from fp4dit.calibration.propagate import compute_relative_error, propagate_unit
 from fp4dit.calibration.saved_rows import SavedRows
-from fp4dit.data.columns import MemoryBudget, RowSource, RowSubset
+from fp4dit.data.columns import MemoryBudget, RowSource
+from fp4dit.data.segments import select_subset_of
 from fp4dit.estimate.stages import Estimator, StageCost
 from fp4dit.models.base import Pipeline, PipelineSource
-from fp4dit.models.blocks import filter_by_unit
+from fp4dit.models.blocks import split_by_unit
 from fp4dit.quantization import apply, rules
 from fp4dit.quantization.fake_quant import FakeQuantize
 from fp4dit.quantization.layers import QuantLayer
@@ -72,6 +73,7 @@ class Finetune(Stage):
         train_rows, val_rows = split_rows(columns, self.calibration.num_prompts)
         original = self.model.load()
         original.to(runtime.device)
+        original.load_call_kinds(needs["calls"] / "calls")
         teacher = WholeModel(original)
         unit = teacher.make_unit(list(columns))
         batch_size, device = self.calibration.replay_batch_size, runtime.device
@@ -97,8 +99,10 @@ class Finetune(Stage):
         with pass_gradients_through(activations):
             curve = self.finetune.round_unit(student, list(layers.values()), dataset, trainers)
         (out / UNITS).mkdir(exist_ok=True)
-        for number, block in enumerate(pipeline.units(), 1):
-            save_layers(filter_by_unit(layers, block), unit_path(out / UNITS, number, block))
+        blocks = pipeline.units()
+        parts = split_by_unit(layers, blocks)
+        for number, (block, block_layers) in enumerate(zip(blocks, parts, strict=True), 1):
+            save_layers(block_layers, unit_path(out / UNITS, number, block))
         write_csv(out / "curve.csv", [{"unit": "whole", **point} for point in curve])
         errors = {"unit": "whole", "error": compute_error("after"), "before": error_before}
         write_json(out / "blocks.json", [errors])
@@ -114,6 +118,7 @@ class Finetune(Stage):
         """Load the quantized model, and return it with its activation quantizers."""
         pipeline = self.model.load()
         pipeline.to(runtime.device)
+        pipeline.load_call_kinds(needs["calls"] / "calls")
         activations, _ = load_quantized_(
             pipeline,
             self.weight,
@@ -135,7 +140,7 @@ def find_quantized_layers(pipeline: Pipeline) -> dict[str, QuantLayer]:
 
 def select_subset(columns: Mapping[str, RowSource], rows: Tensor) -> dict[str, RowSource]:
     """Return the columns restricted to some rows."""
-    return {name: RowSubset(column, rows) for name, column in columns.items()}
+    return {name: select_subset_of(column, rows) for name, column in columns.items()}
 
 
 def restore_latent_weights(layers: Mapping[str, QuantLayer], original: Pipeline) -> None:

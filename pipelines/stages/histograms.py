@@ -45,6 +45,7 @@ class Histograms(Stage):
 
     def run(self, needs: Needs, out: Path, runtime: Runtime) -> None:
         pipeline = self.model.load()
+        pipeline.load_call_kinds(needs["calls"] / "calls")
         model = pipeline.transformer
         originals = histograms.copy_weights(find_layers(model))
         activations, _ = load_quantized_(

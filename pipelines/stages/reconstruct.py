@@ -90,6 +90,7 @@ class Reconstruct(Stage):
         (out / UNITS).mkdir(exist_ok=True)
         memory = MemoryBudget(1e9 * runtime.memory_budget_gb, out)
         columns = load_calls(needs["calls"] / "calls", memory)
+        pipeline.load_call_kinds(needs["calls"] / "calls")
         train_rows, val_rows = split_rows(columns, self.calibration.num_prompts)
         work = Reconstruction(
             pipeline,

@@ -7,7 +7,7 @@ import torch
 
 from fp4dit.calibration import captured_calls
 from fp4dit.calibration.captured_calls import CapturedSteps
-from fp4dit.data.columns import open_captured_calls
+from fp4dit.data.captured import open_captured_calls
 from fp4dit.models.blocks import count_rows
 from fp4dit.utils.files import checksum_path
 
@@ -29,7 +29,7 @@ def read_steps(folder: Path) -> list[dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_saved_calls_are_loaded_bit_exactly(tmp_path: Path, steps: int):
     states, path = make_states(steps), tmp_path / "00000.safetensors"
-    captured_calls.save_calls(states, path)
+    captured_calls.save_calls([states], path)
     loaded = read_steps(tmp_path)
     assert len(loaded) == steps
     for before, after in zip(states, loaded, strict=True):
@@ -41,8 +41,8 @@ def test_saved_calls_are_loaded_bit_exactly(tmp_path: Path, steps: int):
 
 
 def test_constant_inputs_are_written_once(tmp_path: Path):
-    captured_calls.save_calls(make_states(1), tmp_path / "one.safetensors")
-    captured_calls.save_calls(make_states(9), tmp_path / "nine.safetensors")
+    captured_calls.save_calls([make_states(1)], tmp_path / "one.safetensors")
+    captured_calls.save_calls([make_states(9)], tmp_path / "nine.safetensors")
     one = (tmp_path / "one.safetensors").stat().st_size
     nine = (tmp_path / "nine.safetensors").stat().st_size
     per_step = 4 * 2 * 3 * 3 * 4 + 4 * 8
@@ -55,7 +55,7 @@ def test_views_and_expanded_tensors_are_saved_by_value(tmp_path: Path):
         {"a": shared[:3], "b": shared[None].expand(3, 6), "c": torch.randn(2, 3).T}
         for _ in range(2)
     ]
-    captured_calls.save_calls(states, tmp_path / "x.safetensors")
+    captured_calls.save_calls([states], tmp_path / "x.safetensors")
     assert all(torch.equal(states[1][name], read_steps(tmp_path)[1][name]) for name in "abc")
 
 
@@ -66,5 +66,5 @@ def test_a_killed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(captured_calls, "save_tensors", write_half)
     with pytest.raises(KeyboardInterrupt):
-        captured_calls.save_calls(make_states(2), tmp_path / "00000.safetensors")
+        captured_calls.save_calls([make_states(2)], tmp_path / "00000.safetensors")
     assert list(tmp_path.glob("*.safetensors")) == []

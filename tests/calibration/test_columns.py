@@ -9,14 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp4dit.calibration import captured_calls
-from fp4dit.data.columns import (
-    CapturedTensor,
-    DiskTensor,
-    MemoryBudget,
-    RowSource,
-    open_captured_calls,
-    write_rows,
-)
+from fp4dit.data.captured import CapturedTensor, open_captured_calls
+from fp4dit.data.columns import DiskTensor, MemoryBudget, RowSource, write_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool]
 
@@ -88,7 +82,7 @@ def test_captured_calls_are_read_from_their_files(tmp_path: Path):
         for step in range(2):
             x, t = torch.randn(3, 2, 2), torch.full((3,), 10 - step)
             steps.append({"x": x, "text": text, "t": t})
-        captured_calls.save_calls(steps, tmp_path / f"{number:05}.safetensors")
+        captured_calls.save_calls([steps], tmp_path / f"{number:05}.safetensors")
         states += steps
     columns = open_captured_calls(tmp_path)
     for name in ("x", "text", "t"):

@@ -37,7 +37,7 @@ def test_rows_that_were_saved_bit_by_bit_are_loaded(
     for stop in (3, 3, 8):
         saved.save_if_due(columns, stop)
     assert len(list(tmp_path.iterdir())) == 2 + 3  # of at most two rows each
-    loaded, count = SavedRows(tmp_path).load(10, memory)
+    loaded, count = SavedRows(tmp_path).load((10,), memory)
     assert count == 8
     assert loaded.keys() == columns.keys()
     for name, column in columns.items():
@@ -57,18 +57,18 @@ def test_rows_after_a_damaged_file_are_computed_again(tmp_path: Path, damage):
     else:
         second.write_bytes(damage(second.read_bytes()))
     saved = SavedRows(tmp_path, seconds=0.0)
-    columns, count = saved.load(10, MemoryBudget())
+    columns, count = saved.load((10,), MemoryBudget())
     assert count == 2
     for name, column in make_columns().items():
         columns[name][2:] = column[2:]
     saved.write(columns, 10)
-    again, count = SavedRows(tmp_path).load(10, MemoryBudget())
+    again, count = SavedRows(tmp_path).load((10,), MemoryBudget())
     assert count == 10
     assert all(torch.equal(again[name], column) for name, column in make_columns().items())
 
 
 def test_a_folder_without_rows_is_empty(tmp_path: Path):
-    assert SavedRows(tmp_path / "none").load(10, MemoryBudget()) == ({}, 0)
+    assert SavedRows(tmp_path / "none").load((10,), MemoryBudget()) == ({}, 0)
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def test_a_full_disk_is_reported_and_loses_nothing_finished(
 def test_all_tensor_writers_report_a_full_disk(tmpfs: Mount, pipeline: PixArtAdapter):
     place, rows = tmpfs("small", "size=64k"), torch.zeros(1 << 16)
     writers: list[Callable[[], None]] = [
-        lambda: captured_calls.save_calls([{"x": rows}], place / "calls.safetensors"),
+        lambda: captured_calls.save_calls([[{"x": rows}]], place / "calls.safetensors"),
         lambda: save_tensors({"x": rows}, place / "x.safetensors"),
         lambda: pytree_io.save_tree({"x": rows}, place / "tree.safetensors"),
         lambda: DiskTensor(place, rows.shape, rows.dtype).write(0, rows),

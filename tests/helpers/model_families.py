@@ -66,18 +66,10 @@ FAMILIES = {
     ),
     "dit": ModelFamily(tiny.save_dit, DiT, ["model=dit_xl_2", *GROUPS_OF_32]),
     "sd3": make_generic_family(tiny.save_sd3, SMALL_IMAGE),
-    "flux": make_generic_family(
-        tiny.save_flux,
-        SMALL_IMAGE,
-        "model_layers.pre_gelu=[]",
-        "model_layers.ungroupable=[x_embedder]",
-    ),
+    "flux": make_generic_family(tiny.save_flux, SMALL_IMAGE),
     "sana": make_generic_family(
         tiny.save_sana,
         SANA_OPTIONS,
-        "model_layers.pre_gelu=[]",
-        "model_layers.ungroupable=[patch_embed.*]",
-        "+weight.ignore=['*.conv_depth']",
         "+activation.ignore=['*.attn1.[qkv]']",
     ),
 }

@@ -38,6 +38,7 @@ def test_units_compute_the_same_as_the_model(
 ):
     """On captured calls, the last unit is bit-exact in full precision and with quantized layers."""
     pipeline = family_pipeline
+    pipeline.units()  # runs a model that has to be traced
     if quantized:
         rules = make_weight_rules(pipeline.transformer)
         assigned = assign_rules(find_layers(pipeline.transformer), rules)

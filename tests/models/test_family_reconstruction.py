@@ -21,7 +21,7 @@ from fp4dit.estimate.footprint import measure_footprint
 from fp4dit.estimate.machine import Machine
 from fp4dit.estimate.stages import Estimator, count_calls
 from fp4dit.models.base import Pipeline, PipelineSource
-from fp4dit.models.blocks import ReadOnlyState, Unit, filter_by_unit, flatten_outputs
+from fp4dit.models.blocks import ReadOnlyState, Unit, flatten_outputs
 from fp4dit.quantization.apply import quantize_weights_
 from fp4dit.quantization.layers import QuantLayer
 from fp4dit.quantization.rules import assign_rules, find_layers
@@ -200,7 +200,8 @@ def reconstruct_by_whole_passes(
     quant_layers: dict[str, QuantLayer] = {}
     for unit in pipeline.units():
         dataset = record_unit_dataset(unit, original, quantized, recorded, rows)
-        layers = quantize_weights_(quantized, filter_by_unit(assigned, unit))
+        rules = {name: rule for name, rule in assigned.items() if unit.contains(name)}
+        layers = quantize_weights_(quantized, rules)
         for layer in layers.values():
             layer.prepare()
         if layers:

@@ -1,38 +1,41 @@
 """Tracing finds the units of a transformer, or refuses it with a reason."""
 
+import copy
 import json
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import PixArtSigmaPipeline, UNet2DModel
+from diffusers import ModelMixin, PixArtSigmaPipeline, UNet2DModel
 from torch import Tensor, nn
 
 import pipelines.inspect
 import pipelines.run
-from fp4dit.models.blocks import ActivationState, Unit, flatten_outputs
+from fp4dit.models.blocks import flatten_outputs
+from fp4dit.models.call_kinds import CallKind
 from fp4dit.models.generic import Generic, GenericAdapter
 from fp4dit.models.pixart import PixArt
-from fp4dit.models.testing import verify_adapter
-from fp4dit.models.tracing import list_parts, trace_call
+from fp4dit.models.tracing import list_parts, trace_kind
+from fp4dit.numerics.formats import integer
+from fp4dit.numerics.quantizer import PerChannel, Quantizer
+from fp4dit.numerics.scale_rules import AbsMax
+from fp4dit.quantization.rules import Rule, find_layers
+from fp4dit.rounding.reconstruction import Reconstruction
+from fp4dit.rounding.rtn import RoundToNearest
 from fp4dit.utils import calls
 from fp4dit.utils.calls import Call
 from fp4dit.utils.errors import UserError
 from tests.conftest import Run
 from tests.helpers import tiny
 from tests.helpers.small_runs import FEW, run_stages
+from tests.helpers.units import check_parts, run_unit
+
+INT8 = Quantizer(integer(8), PerChannel(), AbsMax())
 
 OPTIONS = {"max_sequence_length": 20, "use_resolution_binning": False, "clean_caption": False}
-
-
-def run_unit(unit: Unit, state: ActivationState, index: Any, model: nn.Module) -> tuple:
-    """Return the outputs of a unit on some rows of the state."""
-    call = unit.make_call(unit.select_inputs(state, index))
-    return flatten_outputs(call(model.get_submodule(unit.module)))
 
 
 @pytest.mark.parametrize("save", [tiny.save, tiny.save_alpha], ids=["sigma", "alpha"])
@@ -96,10 +99,11 @@ class Block(nn.Module):
         self.linear = nn.Linear(8, 8)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        self.seen = x
         return x + self.linear(x) * time[:, None]
 
 
-class Model(nn.Module):
+class Model(ModelMixin):
     """Model of an embedding and two blocks.
 
     Args:
@@ -124,33 +128,44 @@ def make_model() -> Model:
 
 
 class AdapterWithoutPipeline(GenericAdapter):
-    """Adapter of a transformer alone, whose first call is given."""
+    """Adapter of a transformer alone, whose first calls are given."""
 
-    def __init__(self, transformer: nn.Module, first_call: Call) -> None:
-        self.transformer = transformer.requires_grad_(False)
-        self.first_call, self.device = first_call, torch.device("cpu")
-        self.arguments = self.cached_units = None
+    def __init__(self, transformer: nn.Module, **other: Any) -> None:
+        self.first_calls = make_call(2, **other), make_call(3, **other)
+        super().__init__(transformer.requires_grad_(False), {}, load=lambda: None)  # pyright: ignore
 
-    def record_first_call(self) -> Call:
-        return self.first_call
+    def record_first_calls(self) -> tuple[Call, Call]:
+        return self.first_calls
 
 
 def make_call(rows: int = 3, **other: Any) -> Call:
     return Call((torch.randn(rows, 4),), {"timestep": torch.rand(rows), **other})
 
 
+@torch.no_grad()
+def check_units(adapter: Any, call: Call) -> None:
+    """Check that the units, one after another, end in the output of the transformer."""
+    [(_, state)] = adapter.read_states(call)
+    for unit in adapter.units():
+        outputs = run_unit(unit, state, slice(None), adapter.transformer)
+        state = state | dict(zip(unit.outputs, outputs, strict=True))
+    expected = flatten_outputs(call(adapter.transformer))
+    assert all(map(torch.equal, outputs, expected))
+
+
 def test_computations_between_blocks_are_repeated():
-    adapter = AdapterWithoutPipeline(Model(lambda _, x: x.flip(1) * 2), make_call())
-    verify_adapter(adapter, make_call(4))
+    adapter = AdapterWithoutPipeline(Model(lambda _, x: x.flip(1) * 2))
+    check_units(adapter, make_call(4))
     assert [(unit.module, unit.inputs, unit.outputs) for unit in adapter.units()] == [
-        ("embed", ("latent", "timestep"), ("embed.0",)),
-        ("blocks.0", ("timestep", "embed.0"), ("blocks.0.0",)),
-        ("blocks.1", ("timestep", "blocks.0.0"), ("blocks.1.0",)),
+        ("embed", ("timestep", "latent", "call_kind"), ("embed",)),
+        ("blocks.0", ("timestep", "embed", "call_kind"), ("blocks.0",)),
+        ("blocks.1", ("timestep", "blocks.0", "call_kind"), ("blocks.1",)),
     ]
-    x, timestep = torch.randn(5, 8), torch.rand(5)
-    call = adapter.units()[2].make_call({"timestep": timestep, "blocks.0.0": x})
+    [(_, state)] = adapter.read_states(make_call(5))
+    x = torch.randn(5, 8)
+    call = adapter.units()[2].make_call(state | {"blocks.0": x})
     assert torch.equal(call.args[0], x.flip(1) * 2)
-    assert torch.equal(call.args[1], timestep)
+    assert torch.equal(call.args[1], state["timestep"])
 
 
 def run_embed_again(model: Model, x: Tensor) -> Tensor:
@@ -161,50 +176,103 @@ def run_inner_layer(model: Model, x: Tensor) -> Tensor:
     return model.blocks[0].linear(x)  # pyright: ignore[reportCallIssue]
 
 
-def hide_dependency(_: Model, x: Tensor) -> Tensor:
-    return x.detach() + 1
+def read_values(_: Model, x: Tensor) -> Tensor:
+    return torch.from_numpy(x.numpy() + 1)
 
 
 @pytest.mark.parametrize(
-    ("between", "message"),
+    ("between", "modules"),
     [
-        (run_embed_again, "embed of Model runs more than once"),
-        (run_inner_layer, "Model runs blocks.0.linear itself, outside the block that contains it"),
-        (hide_dependency, "blocks.1 of Model, called alone, gives another output"),
+        (run_embed_again, ["embed", "blocks.0", "embed", "blocks.1"]),
+        (run_inner_layer, ["embed", "blocks.0", "blocks.0.linear", "blocks.1"]),
+        (read_values, ["embed", "blocks.0", "blocks.1"]),
     ],
 )
-def test_a_part_that_cannot_be_repeated_is_refused(between: Callable, message: str):
-    with pytest.raises(UserError, match=message + ".*docs/guides/your-model.md"):
-        AdapterWithoutPipeline(Model(between), make_call()).units()
+def test_a_part_may_run_twice_or_inside_another_and_values_may_be_read(
+    between: Callable, modules: list[str]
+):
+    adapter = AdapterWithoutPipeline(Model(between))
+    check_units(adapter, make_call(4))
+    assert [unit.module for unit in adapter.units()] == modules
+
+
+def read_hidden_state(model: Model, x: Tensor) -> Tensor:
+    return x + model.blocks[0].seen  # pyright: ignore[reportOperatorIssue]
+
+
+def test_a_model_with_state_outside_of_arguments_is_one_unit(caplog: pytest.LogCaptureFixture):
+    adapter = AdapterWithoutPipeline(Model(read_hidden_state))
+    check_units(adapter, make_call(4))
+    assert [unit.module for unit in adapter.units()] == [""]
+    assert "blocks.1 of Model, called alone, gives another output" in caplog.text
+    assert "Model is rounded as one unit" in caplog.text
+
+
+@pytest.mark.parametrize("between", [run_embed_again, run_inner_layer, read_hidden_state])
+def test_shared_layers_are_rounded_once_from_original_targets(between: Callable, tmp_path: Path):
+    """Rounding to 8 bits changes little, and the teacher of a second run is not quantized."""
+    torch.manual_seed(0)
+    model = Model(between)
+    original, adapter = copy.deepcopy(model), AdapterWithoutPipeline(model)
+    call = make_call(8)
+    [(_, columns)] = adapter.read_states(call)
+    rules = {name: Rule("*", INT8) for name in find_layers(model)}
+    rows = torch.arange(8)
+    adapter.device = torch.device("cpu")
+    work = Reconstruction(adapter, rules, RoundToNearest(), rows[:6], rows[6:], 4, tmp_path)
+    reports = work.run(columns, tiny.trainer)
+    assert len(reports) == len(adapter.units())
+    for name in rules:
+        expected = INT8(find_layers(original)[name].weight)  # pyright: ignore[reportArgumentType]
+        assert torch.equal(model.get_submodule(name).weight, expected)  # pyright: ignore
+    output, target = call(model), call(original)
+    error = (output - target)[6:].square().sum() / target[6:].square().sum()
+    assert reports[-1]["error"] == pytest.approx(error.item(), rel=1e-4)
+    assert 0 < error < 1e-3
 
 
 def test_a_part_must_return_a_row_per_sample():
     model = make_model()
     model.blocks[0].forward = lambda x, time: x.sum(0, keepdim=True)  # pyright: ignore[reportAttributeAccessIssue]
+    kind = CallKind.compare(model, (make_call(2), make_call(3)), (2, 3))
     message = r"blocks\.0 of Model does not return a row for each sample"
     with pytest.raises(UserError, match=message):
-        trace_call(model, make_call())
+        trace_kind(model, kind, list_parts(model))
 
 
-def test_an_argument_without_rows_must_not_change():
+def test_calls_with_other_values_are_of_other_kinds():
     model, scale = make_model(), torch.rand(8)
-    arguments = trace_call(model, make_call(scale=scale, flag="on")).arguments
-    state = arguments.read_state(model, make_call(5, scale=scale, flag="on"))
-    shapes = {name: value.shape for name, value in state.items()}
-    assert shapes == {"latent": (5, 4), "timestep": (5,)}
-    for name, value in (("scale", scale + 1), ("other.flag", "off")):
-        changed = {"scale": scale, "flag": "on"} | {name.removeprefix("other."): value}
-        with pytest.raises(UserError, match=re.escape(f"Model: {name} differs from call to call")):
-            arguments.read_state(model, make_call(5, **changed))
-    with pytest.raises(UserError, match="not called with the same arguments at each step"):
-        arguments.read_state(model, make_call(5))
+    adapter = AdapterWithoutPipeline(model, scale=scale, flag="on")
+    numbers = []
+    for changed in ({}, {"scale": scale + 1}, {"flag": "off"}, {"scale": None}):
+        call = make_call(5, **{"scale": scale, "flag": "on"} | changed)
+        [(_, state)] = adapter.read_states(call)
+        numbers += state["call_kind"].unique().tolist()
+        check_units(adapter, call)
+    assert len(set(numbers)) == 4
+    again = AdapterWithoutPipeline(model, scale=scale, flag="on").read_states(
+        make_call(7, scale=scale, flag="on")
+    )
+    assert again[0][1]["call_kind"].tolist() == [numbers[0]] * 7
+
+
+def test_kinds_survive_a_file(tmp_path: Path):
+    model, scale = make_model(), torch.rand(8)
+    adapter = AdapterWithoutPipeline(model, scale=scale)
+    call = make_call(5, scale=scale * 2, names=["a", ("b", 1)])
+    [(_, state)] = adapter.read_states(call)
+    adapter.save_call_kinds(tmp_path / "00000.safetensors")
+    other = AdapterWithoutPipeline(model, scale=scale)
+    other.load_call_kinds(tmp_path)
+    [unit, *_] = other.units()
+    part_call = unit.make_call(state)
+    assert torch.equal(part_call.args[0], state["latent"])
 
 
 def test_a_single_number_is_repeated_for_each_sample():
-    model = make_model()
     call = Call((torch.randn(3, 4),), {"timestep": torch.tensor([0.5])})
-    arguments = trace_call(model, call).arguments
-    assert arguments.read_state(model, call)["timestep"].tolist() == [0.5] * 3
+    [(_, state)] = AdapterWithoutPipeline(make_model()).read_states(call)
+    assert state["timestep"].tolist() == [0.5] * 3
 
 
 def test_a_model_without_a_list_of_blocks_is_refused():
@@ -215,30 +283,29 @@ def test_a_model_without_a_list_of_blocks_is_refused():
 
 def test_a_model_without_a_timestep_is_refused():
     model = make_model()
-    model.forward = lambda latent, t: model.blocks[1](model.blocks[0](model.embed(latent), t), t)  # pyright: ignore
-    with pytest.raises(UserError, match="not called with an argument `timestep`"):
-        trace_call(model, Call((torch.randn(3, 4), torch.rand(3)), {}))
+    model.forward = lambda latent, when: latent  # pyright: ignore
+    calls_of_two_sizes = [Call((torch.randn(n, 4), torch.rand(n)), {}) for n in (2, 3)]
+    with pytest.raises(UserError, match=r"not called with a timestep: none of its .* latent, when"):
+        CallKind.compare(model, (calls_of_two_sizes[0], calls_of_two_sizes[1]), (2, 3))
 
 
-@pytest.mark.parametrize(
-    ("save", "message"),
-    [
-        (
-            tiny.save_hunyuan,
-            "text_embedder of HunyuanDiT2DModel does not return a row for each sample",
-        ),
-        (tiny.save_dit, "DiTTransformer2DModel runs transformer_blocks.0.norm1.emb"),
-    ],
-)
-def test_models_that_need_their_own_adapter_are_refused(
-    save: Callable[[Path], None], message: str, tmp_path: Path
+@pytest.mark.parametrize("save", [tiny.save_hunyuan, tiny.save_dit])
+def test_a_model_with_its_own_adapter_goes_through_too(
+    save: Callable[[Path], None], tmp_path: Path
 ):
+    """HunyuanDiT embeds the tokens of all texts as one list, and DiT runs a layer of a block."""
     save(tmp_path)
     adapter = Generic(str(tmp_path)).load()
+    prompts = tiny.PROMPTS
     if save is tiny.save_dit:  # draws classes in place of texts
-        adapter.pipe = partial(lambda pipe, _, **options: pipe([1, 2, 3], **options), adapter.pipe)
-    with pytest.raises(UserError, match=message):
-        adapter.units()
+        prompts = ["1", "2", "3", "4"]
+        adapter.name_arguments = lambda inputs, guidance: {  # pyright: ignore
+            "class_labels": list(range(len(inputs))),
+            "guidance_scale": guidance,
+        }
+    with calls.record_calls(adapter.transformer) as recorded:
+        adapter.sample(prompts[:2], [5, 6], 1, 4.5)
+    check_parts(adapter, recorded[0])
 
 
 def test_a_pipeline_without_a_transformer_is_refused(tmp_path: Path):

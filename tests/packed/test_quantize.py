@@ -17,7 +17,6 @@ from fp4dit.packed.export import pack_transformer_, quantize_to_nearest_
 from fp4dit.packed.nn.linear import PackedLinear
 from fp4dit.packed.quantize import (
     assign_transformer_rules,
-    copy_to_meta,
     quantize_and_pack_,
     with_packed_formats,
 )
@@ -26,6 +25,7 @@ from fp4dit.rounding.unit_files import load_quantized_
 from fp4dit.transforms.hadamard import Hadamard
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.hub import resolve_package_path
+from fp4dit.utils.modules import copy_to_meta
 from pipelines.planning.plan import make_plan
 from tests.conftest import Compose
 from tests.helpers import tiny

@@ -1,0 +1,164 @@
+"""Families that nobody wrote an adapter for go through `model=generic`."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+import fp4dit
+import pipelines.inspect
+from fp4dit.models.generic import Generic
+from fp4dit.quantization.rules import assign_rules, find_layers
+from fp4dit.utils import calls
+from fp4dit.utils.errors import UserError
+from fp4dit.utils.images import read_image
+from pipelines.planning.executor import build_stages
+from pipelines.planning.plan import make_plan
+from tests.conftest import Compose, Run
+from tests.helpers import tiny
+from tests.helpers.small_runs import run_stages
+from tests.helpers.tiny_families import TINY_FAMILIES, TinyFamily, wan_2_2
+from tests.helpers.units import check_parts
+
+pytestmark = pytest.mark.unchecked
+
+# Prompts of different lengths, in one batch.
+PROMPTS = tiny.PROMPTS[:2]
+
+# Calibration on prompts of two lengths, and one image.
+FEWEST = [
+    "calibration.num_prompts=2",
+    "calibration.num_val_prompts=1",
+    "calibration.batch_size=3",
+    "calibration.steps=2",
+    "generation.steps=2",
+    "prompts.count=1",
+]
+
+NEAREST = ["method=nvfp4_rtn", "metrics=paired"]
+
+
+@pytest.fixture(scope="module", params=list(TINY_FAMILIES))
+def name(request: pytest.FixtureRequest) -> str:
+    """The name of a family."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def family(name: str) -> TinyFamily:
+    return TINY_FAMILIES[name]
+
+
+@pytest.fixture(scope="module")
+def family_folder(name: str, family: TinyFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the replica."""
+    folder = tmp_path_factory.mktemp(name)
+    family.save(folder)
+    return folder
+
+
+@torch.no_grad()
+def test_streams_are_those_of_the_whole_model(family: TinyFamily, family_folder: Path):
+    """The units compute what the transformer computes, bit by bit, in each kind of calls.
+
+    A call whose samples are all of one kind is repeated with the same arguments.
+    """
+    adapter = Generic(str(family_folder), options=family.options).load()
+    assert all(unit.module for unit in adapter.units())  # the transformer is not one unit
+    with calls.record_calls(adapter.transformer) as recorded:
+        adapter.sample(PROMPTS, [5, 6], 2, 4.5)
+    for call in recorded:
+        check_parts(adapter, call)
+        [(index, state), *others] = adapter.read_states(call)
+        if not others:
+            repeated = adapter.kinds[int(state["call_kind"][0])].make_call(state)
+            assert_equal_arguments(call, repeated, adapter.transformer)
+            assert sorted(index.tolist()) == list(range(len(index)))
+
+
+def assert_equal_arguments(call: calls.Call, other: calls.Call, transformer: Any) -> None:
+    """Compare calls; a tensor with a single number may be repeated for each sample."""
+    first, second = call.bind_arguments(transformer), other.bind_arguments(transformer)
+    leaves, spec = tree_flatten(first)
+    other_leaves, other_spec = tree_flatten({name: second[name] for name in first})
+    assert spec == other_spec
+    for a, b in zip(leaves, other_leaves, strict=True):
+        if isinstance(a, Tensor):
+            assert torch.equal(a.expand_as(b), b)
+        else:
+            assert a == b
+
+
+def test_layers_before_activations_are_found_by_their_role(
+    family: TinyFamily, family_folder: Path, composed: Compose
+):
+    """`method=fp4dit` fits every family, and gives these layers its other format."""
+    overrides = [*family.arguments, f"model.path={family_folder}", "weight.granularity.size=16"]
+    plan = make_plan(composed(*overrides, "method=fp4dit"))
+    stage: Any = build_stages([plan["reconstruct"], plan["activate"]])["reconstruct"]
+    layers = find_layers(stage.model.build_on_meta().transformer)
+    found: dict[str, None] = {}
+    for rule in assign_rules(layers, stage.weight).values():
+        if rule.quantizer and rule.quantizer.format.name == "e3m0":
+            found[rule.match] = None
+    assert sorted(found) == sorted(family.pre_activation)
+
+
+def test_all_stages_and_an_export_that_diffusers_loads(
+    family: TinyFamily, family_folder: Path, tmp_path: Path
+):
+    overrides = [*family.arguments, f"model.path={family_folder}", *NEAREST]
+    paths = run_stages(tmp_path, *overrides, small=FEWEST, targets=("export",))
+    stored = read_image(paths["generate"] / "images" / "00000.png")
+    reference = read_image(paths["reference"] / "images" / "00000.png")
+    assert stored.shape == reference.shape
+    assert not torch.equal(stored, reference)
+    pipe: Any = DiffusionPipeline.from_pretrained(paths["export"] / "pipeline")
+    assert pipe.transformer.config.quantization_config
+
+
+def test_inspect_estimates_all_stages(
+    family: TinyFamily, family_folder: Path, run: Run, capfd: pytest.CaptureFixture[str]
+):
+    overrides = [*family.arguments, f"model.path={family_folder}", *NEAREST]
+    assert run(*overrides, main=pipelines.inspect.main) == 0
+    output = capfd.readouterr().out
+    assert "quantized: " in output
+    assert "reconstruct" in output
+
+
+def test_the_two_transformers_of_a_pipeline_are_quantized_one_after_the_other(
+    tmp_path: Path, run: Run, capfd: pytest.CaptureFixture[str]
+):
+    """The second run starts from the export of the first, and both stay quantized."""
+    family = TINY_FAMILIES["wan_2_2"]
+    folder = tmp_path / "wan_2_2"
+    family.save(folder)
+    unchosen = [x for x in family.arguments if not x.startswith("model.transformer")]
+    assert run(*unchosen, f"model.path={folder}", *NEAREST) == 1
+    message = "has 2 transformers, transformer and transformer_2, and one is quantized at a time"
+    assert message in capfd.readouterr().err
+    for component in ("transformer", "transformer_2"):
+        overrides = [*unchosen, f"model.path={folder}", f"model.transformer={component}", *NEAREST]
+        paths = run_stages(tmp_path, *overrides, small=FEWEST, targets=("export",))
+        folder = paths["export"] / "pipeline"
+    pipe: Any = DiffusionPipeline.from_pretrained(folder)
+    for transformer in (pipe.transformer, pipe.transformer_2):
+        assert transformer.config.quantization_config
+
+
+def test_python_quantizes_both_transformers_one_after_the_other():
+    torch.manual_seed(0)
+    pipe: Any = wan_2_2()
+    with pytest.raises(UserError, match="has 2 transformers, transformer and transformer_2"):
+        fp4dit.quantize(pipe, "nvfp4_rtn")
+    options = [f"+model.options.{x}" for x in ("height=16", "width=16", "num_frames=5")]
+    for component in ("transformer", "transformer_2"):
+        choice = f"model.transformer={component}"
+        report = fp4dit.quantize(pipe, "nvfp4_rtn", overrides=[*options, choice])
+        assert report.bits_weight < 16
+        assert getattr(pipe, component).config.quantization_config
