@@ -15,7 +15,7 @@ from hypothesis import settings
 from omegaconf import DictConfig
 
 import pipelines.run
-from fp4dit.packed.nn.integer_ops import find_kernels
+from fp4dit.packed.nn.kernels import find_kernels
 from pipelines.cli.main import run_command
 from pipelines.config.compose import compose_config
 from pipelines.config.resolvers import register_resolvers

@@ -48,7 +48,7 @@ MODULES_OF_EXTRAS = (
 FIND_PACKAGE = "import fp4dit; print(fp4dit.__file__)"
 
 FIND_KERNELS = (
-    "from fp4dit.packed.nn.integer_ops import find_kernels; print(find_kernels() is not None)"
+    "from fp4dit.packed.nn.kernels import find_kernels; print(find_kernels() is not None)"
 )
 KERNELS = f"fp4dit/packed/nn/_integer{EXTENSION_SUFFIXES[0]}"
 

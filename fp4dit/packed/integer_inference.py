@@ -4,7 +4,7 @@ from torch import nn
 
 from fp4dit.packed.nn.backends import find_integer_operands
 from fp4dit.packed.nn.gelu import use_gelu_kernel_
-from fp4dit.packed.nn.integer_ops import find_kernels
+from fp4dit.packed.nn.kernels import find_kernels
 from fp4dit.packed.nn.linear import PackedLinear, pack_layer
 from fp4dit.packed.nn.token_quant import CachedFakeQuantize, find_token_grid
 from fp4dit.quantization.apply import find_activation_slots

@@ -26,7 +26,7 @@ from fp4dit.packed.nn.gpu_backends import (
     WeightOnlyBackend,
     can_expand_codes,
 )
-from fp4dit.packed.nn.integer_ops import find_kernels
+from fp4dit.packed.nn.kernels import find_kernels
 from fp4dit.packed.nn.linear import PackedLinear, pack_layer
 from fp4dit.quantization.fake_quant import FakeQuantize
 from fp4dit.quantization.layers import QuantLayer

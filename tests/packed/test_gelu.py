@@ -6,7 +6,7 @@ from diffusers.models.attention import FeedForward
 from torch.nn import functional as F
 
 from fp4dit.packed.nn import gelu
-from fp4dit.packed.nn.integer_ops import find_kernels
+from fp4dit.packed.nn.kernels import find_kernels
 
 needs_kernels = pytest.mark.skipif(find_kernels() is None, reason="no kernels were compiled")
 SPECIAL = torch.tensor([0.0, -0.0, torch.nan, torch.inf, 1e30, -1e30, 1e-42, 12.0, -12.0, -60.0])

@@ -28,18 +28,12 @@ from fp4dit.numerics.scale_search import PreShift
 from fp4dit.numerics.shared_mantissa import SharedMantissa
 from fp4dit.packed.export import pack_transformer_
 from fp4dit.packed.integer_inference import use_integer_arithmetic_
-from fp4dit.packed.nn import integer_ops
+from fp4dit.packed.nn import kernels
 from fp4dit.packed.nn.backends import DequantizeBackend, IntegerBackend, choose_backend
-from fp4dit.packed.nn.integer_ops import (
-    IntegerTokens,
-    IntegerWeight,
-    choose_segment,
-    find_integer_grid,
-    find_kernels,
-    find_segment,
-    multiply_integers,
-)
+from fp4dit.packed.nn.integer_operands import IntegerTokens, IntegerWeight, find_integer_grid
+from fp4dit.packed.nn.integer_ops import choose_segment, find_segment, multiply_integers
 from fp4dit.packed.nn.integer_weight import describe_weight
+from fp4dit.packed.nn.kernels import find_kernels
 from fp4dit.packed.nn.linear import PackedLinear, pack_layer
 from fp4dit.packed.nn.token_quant import CachedFakeQuantize, find_token_grid, quantize_to_grid
 from fp4dit.quantization.fake_quant import FakeQuantize
@@ -334,7 +328,7 @@ def test_values_that_are_not_finite(name: str, value: float):
 
 
 def test_bits_do_not_depend_on_threads_or_kernels(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(integer_ops, "MULTIPLICATIONS_PER_THREAD", 1)
+    monkeypatch.setattr(kernels, "MULTIPLICATIONS_PER_THREAD", 1)
     packed = pack_layer(make_layer(WEIGHTS["nvfp4"], 128, 400))
     packed.input_fake_quant = make_tokens(TOKENS["e3m4_token"], False)
     x, products = torch.randn(13, 128), []

@@ -13,11 +13,8 @@ from fp4dit.packed.encoding.layout import PackedBuffers
 from fp4dit.packed.nn.base import Backend, PackedWeight, is_inference
 from fp4dit.packed.nn.expanded_backend import ExpandedBackend
 from fp4dit.packed.nn.gpu_backends import Fp8Backend, Int8Backend, WeightOnlyBackend
-from fp4dit.packed.nn.integer_ops import (
-    IntegerWeight,
-    find_segment,
-    multiply_integers,
-)
+from fp4dit.packed.nn.integer_operands import IntegerWeight
+from fp4dit.packed.nn.integer_ops import find_segment, multiply_integers
 from fp4dit.packed.nn.integer_weight import describe_weight
 from fp4dit.packed.nn.token_quant import (
     TokenGrid,

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fp4dit.packed.nn.integer_ops import DTYPES, count_threads, require_kernels
+from fp4dit.packed.nn.kernels import DTYPES, count_threads, require_kernels
 from fp4dit.packed.nn.token_quant import can_use_kernels
 
 OPERATIONS_PER_VALUE = 16  # as many as make a value worth that many multiplications

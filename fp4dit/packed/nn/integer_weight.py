@@ -15,7 +15,7 @@ from fp4dit.packed.encoding.qparams import (
     FloatEncoding,
     FormatIndices,
 )
-from fp4dit.packed.nn.integer_ops import MAX_WEIGHT, IntegerWeight
+from fp4dit.packed.nn.integer_operands import MAX_WEIGHT, IntegerWeight
 
 NUM_ZERO_POINTS = 16  # 0 to 15, of unsigned 4-bit weights
 

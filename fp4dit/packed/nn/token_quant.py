@@ -14,17 +14,15 @@ from fp4dit.numerics.qparams import Affine, Blocks, Scale
 from fp4dit.numerics.quantizer import PerGroup, PerRow, PerSplit, PerTensor, Quantizer
 from fp4dit.numerics.rounding import RoundingFunction, round_to_nearest
 from fp4dit.numerics.scale_rules import AbsMax
-from fp4dit.packed.nn.integer_ops import (
-    DTYPES,
+from fp4dit.packed.nn.integer_operands import (
     IntegerGrid,
     IntegerTokens,
     Scaling,
-    fake_quantize,
     find_fused_scale,
     find_integer_grid,
-    find_kernels,
-    quantize_to_integers,
 )
+from fp4dit.packed.nn.integer_ops import fake_quantize, quantize_to_integers
+from fp4dit.packed.nn.kernels import DTYPES, find_kernels
 from fp4dit.quantization.fake_quant import FakeQuantize
 
 # Values that are quantized at a time on a CPU. In fp32, with intermediates, they fit the cache of
