@@ -31,7 +31,7 @@ Levels = Float[np.ndarray, "#n v"]
 RANGE = (-30.0, 90.0)  # of y: beyond, even the tail of Student's t adds less than 1e-8
 
 # The steps of y. Where scales are rounded, the integrand jumps, and small steps average the jumps.
-SMOOTH, ROUNDED, BLOCKS, TENSOR, CORNERS = 0.25, 0.02, 0.1, 1.0, 0.2
+SMOOTH, ROUNDED, BLOCKS, TENSOR, CORNERS = 0.25, 0.02, 0.1, 1.0, 0.25
 
 
 @singledispatch
@@ -220,17 +220,14 @@ def place_absmax(
 def place_extremes(distribution: Distribution, size: int) -> tuple[Nodes, Nodes, Nodes]:
     """Return the least and the largest value of a block at each node, and the weights."""
     log_below, log_above, weights = place_nodes(CORNERS)
-    keep = weights > 1e-9
-    below, above, weights = (x[keep] for x in (log_below, log_above, weights))
+    first, second = np.nonzero(np.outer(weights, weights) > 1e-11)
     # Of the largest value: its probabilities of being above others, and of being below them.
-    under, over = np.exp(below / size), -np.expm1(below / size)
-    high = distribution.quantile(under, over)
+    under, over = np.exp(log_below / size), -np.expm1(log_below / size)
+    high = distribution.quantile(under, over)[first]
     # Of the least one, given the largest: the size - 1 others are truncated to be below that.
-    share = -np.expm1(above / (size - 1))
-    least = under[:, None] * share
+    least = under[first] * -np.expm1(log_above[second] / (size - 1))
     low = distribution.quantile(least, 1 - least)
-    highs = np.broadcast_to(high[:, None], low.shape)
-    return low.ravel(), highs.ravel(), np.outer(weights, weights).ravel()
+    return low, high, weights[first] * weights[second]
 
 
 def block_noise(
