@@ -98,7 +98,7 @@ def draw_differences(
             "excess kurtosis within a block",
             "dB",
             KURTOSIS_TICKS,
-            range(-6, 9, 2),
+            range(-4, 7, 2),
             (-1.3, 22.5),
             (-5.0, 6.5),
             stretch,
@@ -120,15 +120,15 @@ def draw_differences(
 def draw_ratios(curves: Mapping[str, Curve]) -> str:
     """Draw the ratios of all formats for some sizes of blocks."""
     panels = []
-    for size in (16, 128, ROW, TENSOR):
+    for size, least in ((16, 12), (128, 12), (ROW, 0), (TENSOR, 0)):
         panel = Panel(
             describe_size(size),
             "excess kurtosis within a block",
             "signal to noise, dB",
             KURTOSIS_TICKS,
-            range(0, 26, 5),
+            range(least, 26, 2 if least else 5),
             (-1.3, 22.5),
-            (0.0, 25.0),
+            (least, 25.0),
             stretch,
         )
         colors = ELEMENT_COLORS | (BLOCK_COLORS if size == 16 else {})

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
-from textwrap import fill
+from textwrap import TextWrapper
 
 import numpy as np
 import torch
@@ -67,9 +67,9 @@ def wrap(part: str) -> str:
     if part.startswith(("#", "|", "!", "<", "```")):
         return part
     items = part.split("\n") if part.startswith("- ") else [" ".join(part.split("\n"))]
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    indent = "  " if part.startswith("- ") else ""
-    return "\n".join(fill(item, 120, subsequent_indent=indent, **options) for item in items)
+    wrapper = TextWrapper(120, break_long_words=False, break_on_hyphens=False)
+    wrapper.subsequent_indent = "  " if part.startswith("- ") else ""
+    return "\n".join(map(wrapper.fill, items))
 
 
 def write_row(*cells: object) -> str:
