@@ -3,7 +3,7 @@
     python -m benchmarks.bench_formats
     python -m benchmarks.bench_formats --model /my/pixart --model /my/hunyuan
 
-writes docs/concepts/fp4-or-int4.md and two figures in docs/assets. It takes some minutes on one
+writes docs/concepts/fp4-or-int4.md and two figures in docs/assets. It takes two minutes on one
 core. With `--out FOLDER` it writes to a copy of these folders elsewhere.
 """
 

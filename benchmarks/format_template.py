@@ -78,7 +78,7 @@ INT4 with a zero point is better.
 
 ## How it was computed
 
-This command writes the page and both figures, in some minutes on one core:
+This command writes the page and both figures, in about two minutes on one core:
 
 ```sh
 python -m benchmarks.bench_formats
