@@ -93,7 +93,7 @@ def build_component(path: str, name: str, library: str | None, class_name: str |
     """
     if library != "diffusers":
         return None
-    component_class = getattr(diffusers, str(class_name))
+    component_class: Any = getattr(diffusers, str(class_name))
     if not issubclass(component_class, ModelMixin):
         return component_class()
     file = find_config(path, f"{name}/config.json")
