@@ -13,7 +13,9 @@ import diffusers
 from diffusers import DiffusionPipeline, ModelMixin
 
 from fp4dit.models.hub_files import INDEX, TRANSFORMER, read_config
+from fp4dit.models.known_content import fill_masks
 from fp4dit.models.pretrained import PretrainedSource
+from fp4dit.models.sketch import SketchAdapter
 from fp4dit.models.traced_adapter import GenericAdapter
 from fp4dit.utils.errors import UserError
 
@@ -25,6 +27,9 @@ class Generic(PretrainedSource):
     Args:
         options: Keyword arguments of the pipeline, such as `height`.
         transformer: The transformer that is quantized, if the pipeline has two.
+        prompt_shapes: The shape of each embedding of a prompt, by the names of the arguments of the
+            pipeline; see `fp4dit.models.sketch.make_embeddings`. With it, no weight is needed to
+            know the shapes of all activations.
 
     Example:
         >>> pipeline = Generic("/my/sd3", options={"height": 512, "width": 512}).load()
@@ -32,6 +37,7 @@ class Generic(PretrainedSource):
 
     options: Mapping[str, Any] = field(default_factory=dict)
     transformer: str | None = field(default=None, kw_only=True)
+    prompt_shapes: Mapping[str, Sequence[int | str]] = field(default_factory=dict, kw_only=True)
 
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (DiffusionPipeline,)
 
@@ -62,7 +68,16 @@ class Generic(PretrainedSource):
     def make_adapter(
         self, transformer: ModelMixin, pipe: DiffusionPipeline | None = None
     ) -> "GenericAdapter":
-        return GenericAdapter(transformer, self.options, self.load, pipe)
+        adapter = GenericAdapter(transformer, self.options, self.load, pipe)
+        if self.prompt_shapes:
+            adapter.sketch = self.make_sketch
+        return adapter
+
+    def make_sketch(self, transformer: Any) -> SketchAdapter:
+        """Make the adapter that knows the calls of a transformer on the meta device."""
+        fill_masks(transformer)
+        path = self.pipeline_path()
+        return SketchAdapter(transformer, path, self.options, self.prompt_shapes, self.load)
 
 
 def check_transformer_chosen(model: str, components: Sequence[str], chosen: str | None) -> None:
