@@ -19,7 +19,13 @@ from fp4dit.quantization.audit_table import ModelAudit, audit_model
 from fp4dit.quantization.format_forecast import forecast_formats
 from fp4dit.store.store import Store
 from fp4dit.utils.errors import UserError
-from pipelines.cli.costs import collect_costs, format_costs, list_cost_warnings, make_estimator
+from pipelines.cli.costs import (
+    collect_costs,
+    format_costs,
+    list_cost_warnings,
+    make_estimator,
+    warn_of_slow_dtype,
+)
 from pipelines.cli.main import run_command
 from pipelines.config.resolvers import CONF
 from pipelines.planning.checks import check_prompts_disjoint
@@ -114,7 +120,8 @@ def print_audit_and_costs(
     pending_objects = {name: objects[name] for name in pending if name in objects}
     costs = collect_costs(pending_objects, lambda: estimator)
     print("", describe_speed(estimator), *format_costs(list(stages), pending, costs), sep="\n")
-    for text in list_cost_warnings(costs, estimator.machine, estimator.budget, cfg.outputs):
+    warnings = list_cost_warnings(costs, estimator.machine, estimator.budget, cfg.outputs)
+    for text in [*warnings, *warn_of_slow_dtype(estimator.machine, estimator.dtype)]:
         print(f"warning: {text}", file=sys.stderr)
 
 
@@ -124,7 +131,7 @@ def describe_speed(estimator: "Estimator") -> str:
 
     return (
         f"Rough estimates for one device of this machine ({estimator.machine.device}) at "
-        f"{estimator.flops_per_second / 1e9:.0f} GFLOP/s, which is {MODEL_SPEED_SHARE} of the "
+        f"{estimator.flops_per_second / 1e9:.3g} GFLOP/s, which is {MODEL_SPEED_SHARE} of the "
         f"speed of a {estimator.dtype} matrix product. Text encoders and autoencoders are not "
         "counted."
     )

@@ -112,6 +112,27 @@ def list_cost_warnings(
         yield from _list_stage_warnings(name, cost, machine, budget)
 
 
+def warn_of_slow_dtype(machine: "Machine", dtype: Any) -> Iterator[str]:
+    """Yield a warning if the machine multiplies fp32 at least twice as fast as the model's dtype.
+
+    Processors without 16-bit products emulate them, up to a hundred times slower.
+
+    Args:
+        machine: The machine, measured in `dtype`.
+        dtype: The torch.dtype of the model.
+    """
+    import torch
+
+    from fp4dit.estimate.machine import measure_matmul_speed
+
+    factor = measure_matmul_speed(machine.device, torch.float32) / machine.flops_per_second
+    if dtype != torch.float32 and factor >= 2:
+        yield (
+            f"a matrix product in {dtype} takes {factor:.0f} times as long on this "
+            f"{machine.device} as in torch.float32: give model.dtype=float32"
+        )
+
+
 def _list_stage_warnings(
     name: str, cost: "StageCost", machine: "Machine", budget: float
 ) -> Iterator[str]:

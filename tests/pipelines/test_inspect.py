@@ -19,7 +19,7 @@ from fp4dit.quantization.audit import (
     effective_bits,
 )
 from fp4dit.utils.formatting import format_bytes, format_duration
-from pipelines.cli.costs import list_cost_warnings
+from pipelines.cli.costs import list_cost_warnings, warn_of_slow_dtype
 from pipelines.planning.plan import make_plan
 from tests.conftest import ROOT, Compose, Run
 from tests.helpers.small_runs import FEW, run_stages
@@ -231,6 +231,15 @@ def test_costs_that_do_not_fit_are_warned_of(
     warnings = list(list_cost_warnings({"x": cost}, machine, budget * 1e9, "o"))
     assert len(warnings) == len(expected)
     assert all(part in text for part, text in zip(expected, warnings, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("speed", "dtype", "warned"),
+    [(1e3, torch.bfloat16, True), (1e3, torch.float32, False), (1e18, torch.bfloat16, False)],
+)
+def test_dtypes_that_the_machine_emulates(speed: float, dtype: torch.dtype, warned: bool):
+    warnings = list(warn_of_slow_dtype(Machine(CPU, speed, 1, 1, None), dtype))
+    assert ["model.dtype=float32" in text for text in warnings] == [True] * warned
 
 
 @pytest.mark.unchecked
