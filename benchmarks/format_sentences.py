@@ -65,8 +65,8 @@ def write_zero_point(curves: Curves, normal: Ratios) -> Iterator[str]:
     yield (
         "- **In groups of 128, INT4 with a zero point is better by "
         f"{gap(128):.1f} dB for normal values, and E2M1 is better for longer tails**, from an "
-        f"excess kurtosis of {first:.1f} (generalised normal) or {second:.1f} (Student's t) within a "
-        f"group on. E2M1 is never ahead by more than {largest[128]:.1f} dB."
+        f"excess kurtosis of {first:.1f} (generalised normal) or {second:.1f} (Student's t) within "
+        f"a group on. E2M1 is never ahead by more than {largest[128]:.1f} dB."
     )
     yield (
         "- **With one scale for a row or a tensor, E2M1 is better**, already for normal values, by "
