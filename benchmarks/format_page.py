@@ -145,7 +145,7 @@ def write_layers(model: str, layers: Sequence[LayerNoise], curves: Mapping[str, 
     table = write_table([*heading, *(f"{TITLES[f]}, g128" for f in MEASURED)], rows)
     wins = "; ".join(write_wins(layers))
     return (
-        f"**{model.capitalize()}**, {len(layers)} layers. The kurtosis of blocks of 16 and 128, of "
+        f"**{capitalize(model)}**, {len(layers)} layers. The kurtosis of blocks of 16 and 128, of "
         "rows and of tensors is given from the least to the largest layer, and the ratio in dB of "
         f"groups of 128 for the median layer.\n\n{table}\n\nThe number of layers in which a format "
         f"has the least error: {wins}.\n\n{write_prediction(layers, curves[GENERALIZED])}"
@@ -199,7 +199,7 @@ def write_rotation(model: str, layers: Sequence[LayerNoise]) -> str:
     heading = ["values that share a scale", "kurtosis before", "after"]
     table = write_table([*heading, *(f"{TITLES[f]}, dB" for f in MEASURED)], rows)
     return (
-        f"**{model.capitalize()}**, {len(turned)} layers: the kurtosis from the least to the "
+        f"**{capitalize(model)}**, {len(turned)} layers: the kurtosis from the least to the "
         "largest layer, and what is gained on average, with the least and the largest gain.\n\n"
         f"{table}\n\n{describe_rotation(turned)}"
     )
@@ -216,9 +216,7 @@ def write_every_layer(model: str, layers: Sequence[LayerNoise]) -> str:
         rows.append((f"`{m.name}`", "x".join(map(str, m.shape)), *kurtosis, *cells))
     titles = [f"{name}{describe_blocks(name, size)}" for name, size in columns]
     kurtoses = [f"kurtosis, {name}" for name in ("g128", "row", "tensor")]
-    return (
-        f"**{model.capitalize()}**\n\n{write_table(['layer', 'shape', *kurtoses, *titles], rows)}"
-    )
+    return f"**{capitalize(model)}**\n\n{write_table(['layer', 'shape', *kurtoses, *titles], rows)}"
 
 
 def describe_blocks(name: str, size: int) -> str:
@@ -226,6 +224,11 @@ def describe_blocks(name: str, size: int) -> str:
     if name in BLOCK_FORMATS:
         return ""
     return {ROW: ", row", TENSOR: ", tensor"}.get(size, f", g{size}")
+
+
+def capitalize(name: str) -> str:
+    """Return a name with a capital first letter, and all others as they are."""
+    return name[:1].upper() + name[1:]
 
 
 def format_range(values: Sequence[float], digits: int) -> str:

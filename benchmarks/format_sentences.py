@@ -43,7 +43,7 @@ def write_answer(curves: Curves, normal: Ratios) -> Iterator[str]:
     yield (
         "- **Under the scales of NVFP4, INT4 has "
         f"{normal['nvint4', 16] - normal['nvfp4', 16]:.1f} dB more than E2M1 for normal values**, "
-        "and fewer for long tails. The better of both for each block (IF4) has "
+        "and less for long tails. The better of both for each block (IF4) has "
         f"{normal['if4', 16] - normal['nvfp4', 16]:.1f} dB more than E2M1 for normal values."
     )
 
@@ -59,14 +59,14 @@ def write_zero_point(curves: Curves, normal: Ratios) -> Iterator[str]:
     first, second = (curves[f].find_crossing("e2m1", "uint4", 128) for f in (GENERALIZED, STUDENT))
     yield (
         "- **In groups of 16 or 32, INT4 with a zero point has less error than E2M1**, whatever "
-        f"tails: by {gap(16):.1f} and {gap(32):.1f} dB for normal values, and by {least[0]:.1f} "
-        f"and {least[1]:.1f} dB at the least."
+        f"the tails: by {gap(16):.1f} and {gap(32):.1f} dB for normal values, and by "
+        f"{least[0]:.1f} and {least[1]:.1f} dB at the least."
     )
     yield (
         "- **In groups of 128, INT4 with a zero point is better by "
         f"{gap(128):.1f} dB for normal values, and E2M1 is better for longer tails**, from an "
-        f"kurtosis of {first:.1f} (generalised normal) or {second:.1f} (Student's t) within a "
-        f"group on. E2M1 is never ahead by more than {largest[128]:.1f} dB."
+        f"excess kurtosis of {first:.1f} (generalised normal) or {second:.1f} (Student's t) within "
+        f"a group on. E2M1 is never ahead by more than {largest[128]:.1f} dB."
     )
     yield (
         "- **With one scale for a row or a tensor, E2M1 is better**, already for normal values, by "
