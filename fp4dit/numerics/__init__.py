@@ -10,6 +10,7 @@ tag in `SCALE_RULES` of `specs.py`.
 """
 
 from fp4dit.numerics.block_scales import (
+    BF16NVFP4Scale,
     CeilRatioExponent,
     E8M0Scale,
     NVFP4Scale,
@@ -52,6 +53,7 @@ from fp4dit.numerics.specs import parse_format
 __all__ = [
     "AbsMax",
     "Affine",
+    "BF16NVFP4Scale",
     "BestOf",
     "CeilRatioExponent",
     "Codebook",

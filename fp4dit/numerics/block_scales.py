@@ -200,3 +200,22 @@ class NVFP4Scale:
 
     def storage_bits(self, fmt: Format, blocks: int) -> float:
         return 8.0 * blocks + 32
+
+
+@dataclass(frozen=True)
+class BF16NVFP4Scale(NVFP4Scale):
+    """`NVFP4Scale` whose scale of the tensor is a number of bf16, which Nunchaku holds exactly.
+
+    It is rounded up, so that no block needs a larger scale than `top`.
+
+    Example:
+        >>> BF16NVFP4Scale().tensor_scale(torch.full((1, 16), 2688.5), floating(2, 1))
+        tensor(1.0078)
+    """
+
+    def tensor_scale(self, blocks: Blocks, fmt: Format) -> Float[Tensor, "..."]:
+        mantissa, exponent = torch.frexp(super().tensor_scale(blocks, fmt))
+        return torch.ldexp((mantissa * 256).ceil(), exponent - 8)
+
+    def storage_bits(self, fmt: Format, blocks: int) -> float:
+        return 8.0 * blocks + 16

@@ -65,7 +65,9 @@ def store_model(
             "dense"
         )
     left = [name for name in find_layers(skeleton) if name not in layers]
-    return StoredModel(config, dtype, layers, others, left)
+    stored = StoredModel(config, dtype, layers, others, left)
+    target.check_stored(stored)
+    return stored
 
 
 def list_unpacked_tensors(model: nn.Module) -> dict[str, Tensor]:
