@@ -128,6 +128,7 @@ OTHER_KINDS: dict[str, str] = {
     "target_auto_round": "fp4dit.packed.targets.auto_round.AutoRound",
     "target_bfl": "fp4dit.packed.targets.bfl.BFL",
     "target_nunchaku_lite": "fp4dit.packed.targets.nunchaku.NunchakuLite",
+    "target_torchao": "fp4dit.packed.targets.torchao.TorchAO",
     "target_gguf": "fp4dit.packed.targets.gguf.GGUF",
     "target_compressed_tensors": "fp4dit.packed.targets.compressed_tensors.CompressedTensors",
     # Models

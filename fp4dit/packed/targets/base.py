@@ -136,6 +136,10 @@ class Target(ABC):
         """Return whether readers quantize the input of a layer bit-exactly as it is here."""
         return False
 
+    def quantizes_input(self, stored: StoredLayer) -> bool:
+        """Return whether some readers quantize the input of a layer, in whichever way."""
+        return False
+
     @abstractmethod
     def write(self, model: StoredModel, folder: Path) -> None:
         """Write a transformer into an empty folder."""

@@ -159,6 +159,15 @@ def describe_inputs(model: nn.Module, target: Target, stored: StoredModel) -> It
             f"the inputs of {len(described)} layers are described, and quantized bit-exactly as "
             "here"
         )
+    only_there = set()
+    for name, layer in stored.layers.items():
+        if name not in quantized and target.quantizes_input(layer):
+            only_there.add(name)
+    if only_there:
+        yield (
+            f"the inputs of {len(only_there)} layers are not quantized here, and by readers of "
+            f"{target.name} they are: {target.inputs_note}"
+        )
     if quantized - described:
         yield (
             f"the inputs of {len(quantized - described)} layers are quantized here, in a way that "

@@ -113,6 +113,9 @@ class NunchakuLite(ConfigTarget):
         precision, rank = stored.settings["precision"].upper(), stored.settings["rank"]
         return f"{precision} with a branch of rank {rank} (SVDQuant)"
 
+    def quantizes_input(self, stored: StoredLayer) -> bool:
+        return stored.settings["kind"] != AWQ["kind"]
+
     def check_stored(self, model: StoredModel) -> None:
         precisions = {
             layer.settings["precision"]

@@ -19,6 +19,7 @@ from fp4dit.packed.targets.conversion import export_folder
 from fp4dit.packed.targets.gguf import GGUF
 from fp4dit.packed.targets.nunchaku import NunchakuLite
 from fp4dit.packed.targets.sdnq import SDNQ
+from fp4dit.packed.targets.torchao import TorchAO
 from fp4dit.quantization.rules import Rule
 from fp4dit.transforms.low_rank import LowRankBF16
 from fp4dit.transforms.smoothing import PowerOfTwoSmoothingSearch
@@ -146,6 +147,18 @@ CASES = {
         torch.bfloat16,
         "diffusers",
         build_flux,
+    ),
+    "torchao": Case(
+        TorchAO(),
+        [
+            Rule("pos_embed.proj", None),
+            Rule("*ff*", group(floating(2, 1), 16, NVFP4Scale())),
+            Rule("*attn1*", group(INT4, 32, AbsMax(BF16))),
+            Rule("*attn2*", group(integer(8, signed=False), 16, MinMax(BF16))),
+            Rule("*", Quantizer(floating(4, 3, reserved=1), PerChannel(), AbsMax())),
+        ],
+        torch.bfloat16,
+        "torchao",
     ),
     "gguf": Case(
         GGUF(),
