@@ -50,7 +50,7 @@ CHECKPOINT_KINDS: dict[str, str] = {
     "e8m0": "fp4dit.numerics.E8M0Scale",
     "e8m0_ceiling": "fp4dit.numerics.CeilRatioExponent",
     "nvfp4": "fp4dit.numerics.NVFP4Scale",
-    "nvfp4_bf16": "fp4dit.numerics.BF16NVFP4Scale",
+    "nvfp4_power_of_two": "fp4dit.numerics.PowerOfTwoNVFP4Scale",
     "round_below": "fp4dit.numerics.floor_ratio_exponent",
     "round_ceil": "fp4dit.numerics.ceil_exponent",
     "round_even": "fp4dit.numerics.even_exponent",
@@ -129,6 +129,7 @@ OTHER_KINDS: dict[str, str] = {
     "target_bfl": "fp4dit.packed.targets.bfl.BFL",
     "target_nunchaku_lite": "fp4dit.packed.targets.nunchaku.NunchakuLite",
     "target_torchao": "fp4dit.packed.targets.torchao.TorchAO",
+    "target_comfyui": "fp4dit.packed.targets.comfyui.ComfyUI",
     "target_gguf": "fp4dit.packed.targets.gguf.GGUF",
     "target_compressed_tensors": "fp4dit.packed.targets.compressed_tensors.CompressedTensors",
     # Models

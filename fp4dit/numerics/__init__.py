@@ -10,10 +10,10 @@ tag in `SCALE_RULES` of `specs.py`.
 """
 
 from fp4dit.numerics.block_scales import (
-    BF16NVFP4Scale,
     CeilRatioExponent,
     E8M0Scale,
     NVFP4Scale,
+    PowerOfTwoNVFP4Scale,
     ceil_exponent,
     even_exponent,
     floor_exponent,
@@ -53,7 +53,6 @@ from fp4dit.numerics.specs import parse_format
 __all__ = [
     "AbsMax",
     "Affine",
-    "BF16NVFP4Scale",
     "BestOf",
     "CeilRatioExponent",
     "Codebook",
@@ -76,6 +75,7 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "Percentile",
+    "PowerOfTwoNVFP4Scale",
     "PreShift",
     "QParams",
     "Quantizer",

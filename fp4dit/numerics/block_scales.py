@@ -203,19 +203,18 @@ class NVFP4Scale:
 
 
 @dataclass(frozen=True)
-class BF16NVFP4Scale(NVFP4Scale):
-    """`NVFP4Scale` whose scale of the tensor is a number of bf16, which Nunchaku holds exactly.
+class PowerOfTwoNVFP4Scale(NVFP4Scale):
+    """`NVFP4Scale` whose scale of the tensor is a power of two.
 
-    It is rounded up, so that no block needs a larger scale than `top`.
+    A weight is then a number of bf16 and of fp16, and products of its scales are not rounded in any
+    dtype. The power is rounded up, so that no block needs a larger scale than `top`.
 
     Example:
-        >>> BF16NVFP4Scale().tensor_scale(torch.full((1, 16), 2688.5), floating(2, 1))
-        tensor(1.0078)
+        >>> PowerOfTwoNVFP4Scale().tensor_scale(torch.full((1, 16), 2688.5), floating(2, 1))
+        tensor(2.)
     """
 
     def tensor_scale(self, blocks: Blocks, fmt: Format) -> Float[Tensor, "..."]:
         mantissa, exponent = torch.frexp(super().tensor_scale(blocks, fmt))
-        return torch.ldexp((mantissa * 256).ceil(), exponent - 8)
-
-    def storage_bits(self, fmt: Format, blocks: int) -> float:
-        return 8.0 * blocks + 16
+        power = exponent - (mantissa == 0.5).int()
+        return torch.ldexp(torch.ones_like(mantissa), power)

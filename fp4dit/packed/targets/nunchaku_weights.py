@@ -118,7 +118,7 @@ def encode_two_levels(scale: Float[Tensor, "o n"], dtype: torch.dtype) -> Mappin
             }
     raise UserError(
         f"its scales are not numbers of E4M3 times one number of {dtype}: use "
-        "weight.scale.rule=nvfp4_bf16"
+        "weight.scale.rule=nvfp4_power_of_two"
     )
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
-from fp4dit.numerics.block_scales import BF16NVFP4Scale, NVFP4Scale
+from fp4dit.numerics.block_scales import E8M0Scale, NVFP4Scale, PowerOfTwoNVFP4Scale
 from fp4dit.numerics.formats import floating, fp16, integer
 from fp4dit.numerics.quantizer import PerChannel, PerGroup, PerToken, Quantizer
 from fp4dit.numerics.scale_rules import AbsMax, MinMax
 from fp4dit.packed.targets.auto_round import AutoRound
 from fp4dit.packed.targets.base import Target
 from fp4dit.packed.targets.bfl import BFL
+from fp4dit.packed.targets.comfyui import ComfyUI
 from fp4dit.packed.targets.conversion import export_folder
 from fp4dit.packed.targets.gguf import GGUF
 from fp4dit.packed.targets.nunchaku import NunchakuLite
@@ -181,7 +182,7 @@ CASES = {
 }
 
 SMOOTH_LOW_RANK = (PowerOfTwoSmoothingSearch(4), LowRankBF16(16, 2))
-NVFP4_BF16 = group(floating(2, 1), 16, BF16NVFP4Scale())
+NVFP4_POWER_OF_TWO = group(floating(2, 1), 16, PowerOfTwoNVFP4Scale())
 TILED_INT4 = group(INT4, 64, AbsMax(BF16))
 TILED = [*KEPT, Rule("proj_out", None), Rule("*norm*", TILED_INT4)]
 
@@ -197,9 +198,23 @@ NUNCHAKU = {
     ),
     "nvfp4": Case(
         NunchakuLite(rank=48),
-        [*TILED, Rule("*ff*", NVFP4_BF16), Rule("*", NVFP4_BF16, SMOOTH_LOW_RANK)],
+        [*TILED, Rule("*ff*", NVFP4_POWER_OF_TWO), Rule("*", NVFP4_POWER_OF_TWO, SMOOTH_LOW_RANK)],
         torch.bfloat16,
         "kernels",
         build_wide_flux,
     ),
 }
+
+# diffusers does not read this.
+COMFYUI = Case(
+    ComfyUI(),
+    [
+        *TILED[:-1],
+        Rule("*norm*", Quantizer(integer(8), PerChannel(), AbsMax())),
+        Rule("*ff*", group(floating(4, 3, reserved=1), 32, E8M0Scale())),
+        Rule("*", NVFP4_POWER_OF_TWO),
+    ],
+    torch.bfloat16,
+    "comfy_kitchen",
+    build_wide_flux,
+)

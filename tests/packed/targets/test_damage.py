@@ -24,7 +24,7 @@ from fp4dit.packed.targets.gguf_file import CHECKSUMS
 from fp4dit.packed.targets.importing import read_model, restore_model_
 from fp4dit.quantization.rules import Rule
 from fp4dit.utils.errors import UserError
-from tests.packed.targets.cases import CASES, NUNCHAKU, Case
+from tests.packed.targets.cases import CASES, COMFYUI, NUNCHAKU, Case
 
 MXFP4 = Quantizer(floating(2, 1), PerGroup(32), E8M0Scale())
 COMPRESSED = Case(
@@ -35,6 +35,7 @@ COMPRESSED = Case(
 )
 DAMAGED = {name: CASES[name] for name in ("sdnq", "gguf", "bfl", "auto_round", "torchao")}
 DAMAGED["compressed_tensors"] = COMPRESSED
+DAMAGED["comfyui"] = COMFYUI
 DAMAGED |= {f"nunchaku_lite {name}": case for name, case in NUNCHAKU.items()}
 
 

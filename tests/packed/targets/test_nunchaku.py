@@ -14,7 +14,7 @@ from diffusers.utils import constants, import_utils
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fp4dit.numerics.block_scales import BF16NVFP4Scale, NVFP4Scale
+from fp4dit.numerics.block_scales import NVFP4Scale, PowerOfTwoNVFP4Scale
 from fp4dit.numerics.formats import floating, integer
 from fp4dit.numerics.quantizer import PerToken, Quantizer
 from fp4dit.numerics.scale_rules import AbsMax, MinMax
@@ -36,7 +36,7 @@ from tests.packed.targets.layers import BF16, make_layer_of_tiles
 E2M1_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 INT4 = group(integer(4), 64, AbsMax(BF16))
-NVFP4 = group(floating(2, 1), 16, BF16NVFP4Scale())
+NVFP4 = group(floating(2, 1), 16, PowerOfTwoNVFP4Scale())
 CHAIN = (PowerOfTwoSmoothingSearch(4), LowRankBF16(32, 2))
 
 
@@ -198,7 +198,7 @@ def test_layers_without_transforms_are_exact_in_fp16(quantizer: Quantizer):
     [
         (group(integer(4), 64), CHAIN, torch.bfloat16, "use weight.scale.dtype=bf16"),
         (group(integer(4), 32), (), torch.bfloat16, "use weight.granularity.size=64"),
-        (group(floating(2, 1), 16, NVFP4Scale()), (), torch.bfloat16, "rule=nvfp4_bf16"),
+        (group(floating(2, 1), 16, NVFP4Scale()), (), torch.bfloat16, "rule=nvfp4_power_of_two"),
         (group(floating(3, 0), 64), (), torch.bfloat16, "use weight.format=int4"),
         (INT4, (), torch.float32, "use export_format.dtype=bfloat16"),
         (INT4, (Hadamard(),), torch.bfloat16, "use transform=smooth_low_rank_bf16 or none"),

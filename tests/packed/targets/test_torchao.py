@@ -122,7 +122,7 @@ def test_tensors_that_torchao_quantized_are_read():
         NVFP4WeightOnlyConfig(),  # its scales are in the order of the tensor cores
         Float8WeightOnlyConfig(),
         Int8WeightOnlyConfig(version=2),
-        IntxWeightOnlyConfig(weight_dtype=getattr(torch, "int4"), granularity=PerGroup(32)),
+        IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
     ]
     for config in configs:
         tensor = quantize(config)
