@@ -62,6 +62,21 @@ class TargetTable(list[TargetFit]):
 
     __repr__ = __str__
 
+    def to_markdown(self) -> str:
+        """Return a table of methods and targets in Markdown: the dtype in which each is exact.
+
+        A star stands for layers that have to be plain weights, and a dash for what is refused.
+        """
+        targets = list(dict.fromkeys(fit.target for fit in self))
+        cells = {}
+        for fit in self:
+            star = "*" if fit.dense else ""
+            cells[fit.method, fit.target] = f"{fit.dtype}{star}" if fit.dtype else "–"
+        lines = [["method", *targets], ["---"] * (len(targets) + 1)]
+        for method in dict.fromkeys(fit.method for fit in self):
+            lines.append([f"`{method}`", *(cells.get((method, name), "") for name in targets)])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
     def _repr_html_(self) -> str:
         rows = ""
         for fit in self:
