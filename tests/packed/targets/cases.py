@@ -153,10 +153,9 @@ CASES = {
         TorchAO(),
         [
             Rule("pos_embed.proj", None),
-            Rule("*ff*", group(floating(2, 1), 16, NVFP4Scale())),
             Rule("*attn1*", group(INT4, 32, AbsMax(BF16))),
             Rule("*attn2*", group(integer(8, signed=False), 16, MinMax(BF16))),
-            Rule("*", Quantizer(floating(4, 3, reserved=1), PerChannel(), AbsMax())),
+            Rule("*", group(floating(2, 1), 16, NVFP4Scale())),
         ],
         torch.bfloat16,
         "torchao",
