@@ -50,6 +50,7 @@ CHECKPOINT_KINDS: dict[str, str] = {
     "e8m0": "fp4dit.numerics.E8M0Scale",
     "e8m0_ceiling": "fp4dit.numerics.CeilRatioExponent",
     "nvfp4": "fp4dit.numerics.NVFP4Scale",
+    "nvfp4_power_of_two": "fp4dit.numerics.PowerOfTwoNVFP4Scale",
     "round_below": "fp4dit.numerics.floor_ratio_exponent",
     "round_ceil": "fp4dit.numerics.ceil_exponent",
     "round_even": "fp4dit.numerics.even_exponent",
@@ -63,6 +64,8 @@ CHECKPOINT_KINDS: dict[str, str] = {
     "moving_max": "fp4dit.transforms.MovingAverageMax",
     "salience": "fp4dit.transforms.SalienceWeightedMax",
     "low_rank": "fp4dit.transforms.LowRank",
+    "low_rank_bf16": "fp4dit.transforms.LowRankBF16",
+    "smoothing_search_power_of_two": "fp4dit.transforms.PowerOfTwoSmoothingSearch",
     # Rules and observers
     "rule": "fp4dit.quantization.Rule",
     "sample": "fp4dit.quantization.SampleObserver",
@@ -125,6 +128,9 @@ OTHER_KINDS: dict[str, str] = {
     "target_sdnq": "fp4dit.packed.targets.sdnq.SDNQ",
     "target_auto_round": "fp4dit.packed.targets.auto_round.AutoRound",
     "target_bfl": "fp4dit.packed.targets.bfl.BFL",
+    "target_nunchaku_lite": "fp4dit.packed.targets.nunchaku.NunchakuLite",
+    "target_torchao": "fp4dit.packed.targets.torchao.TorchAO",
+    "target_comfyui": "fp4dit.packed.targets.comfyui.ComfyUI",
     "target_gguf": "fp4dit.packed.targets.gguf.GGUF",
     "target_compressed_tensors": "fp4dit.packed.targets.compressed_tensors.CompressedTensors",
     # Models

@@ -18,6 +18,8 @@ MODEL = "shapes"  # the model whose layers are tried, because it comes with fp4d
 
 PREFERRED_DTYPES = ("float32", "float16", "bfloat16")
 
+REASON_DTYPES = ("float16", "bfloat16", "float32")  # no format lacks the first one
+
 MOST_DENSE = 0.5  # the part of the layers that a target may leave as plain weights
 
 
@@ -59,6 +61,21 @@ class TargetTable(list[TargetFit]):
         return "\n".join(align_columns(rows))
 
     __repr__ = __str__
+
+    def to_markdown(self) -> str:
+        """Return a table of methods and targets in Markdown: the dtype in which each is exact.
+
+        A star stands for layers that have to be plain weights, and a dash for what is refused.
+        """
+        targets = list(dict.fromkeys(fit.target for fit in self))
+        cells = {}
+        for fit in self:
+            star = "*" if fit.dense else ""
+            cells[fit.method, fit.target] = f"{fit.dtype}{star}" if fit.dtype else "–"
+        lines = [["method", *targets], ["---"] * (len(targets) + 1)]
+        for method in dict.fromkeys(fit.method for fit in self):
+            lines.append([f"`{method}`", *(cells.get((method, name), "") for name in targets)])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def _repr_html_(self) -> str:
         rows = ""
@@ -128,8 +145,12 @@ def explain_fit(method: str, target: Target, samples: Sequence[Sample]) -> Targe
         fits[dtype] = reasons
     dtype = min(fits, key=lambda dtype: len(fits[dtype]))
     count = sum(len(sample.names) for sample in samples)
-    if any(sample.rule.transforms for sample in samples) or len(fits[dtype]) > MOST_DENSE * count:
-        return TargetFit(method, target.name, None, (), find_common_reason(fits["float16"]))
+    names_with_transforms = {
+        name for sample in samples if sample.rule.transforms for name in sample.names
+    }
+    if names_with_transforms & fits[dtype].keys() or len(fits[dtype]) > MOST_DENSE * count:
+        nearest = min(REASON_DTYPES, key=lambda dtype: len(fits[dtype]))
+        return TargetFit(method, target.name, None, (), find_common_reason(fits[nearest]))
     return TargetFit(
         method, target.name, dtype, tuple(fits[dtype]), find_common_reason(fits[dtype])
     )

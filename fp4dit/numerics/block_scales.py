@@ -200,3 +200,21 @@ class NVFP4Scale:
 
     def storage_bits(self, fmt: Format, blocks: int) -> float:
         return 8.0 * blocks + 32
+
+
+@dataclass(frozen=True)
+class PowerOfTwoNVFP4Scale(NVFP4Scale):
+    """`NVFP4Scale` whose scale of the tensor is a power of two.
+
+    A weight is then a number of bf16 and of fp16, and products of its scales are not rounded in any
+    dtype. The power is rounded up, so that no block needs a larger scale than `top`.
+
+    Example:
+        >>> PowerOfTwoNVFP4Scale().tensor_scale(torch.full((1, 16), 2688.5), floating(2, 1))
+        tensor(2.)
+    """
+
+    def tensor_scale(self, blocks: Blocks, fmt: Format) -> Float[Tensor, "..."]:
+        mantissa, exponent = torch.frexp(super().tensor_scale(blocks, fmt))
+        power = exponent - (mantissa == 0.5).int()
+        return torch.ldexp(torch.ones_like(mantissa), power)

@@ -49,7 +49,7 @@ SCALE_RULES = {
     tag: tag
     for tag in (
         *("absmax", "absmax_two_sided", "minmax", "offset_range", "percentile", "min_error"),
-        *("best_of", "pre_shift", "e8m0", "nvfp4"),
+        *("best_of", "pre_shift", "e8m0", "nvfp4", "nvfp4_power_of_two"),
     )
 }
 

@@ -30,7 +30,13 @@ from fp4dit.utils.errors import UserError
 Patterns = str | Sequence[Any]  # shell wildcards; lists may be nested
 
 # The words of configs, and the tags of `fp4dit/registry.py` that they stand for.
-TRANSFORMS = {tag: tag for tag in ("hadamard", "smoothing", "smoothing_search", "low_rank")}
+TRANSFORMS = {
+    tag: tag
+    for tag in (
+        *("hadamard", "smoothing", "smoothing_search", "low_rank"),
+        *("smoothing_search_power_of_two", "low_rank_bf16"),
+    )
+}
 
 STATISTICS = {tag: tag for tag in ("channel_max", "moving_max", "salience")}
 

@@ -11,10 +11,11 @@ makes it, such as `Hadamard`; give the dataclass a tag in `fp4dit/registry.py`; 
 
 from fp4dit.transforms.base import Transform, TransformSpec
 from fp4dit.transforms.hadamard import Hadamard
-from fp4dit.transforms.low_rank import LowRank
+from fp4dit.transforms.low_rank import LowRank, LowRankBF16
 from fp4dit.transforms.smoothing import (
     ChannelMax,
     MovingAverageMax,
+    PowerOfTwoSmoothingSearch,
     SalienceWeightedMax,
     Smoothing,
     SmoothingSearch,
@@ -24,7 +25,9 @@ __all__ = [
     "ChannelMax",
     "Hadamard",
     "LowRank",
+    "LowRankBF16",
     "MovingAverageMax",
+    "PowerOfTwoSmoothingSearch",
     "SalienceWeightedMax",
     "Smoothing",
     "SmoothingSearch",

@@ -1,6 +1,7 @@
 """A 16-bit low-rank branch beside a quantized layer (SVDQuant, arXiv:2411.05007)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,7 @@ class LowRankBranch(Transform):
     """Low-rank branch beside the quantized layer (SVDQuant, arXiv:2411.05007).
 
     The quantized layer holds Q(W - up down) instead of Q(W). The branch computes x down^T up^T from
-    the unquantized input, with factors in fp16, and is added to the output.
+    the unquantized input, with factors in 16 bits, and is added to the output.
 
     Args:
         out: Number of output channels.
@@ -30,6 +31,7 @@ class LowRankBranch(Transform):
         rank: Rank of the branch.
         iterations: Largest number of decompositions. Each decomposes W minus the quantized residual
             of the one before.
+        dtype: Dtype of the factors.
 
     Example:
         >>> branch = LowRankBranch(out=32, k=64, rank=2, iterations=1)
@@ -40,11 +42,13 @@ class LowRankBranch(Transform):
     down: Float[Tensor, "r k"]
     up: Float[Tensor, "o r"]
 
-    def __init__(self, out: int, k: int, rank: int, iterations: int) -> None:
+    def __init__(
+        self, out: int, k: int, rank: int, iterations: int, dtype: torch.dtype = torch.float16
+    ) -> None:
         super().__init__()
         self.rank, self.iterations = rank, iterations
-        self.register_buffer("down", torch.zeros(rank, k, dtype=torch.float16))
-        self.register_buffer("up", torch.zeros(out, rank, dtype=torch.float16))
+        self.register_buffer("down", torch.zeros(rank, k, dtype=dtype))
+        self.register_buffer("up", torch.zeros(out, rank, dtype=dtype))
 
     @torch.no_grad()
     def fit(
@@ -59,7 +63,7 @@ class LowRankBranch(Transform):
         residual_hat, least_error = torch.zeros_like(weight), float("inf")
         for _ in range(self.iterations):
             up, down = factor_low_rank(weight - residual_hat, self.rank)
-            up, down = up.half(), down.half()
+            up, down = up.to(self.up.dtype), down.to(self.down.dtype)
             residual = weight - up.float() @ down.float()
             residual_hat = quantizer(residual)
             error = squared_output_error(x, residual, x_hat, residual_hat)
@@ -114,6 +118,8 @@ class LowRank:
         2
     """
 
+    dtype: ClassVar[torch.dtype] = torch.float16  # of the factors
+
     rank: int | None = None
     iterations: int = 1
 
@@ -124,4 +130,22 @@ class LowRank:
                 f"a low-rank branch of rank {rank} after {self.iterations} iterations keeps "
                 "nothing: give both at least 1, or leave it out."
             )
-        return LowRankBranch(out, k, min(rank, out, k), self.iterations)
+        return LowRankBranch(out, k, min(rank, out, k), self.iterations, self.dtype)
+
+
+@dataclass(frozen=True)
+class LowRankBF16(LowRank):
+    """`LowRank` of a fixed rank with factors in bf16, which Nunchaku holds exactly.
+
+    Args:
+        rank: Rank of the branch; None for K / 32, where K is the number of input channels.
+        iterations: Largest number of decompositions.
+
+    Example:
+        >>> LowRankBF16()(out=128, k=128).down.dtype
+        torch.bfloat16
+    """
+
+    dtype: ClassVar[torch.dtype] = torch.bfloat16
+
+    rank: int | None = 32

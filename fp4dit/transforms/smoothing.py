@@ -239,6 +239,12 @@ class SmoothingSearch:
         grid = [i / self.steps for i in range(1, self.steps + 1)]
         return [(0.0, 0.0), *((a, 0.0) for a in grid), *((a, 1 - a) for a in grid[:-1])]
 
+    def make_factors(
+        self, x: Float[Tensor, "k"], w: Float[Tensor, "k"], a: float, b: float
+    ) -> Float[Tensor, "k"]:
+        """Return the factors of one candidate."""
+        return smoothing_factors(x, w, a, b)
+
     def choose_factors(
         self,
         weight: WeightMatrix,
@@ -249,7 +255,7 @@ class SmoothingSearch:
         """Return the first of the candidates with the least squared error."""
         x_size, w_size = self.statistic(x, weight), weight.abs().amax(0)
         candidates = [
-            smoothing_factors(x_size, w_size, a, b) for a, b in self.candidate_exponents()
+            self.make_factors(x_size, w_size, a, b) for a, b in self.candidate_exponents()
         ]
 
         def output_error(s: Tensor) -> float:
@@ -257,3 +263,25 @@ class SmoothingSearch:
             return squared_output_error(x, weight, x_hat, weight_hat)
 
         return min(candidates, key=output_error)
+
+
+@dataclass(frozen=True)
+class PowerOfTwoSmoothingSearch(SmoothingSearch):
+    """`SmoothingSearch` over factors that are rounded to powers of two.
+
+    A number in 16 bits times or divided by such a factor is nearly always a number in 16 bits, so
+    that other libraries can move the factors from one tensor to another without rounding.
+
+    Args:
+        steps: Number of exponents a.
+        statistic: Size x of each input channel. The size w is the largest weight of the channel.
+
+    Example:
+        >>> PowerOfTwoSmoothingSearch().make_factors(torch.tensor([3.0]), torch.ones(1), 1.0, 0.0)
+        tensor([4.], dtype=torch.float16)
+    """
+
+    def make_factors(
+        self, x: Float[Tensor, "k"], w: Float[Tensor, "k"], a: float, b: float
+    ) -> Float[Tensor, "k"]:
+        return super().make_factors(x, w, a, b).float().log2().round().clamp(-16, 15).exp2().half()

@@ -53,7 +53,13 @@ def test_what_is_said():
     assert said["gguf"] == "its values are e2m1, and not int4: use weight.format=int4"
     assert "128 values share a scale" in said["bfl"]
     for fit in fp4dit.targets(["svdquant_int4"]):
-        assert "use transform=none" in str(fit)
+        holds = "smooth_low_rank_bf16" if fit.target == "nunchaku_lite" else "none"
+        assert f"use transform={holds}" in str(fit)
+    overrides = ["transform=smooth_low_rank_bf16", "weight.scale.dtype=bf16"]
+    fits = fp4dit.targets(["svdquant_int4"], [*overrides, "+weight.ignore=[proj_out]"])
+    said = {fit.target: str(fit) for fit in fits}
+    dense = "export_format.dense=[pos_embed.proj]"
+    assert said["nunchaku_lite"] == f"exact in bfloat16 with {dense}"
     fits = fp4dit.targets(["fp4dit"], ["weight.format=int4", "weight.layers.pre_gelu.format=int4"])
     said = {fit.target: str(fit) for fit in fits}
     assert said["gguf"] == "exact in float16 with export_format.dense=[pos_embed.proj]"

@@ -45,7 +45,8 @@ def pack_model(
     dit = (dit or tiny.transformer()).eval().to(dtype)
     rules, context = assign_rules(find_layers(dit), weight), TimestepContext()
     for layer in quantize_weights_(dit, rules, context=context).values():
-        layer.prepare()
+        shape = (1, 8, layer.reduction_size)
+        layer.prepare(torch.randn(shape) if layer.needs_calibration_inputs else None)
         layer.commit_weight()
     inputs = quantize_activations_(dit, activation)[1] if activation else {}
     pack_transformer_(dit, rules, inputs)

@@ -2,6 +2,7 @@
 ml_dtypes and what is known of Gaussian values.
 """
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -22,6 +23,7 @@ from fp4dit.numerics.block_scales import (
     E8M0Scale,
     ExponentRule,
     NVFP4Scale,
+    PowerOfTwoNVFP4Scale,
     ceil_exponent,
     even_exponent,
     floor_exponent,
@@ -368,3 +370,16 @@ def test_known_errors_of_nvfp4(rule: ScaleRule, expected: float):
 def test_the_cost_of_block_scales():
     assert E8M0Scale().storage_bits(E2M1, 10) == 80
     assert MinError(NVFP4Scale()).storage_bits(E2M1, 10) == 80 + 32
+
+
+@pytest.mark.parametrize("amax", [2688.0, 2688.5, 1.0, 17.3, 1e-6])
+def test_a_power_of_two_of_the_tensor_clips_nothing(amax: float):
+    blocks = torch.full((4, 16), amax)
+    blocks[1:] *= torch.rand(3, 16)
+    rule, fmt = PowerOfTwoNVFP4Scale(), floating(2, 1)
+    power = math.ldexp(1.0, math.ceil(math.log2(amax / 2688)))
+    assert rule.tensor_scale(blocks, fmt).item() == power
+    scale = rule(blocks, fmt).scale
+    assert (scale / power <= 448).all()
+    assert (scale / power).to(torch.float8_e4m3fn).float().equal(scale / power)
+    assert scale.bfloat16().float().equal(scale)

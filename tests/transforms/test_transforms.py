@@ -15,9 +15,10 @@ from fp4dit.numerics.formats import floating
 from fp4dit.numerics.quantizer import PerChannel, Quantizer
 from fp4dit.transforms.base import Transform, TransformSpec, squared_output_error
 from fp4dit.transforms.hadamard import Hadamard
-from fp4dit.transforms.low_rank import LowRank, factor_low_rank
+from fp4dit.transforms.low_rank import LowRank, LowRankBF16, factor_low_rank
 from fp4dit.transforms.smoothing import (
     MovingAverageMax,
+    PowerOfTwoSmoothingSearch,
     SalienceWeightedMax,
     Smoothing,
     SmoothingSearch,
@@ -37,6 +38,8 @@ SPECS = [
     LowRank(),
     LowRank(3, iterations=4),
     LowRank(99),
+    LowRankBF16(3, iterations=2),
+    PowerOfTwoSmoothingSearch(4),
 ]
 OUT, K = 20, 24
 specs = pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -333,3 +336,14 @@ def test_order_of_pre_transforms_in_w4a4(outlier: float):
     one_shot, iterated = (error(Smoothing(), LowRank(iterations=n)) for n in (1, 10))
     assert smooth > 2 * one_shot
     assert one_shot > 1.03 * iterated
+
+
+def test_power_of_two_smoothing_and_branches_in_bf16_are_moved_exactly():
+    """The branch divided by the smoothing, as Nunchaku has it, is in bf16 again."""
+    weight, x = weight_and_inputs(64, 128)
+    division, branch = fit_chain([PowerOfTwoSmoothingSearch(8), LowRankBF16(8)], weight, x)
+    factors = division.state_dict()["divisor"].double()
+    assert factors.log2().round().exp2().equal(factors)
+    assert factors.unique().numel() > 1
+    down = branch.state_dict()["down"].double()
+    assert (down / factors).bfloat16().double().equal(down / factors)

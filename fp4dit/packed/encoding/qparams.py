@@ -170,6 +170,16 @@ class E4M3Encoding:
 def find_common_factor(x: Vector) -> Float[Tensor, ""] | None:
     """Return a factor f so that each number is fp32(f * e) for an E4M3 number e, or None.
 
+    Args:
+        x: Ascending numbers without repetition.
+    """
+    factors = list_common_factors(x)
+    return factors[0] if len(factors) else None
+
+
+def list_common_factors(x: Vector) -> Float[Tensor, "m"]:
+    """Return all factors f so that each number is fp32(f * e) for an E4M3 number e.
+
     The largest number is f times one of 126 E4M3 numbers. The quotient by each of these and its two
     neighbours in fp32 are tried.
 
@@ -177,13 +187,13 @@ def find_common_factor(x: Vector) -> Float[Tensor, ""] | None:
         x: Ascending numbers without repetition.
     """
     if len(x) > 126 or not x[0] > 0:
-        return None
+        return x[:0]
     codes = E4M3.values().flip(0)
     quotient = x[-1] / codes[codes > 0]
     factors = add_neighbours(quotient)
     numbers = E4M3.nearest(x / factors)
     fits = ((numbers * factors == x) & (numbers > 0)).all(1)
-    return factors[fits][0, 0] if fits.any() else None
+    return factors[fits][:, 0]
 
 
 def add_neighbours(quotient: Vector) -> Float[Tensor, "m 1"]:

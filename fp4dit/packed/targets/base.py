@@ -14,7 +14,10 @@ from fp4dit.packed.encoding.layout import Layout, PackedBuffers
 from fp4dit.packed.nn.linear import PackedLinear
 from fp4dit.packed.targets.grid import GridWeight, matrix_shape, pack_grid
 from fp4dit.quantization.rules import Rule
+from fp4dit.transforms.base import Transform, TransformSpec
 from fp4dit.utils.errors import UserError
+
+FittedTransform = tuple[TransformSpec, Transform]
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Target(ABC):
         name: The word for the target in configs.
         packages: The packages that readers need, as arguments of `pip install`.
         inputs_note: What readers do with inputs that are quantized here, as a clause.
+        holds_transforms: Whether a layer may transform its input.
 
     Example:
         See `fp4dit.packed.targets.sdnq.SDNQ`.
@@ -78,9 +82,13 @@ class Target(ABC):
     name: ClassVar[str]
     packages: ClassVar[str]
     inputs_note: ClassVar[str] = "its readers leave them in 16 bits"
+    holds_transforms: ClassVar[bool] = False
 
     def check_model(self, class_name: str) -> None:  # noqa: B027, most targets hold every model
         """Raise a UserError if readers cannot load models of this class of diffusers."""
+
+    def check_stored(self, model: StoredModel) -> None:  # noqa: B027, most formats mix freely
+        """Raise a UserError if layers that can be stored cannot be in the same model."""
 
     @abstractmethod
     def encode(self, layer: PackedLinear, shape: tuple[int, ...]) -> StoredLayer:
@@ -112,12 +120,24 @@ class Target(ABC):
         """Return the weight that the tensors mean, in fp32."""
         return self.dequantize(stored, torch.float32)
 
+    def restore_transforms(self, stored: StoredLayer) -> Sequence[FittedTransform]:
+        """Return the transforms of a layer with their specs, in the order of the chain.
+
+        Raises:
+            UserError: if they cannot be represented here exactly.
+        """
+        return ()
+
     @abstractmethod
     def describe(self, stored: StoredLayer) -> str:
         """Return in a few words how a layer is stored, such as "int8 in rows"."""
 
     def stores_input(self, stored: StoredLayer) -> bool:
         """Return whether readers quantize the input of a layer bit-exactly as it is here."""
+        return False
+
+    def quantizes_input(self, stored: StoredLayer) -> bool:
+        """Return whether some readers quantize the input of a layer, in whichever way."""
         return False
 
     @abstractmethod

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from fp4dit.numerics.formats import floating
@@ -73,31 +73,14 @@ class BFL(SingleFileTarget):
             raise UserError(f"it is a convolution, and only linear layers can be: {PLAIN}")
         grid = read_grid(layer)
         if grid.fmt != E4M3FN:
-            return StoredLayer(shape, self.encode_nvfp4(grid), {"format": "nvfp4"})
+            names = ("weight", "weight_scale", "weight_scale_2")
+            tensors = {"input_scale": torch.tensor(self.largest_input / NVFP4_RANGE)}
+            tensors |= dict(zip(names, encode_nvfp4(grid), strict=True))
+            return StoredLayer(shape, tensors, {"format": "nvfp4"})
         require_width(grid, matrix_shape(shape)[1:])
         scale = require_scale(grid).flatten().cpu()
         weight = grid.points.cpu().to(torch.float8_e4m3fn)
         return StoredLayer(shape, {"weight": weight, "weight_scale": scale}, {"format": "fp8r"})
-
-    def encode_nvfp4(self, grid: GridWeight) -> dict[str, Tensor]:
-        """Return the tensors of a weight in NVFP4.
-
-        Raises:
-            UserError: if it is not in NVFP4.
-        """
-        codes, scales = encode_e2m1(grid, 16)
-        parts = E4M3Encoding(1).encode(scales.flatten(), make_format_index(scales.numel()))
-        if parts is None:
-            raise UserError(
-                "its scales are not numbers of E4M3 times one fp32 number: use "
-                "weight.scale.rule=nvfp4"
-            )
-        return {
-            "weight": codes,
-            "weight_scale": parts[""].view(torch.float8_e4m3fn).view(scales.shape),
-            "weight_scale_2": parts["factor"].view(torch.float32)[0],
-            "input_scale": torch.tensor(self.largest_input / NVFP4_RANGE),
-        }
 
     def decode(self, stored: StoredLayer) -> GridWeight:
         weight, scale = stored.tensors["weight"], stored.tensors["weight_scale"]
@@ -119,6 +102,9 @@ class BFL(SingleFileTarget):
 
     def dequantize(self, stored: StoredLayer, dtype: torch.dtype) -> Float[Tensor, "o k"]:
         return self.decode(stored).dequantize().to(dtype)
+
+    def quantizes_input(self, stored: StoredLayer) -> bool:
+        return True
 
     def describe(self, stored: StoredLayer) -> str:
         return "NVFP4" if stored.settings["format"] == "nvfp4" else "FP8 in rows"
@@ -156,3 +142,19 @@ class BFL(SingleFileTarget):
 def name_format(tensors: Mapping[str, Tensor]) -> str:
     """Return the name of the format of a layer's tensors, as diffusers tells it."""
     return "nvfp4" if "weight_scale_2" in tensors else "fp8r"
+
+
+def encode_nvfp4(grid: GridWeight) -> tuple[UInt8[Tensor, "o b"], Tensor, Float[Tensor, ""]]:
+    """Return the codes of a weight in NVFP4, its E4M3 scales, and the factor of these.
+
+    Raises:
+        UserError: if it is not in NVFP4.
+    """
+    codes, scales = encode_e2m1(grid, 16)
+    parts = E4M3Encoding(1).encode(scales.flatten(), make_format_index(scales.numel()))
+    if parts is None:
+        raise UserError(
+            "its scales are not numbers of E4M3 times one fp32 number: use weight.scale.rule=nvfp4"
+        )
+    numbers = parts[""].view(torch.float8_e4m3fn).view(scales.shape)
+    return codes, numbers, parts["factor"].view(torch.float32)[0]

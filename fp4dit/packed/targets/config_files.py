@@ -57,6 +57,7 @@ class ConfigTarget(Target):
         state, config = self.build_files(model)
         text = json.dumps(config, indent=2)
         metadata = {"format": "pt", **build_metadata(state, json.loads(text))}
+        metadata |= self.build_file_metadata(model, state)
         save_tensors(state, folder / WEIGHTS_FILE, metadata)
         (folder / "config.json").write_text(text + "\n")
 
@@ -69,6 +70,12 @@ class ConfigTarget(Target):
         state = {name: value.contiguous() for name, value in state.items()}
         quantization = {"quant_method": self.quant_method, **self.build_config(model)}
         return state, {**model.config, "quantization_config": quantization}
+
+    def build_file_metadata(
+        self, model: StoredModel, state: Mapping[str, Tensor]
+    ) -> Mapping[str, str]:
+        """Return what the metadata of the weights' file contains besides checksums."""
+        return {}
 
     def reads(self, folder: Path) -> bool:
         config = read_config(folder).get("quantization_config", {})

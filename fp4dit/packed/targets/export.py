@@ -65,7 +65,9 @@ def store_model(
             "dense"
         )
     left = [name for name in find_layers(skeleton) if name not in layers]
-    return StoredModel(config, dtype, layers, others, left)
+    stored = StoredModel(config, dtype, layers, others, left)
+    target.check_stored(stored)
+    return stored
 
 
 def list_unpacked_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -156,6 +158,15 @@ def describe_inputs(model: nn.Module, target: Target, stored: StoredModel) -> It
         yield (
             f"the inputs of {len(described)} layers are described, and quantized bit-exactly as "
             "here"
+        )
+    only_there = set()
+    for name, layer in stored.layers.items():
+        if name not in quantized and target.quantizes_input(layer):
+            only_there.add(name)
+    if only_there:
+        yield (
+            f"the inputs of {len(only_there)} layers are not quantized here, and by readers of "
+            f"{target.name} they are: {target.inputs_note}"
         )
     if quantized - described:
         yield (

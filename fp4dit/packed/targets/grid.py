@@ -59,14 +59,19 @@ class GridWeight:
         return self.qparams.from_grid(blocks).view(self.points.shape)
 
 
-def read_grid(layer: PackedLinear) -> GridWeight:
+def read_grid(layer: PackedLinear, with_transforms: bool = False) -> GridWeight:
     """Return the weight of a packed layer as points of one number format.
+
+    Args:
+        layer: The packed layer.
+        with_transforms: Whether the layer may transform its input. The weight is the transformed
+            one.
 
     Raises:
         UserError: if the layer transforms its input, or if its blocks have several formats.
     """
     layout, shape = layer.layout, torch.Size([layer.out_features, layer.in_features])
-    if layer.transform_chain:
+    if layer.transform_chain and not with_transforms:
         names = ", ".join(type(transform).__name__ for transform in layer.transform_chain)
         raise UserError(f"it transforms its input ({names}): use transform=none")
     if len(layout.formats) > 1:

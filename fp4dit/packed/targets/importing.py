@@ -1,5 +1,6 @@
 """Read a transformer in the format of another library as a packed model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers import ModelMixin
@@ -12,6 +13,7 @@ from fp4dit.packed.nn.linear import PackedLinear, make_empty_layer
 from fp4dit.packed.targets.base import StoredModel, Target
 from fp4dit.quantization.rules import Rule
 from fp4dit.quantization.timestep import TimestepContext
+from fp4dit.transforms.base import Transform
 from fp4dit.utils.errors import UserError
 
 # What a damaged file leads to. Each becomes a UserError that names the layer.
@@ -53,11 +55,15 @@ def restore_model_(skeleton: ModelMixin, stored: StoredModel, target: Target) ->
     """
     if not stored.layers:
         raise UserError(f"there is no quantized layer in it: it is not a {target.name} checkpoint")
-    state, packed = dict(stored.others), {}
+    state, packed, rules = dict(stored.others), {}, {}
     for name, layer in stored.layers.items():
         try:
             layout, buffers = target.restore(layer)
-            packed[name] = make_filled_layer(find_layer(skeleton, name), layout, buffers)
+            fitted = target.restore_transforms(layer)
+            rules[name] = Rule("*", None, tuple(spec for spec, _ in fitted))
+            packed[name] = make_filled_layer(
+                find_layer(skeleton, name), layout, buffers, [transform for _, transform in fitted]
+            )
         except KeyError as error:
             raise UserError(
                 f"{name} lacks {error.args[0]}: copy all files of the checkpoint"
@@ -66,13 +72,14 @@ def restore_model_(skeleton: ModelMixin, stored: StoredModel, target: Target) ->
             raise UserError(f"{name}: {error}") from error
     for name, layer in packed.items():
         skeleton.set_submodule(name, layer)
-        for buffer, value in layer.packed_buffers.items():
-            state[f"{name}.{buffer}"] = value
+        for key, value in layer.state_dict().items():
+            if key != "bias":
+                state[f"{name}.{key}"] = value
     try:
         skeleton.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise UserError(f"the checkpoint is not of {type(skeleton).__name__}: {error}") from error
-    description = describe_model(packed, dict.fromkeys(packed, Rule("*", None)), stored.inputs)
+    description = describe_model(packed, rules, stored.inputs)
     install_input_quantizers_(skeleton, description.inputs, TimestepContext())
     attach_diffusers_config_(skeleton, description)
 
@@ -93,14 +100,17 @@ def find_layer(skeleton: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
 
 
 def make_filled_layer(
-    source: nn.Linear | nn.Conv2d, layout: Layout, buffers: PackedBuffers
+    source: nn.Linear | nn.Conv2d,
+    layout: Layout,
+    buffers: PackedBuffers,
+    transforms: Sequence[Transform] = (),
 ) -> PackedLinear:
     """Make a packed layer in place of `source`, whose weight is not read.
 
     Raises:
         UserError: if the buffers do not have the shapes of such a weight.
     """
-    layer = make_empty_layer(source, layout, (), "cpu")
+    layer = make_empty_layer(source, layout, transforms, "cpu")
     for name, value in buffers.items():
         if value.shape != getattr(layer, name).shape:
             raise UserError(f"a weight of other shape than {list(source.weight.shape)}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fp4dit.packed.nn.linear import PackedLinear, pack_layer
 from fp4dit.packed.targets.base import Target
@@ -18,7 +18,9 @@ from fp4dit.packed.targets.folders import COMPUTE_DTYPES
 from fp4dit.quantization.rules import Rule, assign_rules, find_layers, make_quant_layer
 from fp4dit.utils.errors import UserError
 
-FEW_ROWS = 64  # of a weight, which show nearly always what is not exact
+FEW_ROWS = 128  # of a weight, which show nearly always what is not exact
+
+FEW_TOKENS = 8  # of the random inputs to which transforms are fitted
 
 
 @dataclass
@@ -46,19 +48,24 @@ class Sample:
 
     def make_packed(self, dtype: str) -> PackedLinear | str:
         """Pack the layer in a dtype, or return why no format holds it."""
-        if self.rule.transforms:
-            names = ", ".join(type(spec).__name__ for spec in self.rule.transforms)
-            return f"it transforms its input ({names}): use transform=none"
         if self.rule.timestep_boundaries:
             return "it has a layer for each range of timesteps"
         assert self.rule.quantizer is not None
         layer = copy.deepcopy(self.layer).to(COMPUTE_DTYPES[dtype])
         try:
-            quantized = make_quant_layer(layer, self.rule.quantizer, ()).prepare()
+            quantized = make_quant_layer(layer, self.rule.quantizer, self.rule.transforms)
+            quantized.prepare(self.make_inputs() if self.rule.transforms else None)
             quantized.commit_weight()
             return pack_layer(quantized)
-        except UserError as error:
+        except (UserError, ValueError) as error:
             return str(error)
+
+    def make_inputs(self) -> Tensor:
+        """Return random inputs of the layer, in fp32."""
+        generator = torch.Generator().manual_seed(0)
+        if isinstance(self.layer, nn.Conv2d):
+            return torch.randn(1, self.layer.in_channels, 16, 16, generator=generator)
+        return torch.randn(1, FEW_TOKENS, self.layer.in_features, generator=generator)
 
 
 def make_samples(model: nn.Module, rules: Sequence[Rule], rows: int | None = None) -> list[Sample]:
@@ -88,18 +95,24 @@ def make_random(layer: nn.Module, rows: int | None) -> nn.Linear | nn.Conv2d:
 
 
 def make_small(layer: nn.Module, rows: int | None) -> nn.Linear | nn.Conv2d:
-    """Return a new layer like `layer`, of so many rows at most."""
+    """Return a new layer like `layer`, of about so many rows.
+
+    The number of rows has the divisors of the original one, which targets may require.
+    """
+    count = len(layer.weight)  # pyright: ignore[reportArgumentType]
+    out = rows + count % rows if rows and count > 2 * rows else count
     if isinstance(layer, nn.Conv2d):
         height, width = layer.kernel_size
-        out = min(layer.out_channels, rows or layer.out_channels)
         return nn.Conv2d(layer.in_channels, out, (height, width), device="cpu")
     assert isinstance(layer, nn.Linear)
-    out = min(layer.out_features, rows or layer.out_features)
     return nn.Linear(layer.in_features, out, device="cpu")
 
 
 def explain_layer(target: Target, sample: Sample, dtype: str) -> str:
     """Return why a target cannot hold a layer; an empty text if it can."""
+    if sample.rule.transforms and not target.holds_transforms:
+        names = ", ".join(type(spec).__name__ for spec in sample.rule.transforms)
+        return f"it transforms its input ({names}): use transform=none"
     packed = sample.pack(dtype)
     if isinstance(packed, str):
         return packed

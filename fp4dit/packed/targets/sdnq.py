@@ -5,7 +5,7 @@ zero points are stored in fp32, but diffusers casts them to the dtype that a mod
 The formats were read from sdnq 0.2.8.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -16,11 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fp4dit.numerics.formats import NumberFormat, integer
-from fp4dit.numerics.qparams import Affine, QParams, Scale
+from fp4dit.numerics.qparams import Affine, Offset, QParams, Scale
 from fp4dit.packed.nn.linear import PackedLinear
-from fp4dit.packed.targets.base import StoredLayer, StoredModel
+from fp4dit.packed.targets.base import FittedTransform, StoredLayer, StoredModel
 from fp4dit.packed.targets.config_files import ConfigTarget
 from fp4dit.packed.targets.grid import PLAIN, GridWeight, matrix_shape, read_grid
+from fp4dit.packed.targets.sdnq_bits import codes_per_group
 from fp4dit.packed.targets.sdnq_layout import (
     WEIGHT_DTYPES,
     encode_points,
@@ -29,17 +30,26 @@ from fp4dit.packed.targets.sdnq_layout import (
     read_scale,
     store_codes,
 )
+from fp4dit.packed.targets.sdnq_transforms import (
+    NO_TRANSFORMS,
+    TRANSFORM_OPTIONS,
+    encode_transforms,
+    restore_transforms,
+)
 from fp4dit.utils.errors import UserError
 
-ALIASES = {"fp4": "float4_e2m1fn", "fp8": "float8_e4m3fn"}
+ALIASES = {
+    "fp3": "float3_e1m1fn",
+    "fp4": "float4_e2m1fn",
+    "fp5": "float5_e2m2fn",
+    "fp6": "float6_e3m2fn",
+    "fp7": "float7_e3m3fn",
+    "fp8": "float8_e4m3fn",
+}
 
-UNSUPPORTED_OPTIONS = (
-    "use_svd",
-    "use_hadamard",
-    "use_codebook",
-    "use_codebook_scale",
-    "scale_dtype",
-)
+UNSUPPORTED_OPTIONS = ("use_codebook", "use_codebook_scale", "scale_dtype")
+
+TENSORS = {"weight", "scale", "zero_point", "svd_up", "svd_down"}
 
 INEXACT_ZEROS = (
     "its zero points times its scales are rounded, so that readers would get another weight: use "
@@ -49,7 +59,9 @@ INEXACT_ZEROS = (
 
 @dataclass(frozen=True)
 class SDNQ(ConfigTarget):
-    """Codes of 4 or 8 bits with scales in fp32, one for each row or group, mixed by layer.
+    """Codes of 2 to 8 bits with scales in fp32, one for each row or group, mixed by layer.
+
+    A low-rank branch and some Hadamard rotations are held too (`sdnq_transforms`).
 
     Example:
         >>> stored = SDNQ().store(packed_layer, (24, 128), torch.float32)
@@ -60,13 +72,15 @@ class SDNQ(ConfigTarget):
     name: ClassVar[str] = "sdnq"
     packages: ClassVar[str] = "diffusers 'sdnq>=0.2.2'"
     quant_method: ClassVar[str] = "sdnq"
+    holds_transforms: ClassVar[bool] = True
 
     def encode(self, layer: PackedLinear, shape: tuple[int, ...]) -> StoredLayer:
-        grid = read_grid(layer)
+        branch, transforms = encode_transforms(layer.transform_chain)
+        grid = read_grid(layer, with_transforms=True)
         weights_dtype, codes = encode_points(grid)
         spatial, n = prod(shape[2:]), grid.blocks_per_row
-        if grid.width % spatial or len(codes.flatten()) % 2:
-            raise UserError(f"its groups are not of whole input channels: {PLAIN}")
+        if grid.width % spatial or codes.numel() % codes_per_group(int(grid.fmt.bits)):
+            raise UserError(f"its groups are not of whole input channels and bytes: {PLAIN}")
         tensors = {"weight": store_codes(codes, weights_dtype, grouped_shape(shape, n))}
         for suffix, value in split_qparams(grid.qparams).items():
             column = grid.by_row(value).cpu()
@@ -74,16 +88,19 @@ class SDNQ(ConfigTarget):
             if shape[2:]:  # a scale for each place of the kernel
                 tensors[suffix] = tensors[suffix].expand(*tensors[suffix].shape[:-2], *shape[2:])
         group_size = grid.width // spatial if n > 1 else -1
-        stored = StoredLayer(
-            shape, tensors, {"weights_dtype": weights_dtype, "group_size": group_size}
-        )
-        check_fused(stored, layer.dtype)
+        settings = {"weights_dtype": weights_dtype, "group_size": group_size, **transforms}
+        stored = StoredLayer(shape, tensors | branch, settings)
+        if not is_same_fused(stored, layer.dtype):
+            raise UserError(INEXACT_ZEROS)
         return stored
 
     def dequantize(self, stored: StoredLayer, dtype: torch.dtype) -> Float[Tensor, "o k"]:
         values, scale, zero = read_values(stored, dtype)
         weight = values * scale if zero is None else values * scale + zero
         return weight.view(matrix_shape(stored.shape)).to(dtype)
+
+    def restore_transforms(self, stored: StoredLayer) -> Sequence[FittedTransform]:
+        return restore_transforms(stored)
 
     def explain_difference(self, stored: StoredLayer, dtype: torch.dtype) -> str:
         if "zero_point" in stored.tensors:
@@ -101,6 +118,12 @@ class SDNQ(ConfigTarget):
         qparams: QParams = Scale(scale)
         if "zero_point" in stored.tensors:
             qparams = make_affine(scale, read_scale(stored, "zero_point"), fmt)
+            if isinstance(qparams, Offset) and not is_same_fused(stored, torch.float32):
+                raise UserError(
+                    "its zero points are not whole numbers, and readers round its products and "
+                    "sums together, and packed layers one after the other: read a checkpoint with "
+                    "scales of 16 bits, or in int4, int8 or a float dtype"
+                )
         elif fmt == integer(fmt.bits) and bool((points < fmt.min).any()):
             # The lowest integer, which the symmetric format lacks.
             middle = 2.0 ** (fmt.bits - 1)
@@ -110,17 +133,19 @@ class SDNQ(ConfigTarget):
 
     def describe(self, stored: StoredLayer) -> str:
         size = stored.settings["group_size"]
-        return (
-            f"{stored.settings['weights_dtype']} in {'rows' if size < 0 else f'groups of {size}'}"
-        )
+        where = "rows" if size < 0 else f"groups of {size}"
+        kinds = {"use_hadamard": "rotated", "use_svd": "with a low-rank branch"}
+        notes = [note for key, note in kinds.items() if stored.settings.get(key)]
+        return " ".join([stored.settings["weights_dtype"], "in", where, *notes])
 
     def build_config(self, model: StoredModel) -> dict[str, Any]:
-        kinds = [dict(layer.settings) for layer in model.layers.values()]
-        common = max(kinds, key=kinds.count)
-        others = {}
-        for name, layer in model.layers.items():
-            if layer.settings != common:
-                others[f"{name}.weight"] = dict(layer.settings)
+        any_transform = any(
+            layer.settings.keys() & NO_TRANSFORMS for layer in model.layers.values()
+        )
+        defaults = NO_TRANSFORMS if any_transform else {}
+        kinds = {name: {**defaults, **layer.settings} for name, layer in model.layers.items()}
+        common = max(kinds.values(), key=list(kinds.values()).count)
+        others = {f"{name}.weight": kind for name, kind in kinds.items() if kind != common}
         return {
             **common,
             "modules_quant_config": others,
@@ -140,14 +165,15 @@ class SDNQ(ConfigTarget):
         for option in UNSUPPORTED_OPTIONS:
             if settings.get(option) not in (None, False, "none"):
                 raise UserError(f"{name} has {option}, which has no counterpart here")
-        if not tensors.keys() <= {"weight", "scale", "zero_point"}:
+        if not tensors.keys() <= TENSORS:
             raise UserError(f"{name} has the tensors {', '.join(tensors)}, which are not read")
         weights_dtype = settings.get("weights_dtype", "int8")
         weights_dtype = ALIASES.get(weights_dtype, weights_dtype)
         if weights_dtype not in WEIGHT_DTYPES:
             names = ", ".join(WEIGHT_DTYPES)
             raise UserError(f"{name} is {weights_dtype}, and only {names} are read")
-        return {"weights_dtype": weights_dtype, "group_size": settings.get("group_size", 0)}
+        found = {"weights_dtype": weights_dtype, "group_size": settings.get("group_size", 0)}
+        return found | {key: settings[key] for key in TRANSFORM_OPTIONS if settings.get(key)}
 
 
 def split_qparams(qparams: QParams) -> dict[str, Float[Tensor, "blocks 1"]]:
@@ -160,6 +186,8 @@ def split_qparams(qparams: QParams) -> dict[str, Float[Tensor, "blocks 1"]]:
         return {"scale": qparams.scale}
     if isinstance(qparams, Affine):
         return {"scale": qparams.scale, "zero_point": -qparams.zero * qparams.scale}
+    if isinstance(qparams, Offset):
+        return {"scale": qparams.scale, "zero_point": qparams.offset}
     raise UserError(
         f"its blocks have {type(qparams).__name__.lower()} scales: use weight.scale.rule=absmax"
     )
@@ -167,19 +195,10 @@ def split_qparams(qparams: QParams) -> dict[str, Float[Tensor, "blocks 1"]]:
 
 def make_affine(
     scale: Float[Tensor, "blocks 1"], added: Float[Tensor, "blocks 1"], fmt: NumberFormat
-) -> Affine:
-    """Return qparams with the zero points that make what is added to scaled codes.
-
-    Raises:
-        UserError: if no whole numbers do.
-    """
+) -> Affine | Offset:
+    """Return qparams of what is added to scaled codes: whole zero points if they make it."""
     zero = (-added / scale).nan_to_num().round().clamp(0, fmt.max)
-    if not added.equal(-zero * scale):
-        raise UserError(
-            "its zero points are not whole numbers, and those of packed layers are: read a "
-            "checkpoint in int4, int8 or a float dtype"
-        )
-    return Affine(scale, zero)
+    return Affine(scale, zero) if added.equal(-zero * scale) else Offset(scale, added)
 
 
 def read_values(
@@ -194,18 +213,13 @@ def read_values(
     return values, scale.to(dtype).float(), zero
 
 
-def check_fused(stored: StoredLayer, dtype: torch.dtype) -> None:
-    """Check that fused products and sums, as of compiled kernels, give the same weight.
-
-    Raises:
-        UserError: if they do not.
-    """
+def is_same_fused(stored: StoredLayer, dtype: torch.dtype) -> bool:
+    """Return whether fused products and sums, as of compiled kernels, give the same weight."""
     values, scale, zero = read_values(stored, dtype)
     if zero is None:
-        return
+        return True
     fused = (values.double() * scale.double() + zero.double()).float()
-    if not fused.equal(values * scale + zero):
-        raise UserError(INEXACT_ZEROS)
+    return fused.equal(values * scale + zero)
 
 
 def find_settings(name: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The tensors of SDNQ: codes of 4 and 8 bits, and scales by rows or groups.
 
-Codes of 4 bits are packed in the order of the weight's values, the first one in the low half of a
-byte. Codes of floats are sign, exponent and mantissa. Signed integers of 4 bits are stored plus 8.
+Codes of less than 8 bits are packed in the order of the weight's values, as `sdnq_bits` says. Codes
+of floats are sign, exponent and mantissa. Signed integers of n < 8 bits are stored plus 2^(n - 1).
 """
 
 from math import prod
@@ -11,21 +11,21 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fp4dit.numerics.formats import Format, NumberFormat, floating, integer
-from fp4dit.numerics.qparams import Affine
-from fp4dit.packed.encoding.bitpack import pack_bits, unpack_bits
+from fp4dit.numerics.qparams import Affine, Offset
 from fp4dit.packed.encoding.codes import encode_values, list_code_values
 from fp4dit.packed.targets.base import StoredLayer
 from fp4dit.packed.targets.grid import PLAIN, GridWeight, matrix_shape
+from fp4dit.packed.targets.sdnq_bits import pack, unpack
 from fp4dit.utils.errors import UserError
 
 WEIGHT_DTYPES: dict[str, NumberFormat] = {
-    "int4": integer(4),
-    "uint4": integer(4, signed=False),
-    "int8": integer(8),
-    "uint8": integer(8, signed=False),
-    "float4_e1m2fn": floating(1, 2),
-    "float4_e2m1fn": floating(2, 1),
-    "float4_e3m0fn": floating(3, 0),
+    **{f"int{bits}": integer(bits) for bits in range(2, 9)},
+    **{f"uint{bits}": integer(bits, signed=False) for bits in range(2, 9)},
+    **{
+        f"float{bits}_e{exponent}m{bits - 1 - exponent}fn": floating(exponent, bits - 1 - exponent)
+        for bits in range(3, 8)
+        for exponent in range(1, min(bits, 6))
+    },
     "float8_e1m6fn": floating(1, 6),
     "float8_e2m5fn": floating(2, 5),
     "float8_e3m4fn": floating(3, 4),
@@ -54,7 +54,7 @@ def encode_points(grid: GridWeight) -> tuple[str, UInt8[Tensor, "o k"]]:
         known = ", ".join(fmt.name for fmt in names)
         raise UserError(f"its values are {grid.fmt.name}: use weight.format of {known}, or {PLAIN}")
     name, fmt = names[grid.fmt], grid.fmt
-    if isinstance(grid.qparams, Affine) != (fmt.min == 0):
+    if isinstance(grid.qparams, Affine | Offset) != (fmt.min == 0):
         raise UserError(
             f"{name} goes with {'zero points' if fmt.min == 0 else 'scales alone'}: use "
             f"weight.scale.rule={'minmax' if fmt.min == 0 else 'absmax'}"
@@ -73,8 +73,9 @@ def grouped_shape(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
 
 def store_codes(codes: UInt8[Tensor, "o k"], weights_dtype: str, shape: tuple[int, ...]) -> Tensor:
     """Return codes as SDNQ stores them."""
-    if WEIGHT_DTYPES[weights_dtype].bits == 4:
-        return pack_bits(codes.flatten(), 4)
+    bits = int(WEIGHT_DTYPES[weights_dtype].bits)
+    if bits < 8:
+        return pack(codes.flatten(), bits)
     if weights_dtype == "int8":
         return (codes.int() - 128).to(torch.int8).view(shape)
     return codes.view(TORCH_DTYPES.get(weights_dtype, torch.uint8)).view(shape)
@@ -98,9 +99,10 @@ def read_points(stored: StoredLayer) -> Float[Tensor, "o k"]:
     flat = codes.contiguous().flatten()
     if weights_dtype == "int8":
         return flat.float().view(matrix_shape(stored.shape))
-    unpacked = unpack_bits(flat.view(torch.uint8), int(fmt.bits), count)
-    if weights_dtype == "int4":
-        return (unpacked.float() - 8).view(matrix_shape(stored.shape))
+    flat, bits = flat.view(torch.uint8), int(fmt.bits)
+    unpacked = unpack(flat, bits) if bits < 8 else flat
+    if weights_dtype.startswith("int"):
+        return (unpacked.float() - 2 ** (bits - 1)).view(matrix_shape(stored.shape))
     return list_code_values(fmt)[unpacked.int()].view(matrix_shape(stored.shape))
 
 

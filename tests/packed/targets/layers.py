@@ -13,6 +13,7 @@ from fp4dit.numerics.quantizer import PerChannel, PerGroup, PerTensor, Quantizer
 from fp4dit.numerics.scale_rules import AbsMax, MinMax
 from fp4dit.packed.nn.linear import PackedLinear
 from fp4dit.packed.targets.base import StoredLayer, Target
+from fp4dit.transforms.base import TransformSpec
 from fp4dit.utils.errors import UserError
 from tests.helpers.packing import make_packed_layer
 
@@ -52,6 +53,17 @@ def make_layers(
         source = choose([nn.Linear(k, o), nn.Linear(k, o), nn.Conv2d(k, o, 2)])
         shape, quantizer = tuple(source.weight.shape), Quantizer(fmt, granularity, scale)
         yield make_packed_layer(quantizer, dtype, source=source, seed=seed), shape
+
+
+def make_layer_of_tiles(
+    quantizer: Quantizer,
+    transforms: Sequence[TransformSpec] = (),
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> PackedLinear:
+    """Return a layer of 128 inputs and 256 outputs, whole tiles of Nunchaku's kernels."""
+    source = nn.Linear(128, 256)
+    return make_packed_layer(quantizer, dtype, transforms, source=source, seed=seed)
 
 
 def store(target: Target, layer: PackedLinear, shape: tuple[int, ...]) -> StoredLayer | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fp4dit.numerics.block_scales import E8M0Scale
@@ -23,7 +24,7 @@ from fp4dit.packed.targets.gguf_file import CHECKSUMS
 from fp4dit.packed.targets.importing import read_model, restore_model_
 from fp4dit.quantization.rules import Rule
 from fp4dit.utils.errors import UserError
-from tests.packed.targets.cases import CASES, Case
+from tests.packed.targets.cases import CASES, COMFYUI, NUNCHAKU, Case
 
 MXFP4 = Quantizer(floating(2, 1), PerGroup(32), E8M0Scale())
 COMPRESSED = Case(
@@ -32,8 +33,10 @@ COMPRESSED = Case(
     torch.float32,
     "compressed_tensors",
 )
-DAMAGED = {name: CASES[name] for name in ("sdnq", "gguf", "bfl", "auto_round")}
+DAMAGED = {name: CASES[name] for name in ("sdnq", "gguf", "bfl", "auto_round", "torchao")}
 DAMAGED["compressed_tensors"] = COMPRESSED
+DAMAGED["comfyui"] = COMFYUI
+DAMAGED |= {f"nunchaku_lite {name}": case for name, case in NUNCHAKU.items()}
 
 
 def read_weights(target: Target, folder: Path) -> dict[str, torch.Tensor]:
@@ -121,7 +124,9 @@ def test_damage_of_files_without_checksums_gives_one_message(
     folder = tmp_path / "unchecked"
     shutil.copytree(theirs, folder)
     for path in folder.glob("*.safetensors"):
-        save_file(load_file(path), path)
+        with safe_open(path, "pt") as file:
+            metadata = {k: v for k, v in (file.metadata() or {}).items() if k != "fp4dit"}
+        save_file(load_file(path), path, metadata)
     for path in folder.glob("*.gguf"):
         path.write_bytes(path.read_bytes().replace(CHECKSUMS.encode(), b"sha256.absent"))
     weights, refused = read_weights(target, theirs), 0

@@ -166,7 +166,7 @@ def test_an_experiment_is_exported_for_another_library(run: Run, tmp_path: Path)
     [
         (["export_format=gguf"], "from_single_file, which PixArtTransformer2DModel does not"),
         (["export_format=auto_round"], "pos_embed.proj: it is a convolution"),
-        (["export_format=sdnq", "transform=hadamard"], "it transforms its input"),
+        (["export_format=sdnq", "transform=hadamard"], "it rotates blocks of"),
         (["export_format=sdnq", "text_encoder=e2m1_g64"], "a packed text encoder cannot"),
         (["export_format=fp4dit"], "leave it out"),
     ],

@@ -2,18 +2,25 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from fp4dit.numerics.formats import floating, fp16, integer
+from fp4dit.numerics.formats import NumberFormat, floating, fp16, integer, nf4
 from fp4dit.numerics.quantizer import PerChannel, PerGroup, Quantizer
 from fp4dit.numerics.scale_rules import AbsMax, MinMax
 from fp4dit.packed.nn.linear import PackedLinear
 from fp4dit.packed.targets.base import StoredLayer
 from fp4dit.packed.targets.grid import pack_grid
 from fp4dit.packed.targets.sdnq import SDNQ, matches
+from fp4dit.packed.targets.sdnq_bits import pack, unpack
+from fp4dit.packed.targets.sdnq_layout import WEIGHT_DTYPES
+from fp4dit.transforms.base import TransformSpec
+from fp4dit.transforms.hadamard import Hadamard
+from fp4dit.transforms.low_rank import LowRank, LowRankBF16
+from fp4dit.transforms.smoothing import Smoothing
 from fp4dit.utils.errors import UserError
 from tests.helpers.packing import make_packed_layer
 from tests.packed.targets.layers import BF16, make_layers, store
@@ -32,8 +39,10 @@ def dequantize_by_sdnq(stored: StoredLayer, dtype: torch.dtype) -> torch.Tensor:
     )
     tensors = {}
     for name, value in stored.tensors.items():
-        assert (value.shape, value.dtype) == (theirs[name].shape, theirs[name].dtype)
-        is_cast = value.dtype in (torch.float32, torch.float8_e5m2)
+        assert value.shape == theirs[name].shape
+        is_branch = name.startswith("svd")  # cast as scales are, from any dtype
+        assert is_branch or value.dtype == theirs[name].dtype
+        is_cast = is_branch or value.dtype in (torch.float32, torch.float8_e5m2)
         tensors[name] = value.to(dtype) if is_cast else value
         if name != "weight":
             tensors[name] = tensors[name].float()
@@ -66,7 +75,7 @@ def make_layer(fmt, scale, group: int = 32, dtype=torch.float32) -> PackedLinear
 @pytest.mark.parametrize(
     ("fmt", "scale", "dtype", "reason"),
     [
-        (floating(2, 3), AbsMax(fp16), torch.float32, "values are e2m3: use weight.format of int4"),
+        (nf4, AbsMax(fp16), torch.float32, "values are nf4: use weight.format of int2"),
         (floating(2, 1), AbsMax(fp16), torch.bfloat16, "casts them .* weight.scale.dtype=bf16"),
         (integer(4, signed=False), MinMax(), torch.float32, "are rounded.*weight.scale.dtype=fp16"),
         (integer(4), MinMax(fp16), torch.float32, "scales alone: use weight.scale.rule=absmax"),
@@ -100,10 +109,89 @@ def test_layers_that_sdnq_quantized_are_read(weights_dtype: str, group_size: int
     assert layout.dequantize(buffers, 128, layout.build_lookup_table()).equal(theirs)
 
 
-def test_zero_points_that_are_not_whole_are_refused():
-    tensors, _ = quantize_by_sdnq("uint4", 32)
+@pytest.mark.parametrize("weights_dtype", ["uint4", "uint8", "uint3"])
+def test_zero_points_that_are_not_whole_are_read_if_nothing_is_rounded(weights_dtype: str):
+    """Products of codes and scales in bf16 are exact, so that fused sums are the same."""
+    quantizer = pytest.importorskip("sdnq.quantizer", reason=REASON)
+    dequantizer, tensors = quantizer.sdnq_quantize_layer_weight(
+        torch.randn(24, 128), layer_class_name="Linear", weights_dtype=weights_dtype, group_size=32
+    )
+    tensors = {name: value for name, value in tensors.items() if value is not None}
+    settings = {"weights_dtype": weights_dtype}
     with pytest.raises(UserError, match="zero points are not whole numbers"):
-        SDNQ().restore(StoredLayer((24, 128), tensors, {"weights_dtype": "uint4"}))
+        SDNQ().restore(StoredLayer((24, 128), tensors, settings))
+    rounded = {name: tensors[name].bfloat16().float() for name in ("scale", "zero_point")}
+    stored = StoredLayer((24, 128), tensors | rounded, settings)
+    layout, buffers = SDNQ().restore(stored)
+    assert set(layout.encodings) == {"scale", "offset"}
+    theirs = dequantizer(**stored.tensors, skip_compile=True)
+    assert layout.dequantize(buffers, 128, layout.build_lookup_table()).equal(theirs)
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in WEIGHT_DTYPES.values() if fmt.bits < 8])
+def test_codes_of_all_sizes(fmt: NumberFormat):
+    scale = MinMax(fp16) if fmt.min == 0 else AbsMax(fp16)
+    layer = make_layer(fmt, scale)
+    stored = SDNQ().store(layer, (24, 128), torch.float32)
+    assert dequantize_by_sdnq(stored, torch.float32).equal(layer.dequantize(torch.float32))
+    layout, buffers = SDNQ().restore(stored)
+    back = layout.dequantize(buffers, 128, layout.build_lookup_table())
+    assert back.equal(layer.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
+def test_codes_are_packed_as_by_sdnq(bits: int):
+    packed_int = pytest.importorskip("sdnq.packed_int", reason=REASON)
+    codes = torch.randint(0, 2**bits, (4, 16), dtype=torch.uint8)
+    theirs = packed_int.pack_int(codes, f"uint{bits}")
+    assert pack(codes.flatten(), bits).equal(theirs)
+    assert unpack(theirs, bits).equal(codes.flatten())
+
+
+ROTATION = Hadamard(32, signs=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "transforms", [[LowRank(8)], [LowRankBF16(8)], [ROTATION], [ROTATION, LowRank(8)]]
+)
+def test_branches_and_rotations_are_the_same(
+    transforms: Sequence[TransformSpec], dtype: torch.dtype
+):
+    """The tensors are the same, and the weight that SDNQ makes of them is the layer's."""
+    quantizer = Quantizer(floating(2, 1), PerGroup(32), AbsMax(BF16))
+    layer = make_packed_layer(quantizer, dtype, transforms)
+    stored = SDNQ().store(layer, (24, 128), dtype)
+    theirs = dequantize_by_sdnq(stored, dtype).double()
+    x = torch.eye(128, dtype=torch.float64)
+    rotated, branch = layer.double().apply_transforms(x)
+    ours = rotated @ layer.dequantize(torch.float64).T + (0 if branch is None else branch)
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    assert (theirs - ours.T).norm() < tolerance * ours.norm()
+    fitted = [transform for _, transform in SDNQ().restore_transforms(stored)]
+    for mine, other in zip(layer.transform_chain, fitted, strict=True):
+        for key, value in mine.state_dict().items():
+            assert other.state_dict()[key].double().equal(value.double())
+        assert other.double().transform_input(x).equal(mine.transform_input(x))
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_other_rotations_are_refused(size: int):
+    quantizer = Quantizer(floating(2, 1), PerGroup(32), AbsMax(fp16))
+    for spec in (Hadamard(size, signs=False), Hadamard(32)):
+        layer = make_packed_layer(quantizer, torch.float32, [spec])
+        with pytest.raises(UserError, match="signs: false"):
+            SDNQ().store(layer, (24, 128), torch.float32)
+    settings = {"weights_dtype": "fp4", "use_hadamard": True, "hadamard_group_size": size}
+    with pytest.raises(UserError, match="has no counterpart here"):
+        SDNQ().restore_transforms(StoredLayer((24, 128), {}, settings))
+
+
+def test_smoothing_is_refused():
+    quantizer = Quantizer(floating(2, 1), PerGroup(32), AbsMax(fp16))
+    layer = make_packed_layer(quantizer, torch.float32, [Smoothing()])
+    with pytest.raises(UserError, match="use transform=none"):
+        SDNQ().store(layer, (24, 128), torch.float32)
 
 
 def quantize_by_sdnq(weights_dtype: str, group_size: int) -> tuple[dict[str, Any], torch.Tensor]:
