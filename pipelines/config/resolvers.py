@@ -187,6 +187,11 @@ def offset_seed(first: int, _root_: DictConfig) -> int:
     return first + SEED_OFFSET * seed
 
 
+def remove_key(node: DictConfig, key: str) -> DictConfig:
+    """Resolve `${without:${group},key}` to a group of options without one that changes nothing."""
+    return OmegaConf.create({name: value for name, value in node.items() if name != key})
+
+
 def list_options(group: str) -> list[str]:
     """Return the names of a config group's options. A file `_NAME.yaml` is not an option."""
     names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
@@ -230,6 +235,6 @@ FILE_RESOLVERS = {
 
 def register_resolvers() -> None:
     """Register all resolvers with OmegaConf."""
-    others = {"offset_seed": offset_seed, "options": format_options}
+    others = {"offset_seed": offset_seed, "options": format_options, "without": remove_key}
     for name, resolver in {**FILE_RESOLVERS, **others}.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
