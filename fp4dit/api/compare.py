@@ -4,7 +4,6 @@ Packages of the extra `pipeline` are imported where they are used, so that `fp4d
 without them.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,9 +14,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from fp4dit.api.comparison import ComparedMethod, Comparison, PrintedMetric
-from fp4dit.api.live import LivePipeline, replace_transformer
+from fp4dit.api.live import LivePipeline, copy_transformers
 from fp4dit.api.presets import Preset, compose_for_pipeline
-from fp4dit.api.quantize import check_components, check_quantizes, quantize
+from fp4dit.api.quantize import check_components, check_quantizes, list_components, quantize
 from fp4dit.api.report import TRANSFORMER
 from fp4dit.calibration.capture import batch_prompts
 from fp4dit.models.adapter import TransformerAdapter
@@ -51,7 +50,7 @@ def compare(
     """Draw images or videos with several methods, and score them against full precision.
 
     All methods draw the same prompts with the same noise, and calibrate on the same other prompts.
-    The pipeline itself is not quantized: each method gets a copy of its transformer.
+    The pipeline itself is not quantized: each method gets a copy of its transformers.
 
     Args:
         pipe: The pipeline, with its weights in 16 or 32 bits.
@@ -90,7 +89,7 @@ def compare(
     first = next(iter(presets.values()))  # all draw with the same sampler and seeds
     compared = [ComparedMethod(FULL_PRECISION, draw_frames(pipe, first, prompts), {})]
     for method, preset in presets.items():
-        clone = replace_transformer(pipe, copy.deepcopy(pipe.transformer))  # pyright: ignore
+        clone = copy_transformers(pipe)
         report = quantize(
             clone, method, prompts=calibration_prompts, overrides=overrides, **options
         )
@@ -114,8 +113,9 @@ def compose_and_check(
     """
     preset = compose_for_pipeline(pipe, method, overrides, **options)
     check_quantizes(preset)
-    transformer = getattr(pipe, preset.source.component)
-    assign_rules(find_layers(transformer), preset.fit(transformer).weight)
+    for name, chosen in preset.choose_transformers(list_components(pipe)).items():
+        transformer = pipe.components[name]
+        assign_rules(find_layers(transformer), chosen.fit(transformer).weight)
     return preset
 
 
@@ -176,7 +176,7 @@ def draw_frames(
 
     options = preset.config.generation
     live = LivePipeline.register(pipe, preset.source)
-    adapter: TransformerAdapter = live.adapt(live.pipe.transformer)
+    adapter: TransformerAdapter = live.adapt(live.transformer)
     drawn = []
     for batch in batch_prompts(list(prompts), options.batch_size, options.seed):
         images = adapter.sample(batch.prompts, batch.seeds, options.steps, options.guidance)

@@ -3,7 +3,7 @@
 The units are not written down: `fp4dit.models.traced_adapter` finds them in recorded calls.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import signature
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import diffusers
 from diffusers import DiffusionPipeline, ModelMixin
 
-from fp4dit.models.hub_files import INDEX, TRANSFORMER, read_config
+from fp4dit.models.hub_files import INDEX, TRANSFORMER, list_indexed_components, read_config
 from fp4dit.models.pretrained import PretrainedSource
 from fp4dit.models.traced_adapter import GenericAdapter
 from fp4dit.utils.errors import UserError
@@ -48,8 +48,7 @@ class Generic(PretrainedSource):
         """
         super().check(prompts)
         index = read_config(self.pipeline_path(), INDEX)
-        present = [name for name, value in index.items() if isinstance(value, list) and value[1]]
-        check_transformer_chosen(self.path, present, self.transformer)
+        check_transformer_chosen(self.path, list_indexed_components(index), self.transformer)
         class_name = index["_class_name"]
         parameters = list(signature(getattr(diffusers, class_name).__call__).parameters)[1:]
         for option in sorted(self.options.keys() - parameters):
@@ -65,6 +64,22 @@ class Generic(PretrainedSource):
         return GenericAdapter(transformer, self.options, self.load, pipe)
 
 
+def list_transformers(components: Iterable[str], chosen: str | None = None) -> list[str]:
+    """Return the names of the transformers of a pipeline that are quantized.
+
+    Args:
+        components: The names of the components that the pipeline has.
+        chosen: The only one that is quantized; None for all.
+
+    Example:
+        >>> list_transformers(["vae", "transformer", "transformer_2"])
+        ['transformer', 'transformer_2']
+    """
+    if chosen is not None:
+        return [chosen]
+    return [name for name in components if name.startswith(TRANSFORMER)] or [TRANSFORMER]
+
+
 def check_transformer_chosen(model: str, components: Sequence[str], chosen: str | None) -> None:
     """Check that a transformer of a pipeline with several is chosen.
 
@@ -76,11 +91,11 @@ def check_transformer_chosen(model: str, components: Sequence[str], chosen: str 
     Raises:
         UserError: if none is chosen, and there are several.
     """
-    transformers = [name for name in components if name.startswith(TRANSFORMER)]
-    if chosen is None and len(transformers) > 1:
+    transformers = list_transformers(components, chosen)
+    if len(transformers) > 1:
         first, second, *_ = transformers
         raise UserError(
-            f"{model} has {len(transformers)} transformers, {' and '.join(transformers)}, and one "
-            f"is quantized at a time: give model.transformer={first}, and then quantize what was "
-            f"exported again, with model.transformer={second}"
+            f"{model} has {len(transformers)} transformers, {' and '.join(transformers)}: "
+            f"stages=experts quantizes both in one run; model.transformer={first} or {second} "
+            "chooses one of them"
         )

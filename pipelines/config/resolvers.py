@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -192,6 +193,18 @@ def remove_key(node: DictConfig, key: str) -> DictConfig:
     return OmegaConf.create({name: value for name, value in node.items() if name != key})
 
 
+def set_key(node: DictConfig, key: str, value: Any) -> DictConfig:
+    """Resolve `${with_option:${group},key,value}` to a group with another value of an option.
+
+    Raises:
+        UserError: if the group has no such option.
+    """
+    if key not in node:
+        kind = str(node.get("_target_", "this")).rpartition(".")[2]
+        raise UserError(f"{kind} has no option {key}: stages=experts is for model=generic")
+    return OmegaConf.create({**node, key: value})
+
+
 def list_options(group: str) -> list[str]:
     """Return the names of a config group's options. A file `_NAME.yaml` is not an option."""
     names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
@@ -236,5 +249,6 @@ FILE_RESOLVERS = {
 def register_resolvers() -> None:
     """Register all resolvers with OmegaConf."""
     others = {"offset_seed": offset_seed, "options": format_options, "without": remove_key}
+    others["with_option"] = set_key
     for name, resolver in {**FILE_RESOLVERS, **others}.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
