@@ -22,6 +22,7 @@ from fp4dit.quantization.rules import Rule, assign_rules, find_layers
 from fp4dit.rounding.unit_files import load_quantized_
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.files import read_json, write_json
+from fp4dit.utils.images import count_frames
 from fp4dit.utils.provenance import read_package_versions
 from pipelines.runtime.trainer import Runtime
 from pipelines.stages.base import Stage
@@ -126,6 +127,8 @@ class Export(Stage):
             text_encoder=text_encoder,
             command=runtime.command,
             tools=read_package_versions(),
+            is_video=count_frames(needs["images"] / "images" / "00000.png") > 1,
+            transformers=len(packed),
         )
         (out / "pipeline" / "README.md").write_text(render_model_card(facts))
         self.convert(out / "pipeline")

@@ -177,7 +177,9 @@ def test_a_run_quantizes_both_transformers_and_exports_them_together(tmp_path: P
         assert not torch.equal(read_image(paths["generate"] / "images" / "00000.png"), drawn)
     assert scalars["checkpoint_bytes"] == sum(sizes)
     card = (paths["export"] / "pipeline" / "README.md").read_text()
-    assert "transformer_2.blocks" in card
+    assert "The 2 transformers take together" in card
+    assert "pipeline_tag: text-to-video" in card
+    assert ").frames[0]" in card
 
 
 EXPERTS = ("transformer", "transformer_2")
