@@ -49,7 +49,7 @@ FEWEST = (
 FEW_STEPS = {
     "W4A8": ("rounding.steps=2",),
     "W4A6": ("rounding.steps=2",),
-    "SVDQuant": ("transform=[{kind:smoothing_search,steps:2},{kind:low_rank,iterations:2}]",),
+    "SVDQuant": ("transform.0.steps=2", "transform.1.iterations=2"),
 }
 
 FAMILIES = {**TINY_FAMILIES, **STRANGERS}
