@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from fp4dit.models.hub_files import INDEX, TRANSFORMER, list_indexed_components, read_config
 from fp4dit.models.pretrained import PretrainedSource
+from fp4dit.models.prompt_memory import PromptMemory
 from fp4dit.models.traced_adapter import GenericAdapter
 from fp4dit.utils.errors import UserError
 
@@ -25,6 +26,8 @@ class Generic(PretrainedSource):
     Args:
         options: Keyword arguments of the pipeline, such as `height`.
         transformer: The transformer that is quantized, if the pipeline has two.
+        embeddings: A file of what the pipeline encoded, which replaces its text encoders. The
+            pipeline can then draw the batches of the file only.
 
     Example:
         >>> pipeline = Generic("/my/sd3", options={"height": 512, "width": 512}).load()
@@ -32,12 +35,35 @@ class Generic(PretrainedSource):
 
     options: Mapping[str, Any] = field(default_factory=dict)
     transformer: str | None = field(default=None, kw_only=True)
+    embeddings: str | None = field(default=None, kw_only=True)
 
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (DiffusionPipeline,)
 
     @property
     def component(self) -> str:
         return self.transformer or TRANSFORMER
+
+    @property
+    def draws_from_embeddings(self) -> bool:
+        return bool(self.embeddings)
+
+    def load_pipeline(self, **components: Any) -> DiffusionPipeline:
+        """Load diffusers' pipeline, without its text encoders if there are embeddings."""
+        if not self.embeddings:
+            return super().load_pipeline(**components)
+        index = read_config(self.pipeline_path(), INDEX)
+        encoders = [name for name in index if name.startswith("text_encoder")]
+        pipe = super().load_pipeline(**dict.fromkeys(encoders), **components)
+        PromptMemory(self.embeddings).replace_encoder_(pipe)
+        return pipe
+
+    def check_text_encoder(self) -> None:
+        if self.embeddings:
+            raise UserError(
+                "with model.embeddings no text encoder is loaded that could be quantized: use "
+                "text_encoder=none, or do not use embeddings"
+            )
+        super().check_text_encoder()
 
     def check(self, prompts: Sequence[str]) -> None:
         """Check, before loading, that the model is not quantized and that it knows all options.
@@ -47,6 +73,8 @@ class Generic(PretrainedSource):
                 an option's name. An option that disappears in `**kwargs` is an error, too.
         """
         super().check(prompts)
+        if self.embeddings:
+            PromptMemory(self.embeddings).check_prompts(prompts)
         index = read_config(self.pipeline_path(), INDEX)
         check_transformer_chosen(self.path, list_indexed_components(index), self.transformer)
         class_name = index["_class_name"]
