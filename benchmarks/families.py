@@ -4,14 +4,16 @@
     python -m benchmarks.families /tmp/page.md --families wan ltx --presets NVFP4
 
 Each cell is a run from the captured calls to an export that diffusers loads. A family captures once
-for all presets. Numbers of such pipelines say nothing, and so none is in the table.
+for all presets. Numbers of such pipelines say nothing, and so none is in the table. Results are
+kept in outputs/families.json, so that a command that was killed goes on where it was; remove that
+file to run all of it again.
 """
 
 import argparse
 import os
 import tempfile
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from fp4dit.utils.errors import UserError
-from fp4dit.utils.files import atomic_write, read_json
+from fp4dit.utils.files import atomic_write, read_json, write_json
 from fp4dit.utils.provenance import read_package_versions
 from tests.helpers.small_runs import run_stages
 from tests.helpers.strangers import STRANGERS
@@ -54,7 +56,11 @@ FEW_STEPS = {
 
 FAMILIES = {**TINY_FAMILIES, **STRANGERS}
 
-PASSES = "passes"
+PASSES, NOT_RUN = "passes", "not run"
+
+RESULTS = Path("outputs") / "families.json"
+
+Results = Mapping[str, Mapping[str, Any]]
 
 PAGE = """\
 # Families and presets
@@ -78,9 +84,9 @@ ABOUT = (
     "Tiny random replicas of the families go through all stages: capture, rounding, scales of "
     "activations, drawing, scoring, and an export that diffusers loads. They have the classes of "
     "the published pipelines, one or two blocks and a width of {width} channels. **{passed} of "
-    "{total}** combinations pass. None of them was run with published weights, and they say "
-    "nothing about the quality of images. No config and no code of ours is for {strangers}, which "
-    "`model=generic` takes as they are."
+    "{run}** combinations that were run pass. None of them was run with published weights, and "
+    "they say nothing about the quality of images. No config and no code of ours is for "
+    "{strangers}, which `model=generic` takes as they are."
 )
 
 
@@ -111,52 +117,73 @@ def run_cell(family: TinyFamily, folder: Path, outputs: Path, preset: str) -> st
     return PASSES
 
 
-def run_family(name: str, presets: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """Return the class of a family's pipeline, and the result of each preset."""
+def run_family(
+    name: str, presets: Sequence[str], finished: Mapping[str, str]
+) -> Iterator[tuple[str, str, str]]:
+    """Run a family with the presets that are not finished.
+
+    Yields:
+        The class of the family's pipeline, the preset, and its result.
+    """
     family = FAMILIES[name]
+    if not set(presets) - finished.keys():
+        return
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / name
         family.save(folder)
-        results = {}
+        pipeline = read_json(folder / "model_index.json")["_class_name"]
         for preset in presets:
-            results[preset] = run_cell(family, folder, Path(place), preset)
-            print(f"{name:16} {preset:10} {results[preset]}", flush=True)
-        return read_json(folder / "model_index.json")["_class_name"], results
+            if preset not in finished:
+                yield pipeline, preset, run_cell(family, folder, Path(place), preset)
 
 
-def render_page(results: Mapping[str, tuple[str, Mapping[str, str]]]) -> str:
+def render_page(results: Results, families: Sequence[str], presets: Sequence[str]) -> str:
     """Return the page in Markdown.
 
     Args:
-        results: The class of the pipeline and the result of each preset, for each family.
+        results: The class of the pipeline and the results by preset, for each family that was run.
+        families: The families of the table.
+        presets: The presets of the table.
     """
-    presets = list(next(iter(results.values()))[1])
     notes: dict[str, int] = {}
     lines = [f"| family | pipeline | {' | '.join(presets)} |", "|---|---|" + ":-:|" * len(presets)]
-    for name, (pipeline, cells) in results.items():
+    for name in families:
+        found = results.get(name, {"pipeline": "", "results": {}})
         texts = []
         for preset in presets:
-            note = "" if cells[preset] == PASSES else shorten_reason(cells[preset])
-            number = notes.setdefault(note, len(notes) + 1) if note else 0
-            texts.append(f"[{number}]" if note else PASSES)
-        lines.append(f"| `{name}` | {pipeline} | {' | '.join(texts)} |")
-    cells = [cell for _, row in results.values() for cell in row.values()]
+            reason = shorten_reason(found["results"].get(preset, NOT_RUN))
+            if reason not in (PASSES, NOT_RUN):
+                reason = f"[{notes.setdefault(reason, len(notes) + 1)}]"
+            texts.append(reason)
+        lines.append(f"| `{name}` | {found['pipeline']} | {' | '.join(texts)} |")
     about = [f"- **{name}** is `{' '.join(PRESETS[name])}`" for name in presets]
     explained = "".join(f"{number}. {note}\n" for note, number in notes.items())
     versions = read_package_versions()
-    about_all = ABOUT.format(
-        width=WIDTH,
-        passed=cells.count(PASSES),
-        total=len(cells),
-        strangers=", ".join(f"`{name}`" for name in STRANGERS),
-    )
     return PAGE.format(
-        about=textwrap.fill(about_all, 120, break_long_words=False, break_on_hyphens=False),
+        about=describe_results(results, families, presets),
         table="\n".join(lines),
         presets=";\n".join(about) + ".",
         notes=f"{explained}\n" if notes else "",
         versions=", ".join(f"{name} {versions[name]}" for name in ("torch", "diffusers")),
     )
+
+
+def describe_results(results: Results, families: Sequence[str], presets: Sequence[str]) -> str:
+    """Return the first paragraph of the page."""
+    cells = []
+    for name in families:
+        cells += [results[name]["results"].get(preset) for preset in presets if name in results]
+    num_run = len(cells) - cells.count(None)
+    total = len(families) * len(presets)
+    text = ABOUT.format(
+        width=WIDTH,
+        passed=cells.count(PASSES),
+        run=num_run,
+        strangers=", ".join(f"`{name}`" for name in STRANGERS),
+    )
+    if num_run < total:
+        text += f" {total - num_run} combinations were not run yet."
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def shorten_reason(text: str, limit: int = 300) -> str:
@@ -173,11 +200,18 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=list(PRESETS))
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    results = {}
+    results = read_json(RESULTS) if RESULTS.exists() else {}
+    RESULTS.parent.mkdir(exist_ok=True)
     for name in options.families:
-        results[name] = run_family(name, options.presets)
-        with atomic_write(options.page) as part:
-            part.write_text(render_page(results))
+        finished = dict(results.get(name, {}).get("results", {}))
+        for pipeline, preset, result in run_family(name, options.presets, finished):
+            print(f"{name:16} {preset:10} {result}", flush=True)
+            results.setdefault(name, {"pipeline": pipeline, "results": {}})
+            results[name]["results"][preset] = result
+            write_json(RESULTS, results)
+            page = render_page(results, options.families, options.presets)
+            with atomic_write(options.page) as part:
+                part.write_text(page)
 
 
 if __name__ == "__main__":

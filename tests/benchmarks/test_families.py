@@ -14,16 +14,26 @@ from tests.helpers.tiny_families import TINY_FAMILIES
 
 def test_reasons_are_notes_that_are_written_once():
     refused = "refused: no layer | of 'x'\nis left"
-    page = render_page(
-        {
-            "flux": ("FluxPipeline", {"W4A8": PASSES, "NVFP4": refused}),
-            "wan": ("WanPipeline", {"W4A8": refused, "NVFP4": PASSES}),
-        }
-    )
+    results = {
+        "flux": {"pipeline": "FluxPipeline", "results": {"W4A8": PASSES, "NVFP4": refused}},
+        "wan": {"pipeline": "WanPipeline", "results": {"W4A8": refused, "NVFP4": PASSES}},
+        "ltx": {"pipeline": "LTXPipeline", "results": {"NVFP4": PASSES}},
+    }
+    page = render_page(results, ["flux", "wan", "ltx"], ["W4A8", "NVFP4"])
     assert "| `flux` | FluxPipeline | passes | [1] |" in page
     assert "| `wan` | WanPipeline | [1] | passes |" in page
     assert page.count("1. refused: no layer / of 'x' is left\n") == 1
-    assert "**2 of 4** combinations pass" in page.replace("\n", " ")
+    assert "| `ltx` | LTXPipeline | not run | passes |" in page
+    about = page.replace("\n", " ")
+    assert "**3 of 5** combinations that were run pass." in about
+    assert "1 combinations were not run yet." in about
+
+
+def test_finished_combinations_are_not_run_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(families, "run_cell", lambda *_: PASSES)
+    assert not list(families.run_family("flux", ["NVFP4"], {"NVFP4": PASSES}))
+    done = list(families.run_family("flux", ["W4A8", "NVFP4"], {"NVFP4": PASSES}))
+    assert done == [("FluxPipeline", "W4A8", PASSES)]
 
 
 @pytest.mark.parametrize("error", [UserError("no layer fits"), ValueError("no layer fits")])
