@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from benchmarks.published import is_traced
 from fp4dit.estimate.footprint import measure_activation_shapes
 from fp4dit.models.hub_files import TRANSFORMER_CONFIG, read_config
 from fp4dit.models.outline import OUTLINES, ModelOutline, hash_config, select_shape_options
@@ -19,8 +20,9 @@ from pipelines.config.compose import compose_config
 from pipelines.config.resolvers import list_options, register_resolvers
 from pipelines.planning.instantiate import instantiate_node
 
-# The generic model is not one model, and the weights of the emoji model are not in this repository.
-OPTIONS = [option for option in list_options("model") if option not in ("emoji", "generic")]
+# Roles of layers, which `generic` and what is based on it have, are found in the code of a model.
+# The weights of the emoji model are not in this repository.
+OPTIONS = [name for name in list_options("model") if name != "emoji" and not is_traced(name)]
 
 
 def make_outline(option: str) -> ModelOutline:

@@ -33,6 +33,13 @@ CLASSES: dict[str, type[ModelMixin]] = {
 }
 
 
+def is_traced(option: str) -> bool:
+    """Return whether a file of `conf/model` is for `generic`, or based on it."""
+    defaults = yaml.safe_load((CONF / "model" / f"{option}.yaml").read_text()).get("defaults", [])
+    bases = [name for name in defaults if name in list_options("model")]
+    return option == "generic" or any(map(is_traced, bases))
+
+
 def read_published(option: str) -> tuple[type[ModelMixin], dict[str, Any]]:
     """Return the class of a transformer and its arguments, from the config that it has on the hub.
 
@@ -49,10 +56,11 @@ def read_published(option: str) -> tuple[type[ModelMixin], dict[str, Any]]:
     return model_class, {name: value for name, value in config.items() if name in parameters}
 
 
+# Those that have an adapter of their own.
 PUBLISHED: dict[str, tuple[type[ModelMixin], dict[str, Any]]] = {
     option: read_published(option)
     for option in list_options("model")
-    if option not in ("emoji", "generic", "shapes")
+    if option not in ("emoji", "shapes") and not is_traced(option)
 }
 AUTOENCODER = {  # stabilityai/sd-vae-ft-ema, the autoencoder of PixArt-alpha
     "block_out_channels": (128, 256, 512, 512),

@@ -103,6 +103,7 @@ OTHER_KINDS: dict[str, str] = {
     "imatrix": "fp4dit.rounding.ImportanceMatrix",
     "output_search": "fp4dit.rounding.OutputSearch",
     "linear_grid": "fp4dit.rounding.LinearGrid",
+    "bias_multiples": "fp4dit.rounding.BiasMultiples",
     "signround": "fp4dit.rounding.SignRound",
     "sign_sgd": "fp4dit.rounding.SignSGD",
     "linear_decay": "fp4dit.rounding.linear_decay",

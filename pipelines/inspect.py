@@ -1,15 +1,22 @@
-"""Print what a run does to each layer, and estimate its stages, without loading a weight."""
+"""Print what a run does to each layer, and estimate its stages, without loading the model.
+
+If the weights are on this machine, a sample of them tells which 4-bit format fits them best.
+"""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from fp4dit.models.hub_files import TRANSFORMER
 from fp4dit.models.outline import ModelOutline, find_outline
+from fp4dit.models.weight_files import WeightFiles
 from fp4dit.quantization.audit import audit_activation_shapes, audit_layers
 from fp4dit.quantization.audit_table import ModelAudit, audit_model
+from fp4dit.quantization.format_forecast import forecast_formats
 from fp4dit.store.store import Store
 from fp4dit.utils.errors import UserError
 from pipelines.cli.costs import collect_costs, format_costs, list_cost_warnings, make_estimator
@@ -39,7 +46,7 @@ def main(cfg: DictConfig) -> None:
     model: Any = OmegaConf.to_container(cfg.model, resolve=True)
     outline = find_outline(model)
     audit = audit_outline(outline, images) if outline else audit_skeleton(images)
-    print_audit(audit, cfg.layers)
+    print_audit(add_forecast(audit, model, images), cfg.layers)
 
 
 def print_audit(audit: ModelAudit, layers: str) -> None:
@@ -62,6 +69,21 @@ def audit_outline(outline: ModelOutline, images: PlannedStage) -> ModelAudit:
     shapes = outline.select_activations(quantized)
     inputs = audit_activation_shapes(shapes, rules["activation"])
     return audit_model(model, weights, inputs, list(shapes))
+
+
+def add_forecast(audit: ModelAudit, model: dict[str, Any], images: PlannedStage) -> ModelAudit:
+    """Add which 4-bit format is expected to win, if the weights are on this machine.
+
+    Args:
+        audit: The audit of the model.
+        model: The node `model` of the config.
+        images: The stage that generates the images, which has the rules.
+    """
+    files = WeightFiles.find(model["path"], model.get("transformer") or TRANSFORMER)
+    if files is None:
+        return audit
+    rules = instantiate_node("weight", images.config["weight"])
+    return replace(audit, forecast=forecast_formats(audit.shapes, rules, files.read_rows))
 
 
 def audit_skeleton(images: PlannedStage) -> ModelAudit:
@@ -87,7 +109,8 @@ def print_audit_and_costs(
     shapes = estimator.footprint.activation_shapes
     inputs = audit_activation_shapes(shapes, generate.activation)
     audit = audit_model(model, audit_layers(model, generate.weight), inputs, list(shapes))
-    print_audit(audit, cfg.layers)
+    node: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    print_audit(add_forecast(audit, node, images), cfg.layers)
     pending_objects = {name: objects[name] for name in pending if name in objects}
     costs = collect_costs(pending_objects, lambda: estimator)
     print("", describe_speed(estimator), *format_costs(list(stages), pending, costs), sep="\n")

@@ -25,8 +25,8 @@ def find_model_option(class_name: str) -> str:
         The option whose file lists the class under `used_for`, or `generic`.
 
     Example:
-        >>> find_model_option("PixArtSigmaPipeline"), find_model_option("FluxPipeline")
-        ('pixart_sigma', 'generic')
+        >>> find_model_option("FluxPipeline"), find_model_option("MochiPipeline")
+        ('flux1_dev', 'generic')
     """
     for option, config in _read_options().items():
         if class_name in config.get("used_for", ()):

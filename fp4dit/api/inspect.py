@@ -1,6 +1,7 @@
 """Show what a preset would quantize, before anything is done."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -13,6 +14,8 @@ from fp4dit.api.report import TRANSFORMER, QuantizationReport
 from fp4dit.estimate.audit import audit_transformer
 from fp4dit.models.base import PipelineSource
 from fp4dit.models.hub_files import INDEX, list_indexed_components, read_config
+from fp4dit.models.weight_files import WeightFiles
+from fp4dit.quantization.format_forecast import forecast_formats, forecast_from_module
 
 
 def inspect(
@@ -20,7 +23,9 @@ def inspect(
 ) -> QuantizationReport:
     """Return the report that `quantize` would give for the transformers, before anything is done.
 
-    Nothing is loaded but configs, and nothing is changed. Errors of blocks are not known yet.
+    Nothing is loaded but configs, and nothing is changed. Errors of blocks are not known yet. If
+    the weights are on this machine, a sample of them tells which 4-bit format is expected to have
+    the least error.
 
     Args:
         pipe_or_path: A pipeline in memory, or the folder or hub id of one.
@@ -37,7 +42,13 @@ def inspect(
     for component, preset, source in compose_for_transformers(pipe_or_path, method, overrides):
         check_quantizes(preset)
         preset = preset.fit(source.build_on_meta().transformer)
-        audits[component] = audit_transformer(source, preset.weight, preset.activation)
+        audit = audit_transformer(source, preset.weight, preset.activation)
+        forecast = None
+        if isinstance(pipe_or_path, DiffusionPipeline):
+            forecast = forecast_from_module(pipe_or_path.components[component], preset.weight)
+        elif files := WeightFiles.find(str(pipe_or_path), component):
+            forecast = forecast_formats(audit.shapes, preset.weight, files.read_rows)
+        audits[component] = replace(audit, forecast=forecast)
     if not isinstance(pipe_or_path, DiffusionPipeline):
         name = read_config(str(pipe_or_path), INDEX)["_class_name"]
     return QuantizationReport(method, name, audits)

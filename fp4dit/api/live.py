@@ -95,7 +95,7 @@ class LivePipeline:
         skeleton: Any = copy_to_meta(original)
         adapter = self.source.make_adapter(skeleton)
         if isinstance(adapter, GenericAdapter):  # it traces a call of the real transformer
-            adapter.load = lambda: self.adapt(original)
+            adapter.load, adapter.sketch = lambda: self.adapt(original), None
         return adapter
 
 

@@ -25,6 +25,7 @@ from fp4dit.models.templates import (
     find_counts,
     from_tree,
     hash_template,
+    iter_pairs,
     list_rows,
     make_template,
     map_template,
@@ -191,3 +192,11 @@ def move_call(call: Call, device: str) -> Call:
         return value.to(device) if isinstance(value, Tensor) else value
 
     return Call(tree_map(move, call.args), tree_map(move, call.kwargs))
+
+
+def read_rows(template: Any, output: Any, count: int) -> tuple[Tensor, ...]:
+    """Return the rows of the tensors of an output, in the order of its template."""
+    rows: list[Tensor] = []
+    for placeholder, value in iter_pairs(template, output):
+        rows.append(placeholder.split(value, count))
+    return tuple(rows)

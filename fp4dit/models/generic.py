@@ -13,8 +13,10 @@ import diffusers
 from diffusers import DiffusionPipeline, ModelMixin
 
 from fp4dit.models.hub_files import INDEX, TRANSFORMER, list_indexed_components, read_config
+from fp4dit.models.known_content import fill_masks
 from fp4dit.models.pretrained import PretrainedSource
 from fp4dit.models.prompt_memory import PromptMemory
+from fp4dit.models.sketch import SketchAdapter
 from fp4dit.models.traced_adapter import GenericAdapter
 from fp4dit.utils.errors import UserError
 
@@ -28,6 +30,9 @@ class Generic(PretrainedSource):
         transformer: The transformer that is quantized, if the pipeline has two.
         embeddings: A file of what the pipeline encoded, which replaces its text encoders. The
             pipeline can then draw the batches of the file only.
+        prompt_shapes: The shape of each embedding of a prompt, by the names of the arguments of the
+            pipeline; see `fp4dit.models.sketch.make_embeddings`. With it, no weight is needed to
+            know the shapes of all activations.
 
     Example:
         >>> pipeline = Generic("/my/sd3", options={"height": 512, "width": 512}).load()
@@ -36,6 +41,7 @@ class Generic(PretrainedSource):
     options: Mapping[str, Any] = field(default_factory=dict)
     transformer: str | None = field(default=None, kw_only=True)
     embeddings: str | None = field(default=None, kw_only=True)
+    prompt_shapes: Mapping[str, Sequence[int | str]] = field(default_factory=dict, kw_only=True)
 
     pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (DiffusionPipeline,)
 
@@ -89,7 +95,16 @@ class Generic(PretrainedSource):
     def make_adapter(
         self, transformer: ModelMixin, pipe: DiffusionPipeline | None = None
     ) -> "GenericAdapter":
-        return GenericAdapter(transformer, self.options, self.load, pipe)
+        adapter = GenericAdapter(transformer, self.options, self.load, pipe)
+        if self.prompt_shapes:
+            adapter.sketch = self.make_sketch
+        return adapter
+
+    def make_sketch(self, transformer: Any) -> SketchAdapter:
+        """Make the adapter that knows the calls of a transformer on the meta device."""
+        fill_masks(transformer)
+        path = self.pipeline_path()
+        return SketchAdapter(transformer, path, self.options, self.prompt_shapes, self.load)
 
 
 def list_transformers(components: Iterable[str], chosen: str | None = None) -> list[str]:

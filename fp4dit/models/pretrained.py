@@ -7,7 +7,6 @@ from typing import Any, ClassVar, cast
 
 import diffusers
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoModel, DiffusionPipeline, ModelMixin
 from torch import nn
 
@@ -148,7 +147,7 @@ class PretrainedSource:
         model_class = getattr(diffusers, str(class_name), None)
         if not (isinstance(model_class, type) and issubclass(model_class, ModelMixin)):
             raise UserError(f"{self.path} holds a {class_name}, which is not a model of diffusers")
-        with init_empty_weights():
+        with torch.device("meta"):
             transformer = cast(Any, model_class).from_config(config)
         # The `to` of diffusers warns about unused dtypes.
         nn.Module.to(transformer, "meta", getattr(torch, self.dtype))

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from fp4dit.data.captured import CALL_KIND
 from fp4dit.models.adapter import TRUE_GUIDANCE, TransformerAdapter, find_guidance_name
 from fp4dit.models.blocks import ActivationState, ReadOnlyState, Unit
-from fp4dit.models.call_kinds import CallKind, move_call
-from fp4dit.models.templates import iter_pairs, list_rows
+from fp4dit.models.call_kinds import CallKind, move_call, read_rows
+from fp4dit.models.templates import list_rows
 from fp4dit.models.testing import ADAPTER_HINT
 from fp4dit.models.tracing import (
     PartReached,
@@ -50,9 +50,12 @@ class GenericAdapter(TransformerAdapter):
     Args:
         transformer: The transformer.
         options: Keyword arguments of the pipeline.
-        load: Loads the pipeline with its weights. A transformer on the meta device needs it to be
-            traced, because only a pipeline knows the arguments of its transformer.
+        load: Loads the pipeline with its weights. A transformer on the meta device without a sketch
+            needs it to be traced, because only a pipeline knows the arguments of its transformer.
         pipe: The pipeline around the transformer.
+
+    Attributes:
+        sketch: Makes an adapter that knows the calls of a transformer on the meta device.
 
     Example:
         >>> adapter = Generic("/my/sd3", options={"height": 512, "width": 512}).load()
@@ -69,6 +72,7 @@ class GenericAdapter(TransformerAdapter):
     ) -> None:
         super().__init__(transformer, pipe)
         self.options, self.load = options, load
+        self.sketch: Callable[[Any], GenericAdapter] | None = None
         self.kind: CallKind | None = None  # that of the first call
         self.by_content = False
         self.parts: Collection[str] = ()
@@ -77,7 +81,8 @@ class GenericAdapter(TransformerAdapter):
         self.cached_units: list[Unit] = []
 
     def meta_call(self, n: int) -> Call:
-        kind = self.find_first_kind()
+        # Without weights to fall back on, tracing the parts would change nothing here.
+        kind = self.find_first_kind() if self.sketch is None else self.compare_first_calls()[0]
         return kind.make_example_call(n, next(self.transformer.parameters()).device)
 
     def initial_state(self, call: Call) -> ActivationState:
@@ -126,10 +131,9 @@ class GenericAdapter(TransformerAdapter):
     def find_first_kind(self) -> CallKind:
         """Return the kind of the first call of the pipeline, which is traced the first time."""
         if self.kind is None:
-            calls = self.record_first_calls()
-            self.kind = CallKind.compare(self.transformer, calls, TRACE_COUNTS)
+            self.kind, call = self.compare_first_calls()
             try:
-                self.trace_parts(calls[0])
+                self.trace_parts(call)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever a model does if its parts are replaced
@@ -137,8 +141,13 @@ class GenericAdapter(TransformerAdapter):
                     # The shapes of some models depend on data, which the meta device does not have.
                     self.use_weights()
                 else:
-                    self.trace_whole(calls[0], error)
+                    self.trace_whole(call, error)
         return self.kind
+
+    def compare_first_calls(self) -> tuple[CallKind, Call]:
+        """Return the kind of the first calls of the pipeline, and one of these calls."""
+        calls = self.record_first_calls()
+        return CallKind.compare(self.transformer, calls, TRACE_COUNTS), calls[0]
 
     def trace_whole(self, call: Call, error: Exception) -> None:
         """Make the whole transformer one part, because of an error, and warn of it."""
@@ -251,10 +260,10 @@ class GenericAdapter(TransformerAdapter):
     def record_first_calls(self) -> tuple[Call, Call]:
         """Return the first call of the transformer for two numbers of prompts."""
         if self.pipe is None:
-            first, second = self.load().record_first_calls()
+            known = self.sketch(self.transformer) if self.sketch else self.load()
+            first, second = known.record_first_calls()
             return move_call(first, "meta"), move_call(second, "meta")
-        first, second = map(self.record_first_call, TRACE_COUNTS)
-        return first, second
+        return self.record_first_call(TRACE_COUNTS[0]), self.record_first_call(TRACE_COUNTS[1])
 
     def record_first_call(self, count: int) -> Call:
         """Return the first call of the transformer while the pipeline draws some prompts.
@@ -272,8 +281,7 @@ class GenericAdapter(TransformerAdapter):
                 except PartReached as reached:
                     return reached.call
                 except ArithmeticError:  # a schedule that needs more steps, such as Mochi's
-                    if steps == TRACE_STEPS[-1]:
-                        raise
+                    continue
         raise UserError(f"{type(self.pipe).__name__} draws without calling its transformer")
 
     def name_arguments(self, inputs: Sequence[str | int] | None, guidance: float) -> dict[str, Any]:
@@ -290,11 +298,3 @@ class GenericAdapter(TransformerAdapter):
         if name == TRUE_GUIDANCE and inputs is not None and "negative_prompt" not in self.options:
             arguments["negative_prompt"] = [" "] * len(inputs)
         return arguments
-
-
-def read_rows(template: Any, output: Any, count: int) -> tuple[Tensor, ...]:
-    """Return the rows of the tensors of an output, in the order of its template."""
-    rows: list[Tensor] = []
-    for placeholder, value in iter_pairs(template, output):
-        rows.append(placeholder.split(value, count))
-    return tuple(rows)

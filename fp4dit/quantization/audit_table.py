@@ -6,6 +6,7 @@ from itertools import groupby
 
 from torch import nn
 
+from fp4dit.analysis.forecast import FormatForecast
 from fp4dit.quantization.audit import LayerAudit, checkpoint_bytes, effective_bits
 from fp4dit.quantization.rules import find_layers
 from fp4dit.utils.formatting import align_columns, format_bytes
@@ -42,6 +43,7 @@ class ModelAudit:
         bytes: Size of the packed model.
         bytes16: Size of the model in 16 bits.
         block_errors: Relative squared error of the outputs of each block, if it was measured.
+        forecast: Which 4-bit format is expected to have the least error, if weights were there.
 
     Example:
         >>> audit = audit_model(transformer, audit_weights(transformer, rules))
@@ -55,6 +57,7 @@ class ModelAudit:
     bytes: int
     bytes16: int
     block_errors: Mapping[str, float] = field(default_factory=dict)
+    forecast: FormatForecast | None = None
 
     @property
     def num_quantized(self) -> int:
@@ -122,7 +125,7 @@ class ModelAudit:
                 yield f"  {next(texts)}"
 
     def format_totals(self) -> Iterator[str]:
-        """Yield the bits of all weights and activations, the size, and the errors of blocks."""
+        """Yield the bits of weights and activations, the size, errors of blocks, and a forecast."""
         yield (
             f"layers       {self.num_quantized} of {len(self.weights)} quantized: "
             f"{self.bits_weight:.2f} bits per weight"
@@ -136,6 +139,9 @@ class ModelAudit:
             mean = sum(self.block_errors.values()) / len(self.block_errors)
             largest = f"{self.block_errors[worst]:.4f} at {worst}"
             yield f"block error  {mean:.4f} on average; the largest is {largest}"
+        if self.forecast:
+            for label, line in zip(("formats", "", ""), self.forecast.format_lines(), strict=False):
+                yield f"{label:13}{line}"
 
 
 def audit_model(

@@ -19,7 +19,7 @@ from fp4dit.rounding.imatrix import ImportanceMatrix
 from fp4dit.rounding.layerwise import LayerwiseReconstruction
 from fp4dit.rounding.learned import LearnedRounding, fused_adam
 from fp4dit.rounding.objectives import RelativeMSE
-from fp4dit.rounding.output_search import LinearGrid, OutputSearch
+from fp4dit.rounding.output_search import BiasMultiples, LinearGrid, OutputSearch
 from fp4dit.rounding.reconstruction import Reconstruction
 from fp4dit.rounding.rtn import RoundToNearest
 from fp4dit.rounding.signround import (
@@ -33,6 +33,7 @@ from fp4dit.rounding.signround import (
 
 __all__ = [
     "GPTQ",
+    "BiasMultiples",
     "Finetuning",
     "ImportanceMatrix",
     "LatentWeight",

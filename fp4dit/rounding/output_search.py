@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fp4dit.calibration.dataset import UnitDataset
 from fp4dit.calibration.layer_inputs import iter_layer_inputs
 from fp4dit.numerics.format_selection import FormatSelection
-from fp4dit.numerics.formats import Format
+from fp4dit.numerics.formats import Format, exponent_and_mantissa_bits
 from fp4dit.numerics.qparams import QParams, merge_qparams
 from fp4dit.numerics.quantizer import PerInputChannel, Quantizer
 from fp4dit.numerics.scale_rules import fix_tensor_scale, quantize_blocks
@@ -68,6 +68,38 @@ class LinearGrid:
     def __call__(self, largest: Float[Tensor, "*n"], fmt: Format) -> Iterator[Float[Tensor, "*n"]]:
         for ratio in torch.linspace(self.lowest, self.highest, self.count).tolist():
             yield largest * ratio
+
+
+@dataclass(frozen=True)
+class BiasMultiples:
+    """Multiples of the exponent bias that the largest absolute value amounts to.
+
+    The authors of LLM-FP4 search these (arXiv:2310.16836). With E exponent bits, M mantissa bits
+    and a real-valued bias b, the largest value of a format is 2^(2^E - 1 - b) (2 - 2^-M). The
+    candidates depend on the absolute size of the values, because a multiple of b is no multiple of
+    the range.
+
+    Args:
+        lowest: The least multiple.
+        highest: The end of the multiples, which is not one of them, as in the authors' code.
+        count: The number of multiples.
+
+    Example:
+        >>> list(BiasMultiples(1.0, 2.0, count=2)(torch.tensor([6.0]), floating(2, 1)))
+        [tensor([6.]), tensor([4.2426])]
+    """
+
+    lowest: float = 0.01
+    highest: float = 1.2
+    count: int = 100
+
+    def __call__(self, largest: Float[Tensor, "*n"], fmt: Format) -> Iterator[Float[Tensor, "*n"]]:
+        exponent, mantissa = exponent_and_mantissa_bits(fmt)
+        top = 2.0**exponent - 1 + math.log2(2 - 2.0**-mantissa)
+        bias = top - largest.log2()
+        for i in range(self.count):
+            multiple = self.lowest + i * (self.highest - self.lowest) / self.count
+            yield torch.exp2(top - multiple * bias)
 
 
 @dataclass(frozen=True)

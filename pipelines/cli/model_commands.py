@@ -74,7 +74,9 @@ def inspect(arguments: Sequence[str]) -> list[str]:
     """Return the arguments of `pipelines.inspect` that show what the arguments ask for."""
     parser = build_parser(
         "inspect",
-        "Show the number format of each layer and activation, and the size. No weight is read.",
+        "Show the number format of each layer and activation, and the size.\n"
+        "A sample of the weights, if they are on this machine, tells which 4-bit format is\n"
+        "expected to have the least error.",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--method", metavar="NAME", default="fp4dit", help=METHOD_HELP)

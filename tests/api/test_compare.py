@@ -157,6 +157,7 @@ def test_inspect_says_what_quantize_does(folder: Path):
     from_path = fp4dit.inspect(folder, "nvfp4_rtn")
     from_memory = fp4dit.inspect(pipe, "nvfp4_rtn")
     assert str(from_path) == str(from_memory)
+    assert "\nformats " in str(from_path)  # the weights of the folder are read
     done = fp4dit.quantize(pipe, "nvfp4_rtn")
     assert done.transformer.list_blocks() == from_path.transformer.list_blocks()
     assert done.bits_weight == from_path.bits_weight

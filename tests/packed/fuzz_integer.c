@@ -358,8 +358,8 @@ static float read_float16_by_definition(uint16_t half) {
 
 static void draw_codes(Matrix *x, int tables, int8_t *table, uint8_t *codes) {
     Weight *w = &x->w;
-    static const int limits[] = {1, 12, 64, 127};
-    const int limit = limits[draw_from(0, 3)];
+    static const int limits[] = {1, 12, 16, 64, 127};
+    const int limit = limits[draw_from(0, 4)];
     for (int i = 0; i < tables * 256; i++) { /* byte by byte, or by the 16 values of 4 bits */
         const int value = (int)draw_from(-limit, limit), magnitude = i & 127;
         if (w->bits == 8) table[i] = (int8_t)value;
@@ -472,7 +472,7 @@ static void check_products(const Source *s, const Tokens *tokens, Matrix *x) {
     float *expected = multiply_by_definition(s, x, bias, dtype);
     for (int kernel = 0; kernel < NUM_KERNELS; kernel++) {
         const char *name = fp4dit_kernel_name(kernel);
-        if (!name || (!strcmp(name, "avx2") && x->largest > 64)) continue;
+        if (!name || x->largest > fp4dit_kernel_largest_weight(kernel)) continue;
         void *y = make(size * bytes);
         if (fp4dit_multiply(kernel, tokens, &x->w, x->segment, bias, dtype, y, (int)draw_from(1, 5))) abort();
         for (int64_t i = 0; i < size; i++)

@@ -181,8 +181,8 @@ def multiply_in_numpy(tokens, weight, segment: int) -> np.ndarray:
 
 def list_kernels(weight: IntegerWeight) -> list[int]:
     """Return the kernels of this machine that may multiply by a weight."""
-    names = require(find_kernels()).names
-    return [i for i, name in names.items() if name != "avx2" or weight.largest <= 64]
+    limits = require(find_kernels()).limits
+    return [number for number, limit in limits.items() if weight.largest <= limit]
 
 
 def require(value):

@@ -45,6 +45,7 @@ def test_a_published_models_config_is_enough(
     shown = capfd.readouterr()
     assert f"layers       {line} quantized" in shown.out
     assert f"\n{block}\n" in shown.out
+    assert "\nformats " not in shown.out  # there are no weights to forecast from
     assert "warning:" not in shown.err
 
 
@@ -88,6 +89,8 @@ def test_everything_is_shown_and_no_stage_runs(
     ] in words
     assert ["attn2.k", "uint8", "8.00", "*"] in words
     assert ["transformer_blocks.0-5"] in words
+    [forecast] = [line for line in lines if line.startswith("formats ")]
+    assert "nf4 (20.2 dB at 4.13 bits) is expected to win in these blocks, 2.7 dB" in forecast
     stages = {line[0]: line[1:] for line in words[-8:]}
     estimated = ["capture", "reconstruct", "activate", "generate", "reference", "score"]
     assert list(stages) == [*estimated, "export", "histograms"]

@@ -1,5 +1,6 @@
 """Test the scale searches that use the inputs of layers against searches by brute force."""
 
+import math
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from fp4dit.quantization.layers import QuantLayer, make_quant_layer
 from fp4dit.quantization.observers import PerChannelMinMaxObserver
 from fp4dit.quantization.rules import Rule
 from fp4dit.rounding.imatrix import ImportanceMatrix
-from fp4dit.rounding.output_search import LinearGrid, OutputSearch
+from fp4dit.rounding.output_search import BiasMultiples, LinearGrid, OutputSearch
 from fp4dit.rounding.rtn import RoundToNearest
 from fp4dit.utils.calls import Call
 from fp4dit.utils.errors import UserError
@@ -203,3 +204,22 @@ def test_linear_candidates_are_evenly_spaced_shares():
     largest = torch.tensor([2.0, 10.0])
     candidates = torch.stack(list(LinearGrid(0.1, 1.2, 111)(largest, E2M1)))
     torch.testing.assert_close(candidates, torch.linspace(0.1, 1.2, 111)[:, None] * largest)
+
+
+@pytest.mark.parametrize(("exponent", "mantissa"), [(3, 0), (2, 1), (1, 2)])
+def test_bias_multiples_are_the_largest_values_of_formats_with_these_biases(
+    exponent: int, mantissa: int
+):
+    """The largest code has all exponent and mantissa bits set. 100 multiples, the last 1.1881."""
+    largest = torch.tensor([0.05, 1.0, 40.0], dtype=torch.float64)
+    found = torch.stack(list(BiasMultiples()(largest, floating(exponent, mantissa))))
+    bits = 2**exponent - 1, sum(2.0**-i for i in range(mantissa + 1))
+    expected = []
+    for number in range(100):
+        multiple = 0.01 + 0.0119 * number
+        biases = [bits[0] - math.log2(value / bits[1]) for value in largest.tolist()]
+        expected.append([2.0 ** (bits[0] - multiple * bias) * bits[1] for bias in biases])
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
+    whole = torch.stack(list(BiasMultiples(1.0, 2.0, 1)(largest, floating(exponent, mantissa))))
+    torch.testing.assert_close(whole[0], largest)

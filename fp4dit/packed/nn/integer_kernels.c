@@ -13,9 +13,8 @@
 
 #include "kernel_utils.h"
 
-#define CHUNK 4096 /* values that are quantized at a time */
 #define PANEL 64 /* rows of the weight that are expanded at a time */
-#define MOST_ROWS 32 /* of a tile */
+#define MOST_ROWS 96 /* tokens that are multiplied by a panel at a time */
 
 /* Tokens, quantized: m rows of k whole numbers. Numbers and scales are shared by `group` columns. */
 typedef struct {
@@ -43,7 +42,7 @@ typedef struct {
 /* PANEL rows of a weight, expanded. */
 typedef struct {
     int64_t segment;
-    int8_t *weight;      /* k / 4 x PANEL x 4 */
+    int8_t *weight;      /* PANEL / columns of the tile x k / 4 x columns of the tile x 4 */
     int32_t *correction; /* k / segment x PANEL */
     float *scale;        /* k / segment x PANEL */
 } Panel;
@@ -71,11 +70,12 @@ typedef struct Tile {
 struct Kernel {
     const char *name;
     const Tile *tile;
-    void (*sum)(const int8_t *weight, int64_t count, int32_t *sums);
+    void (*sum)(const int8_t *weight, int64_t k, int64_t start, int64_t count, int32_t *sums);
     void (*expand)(const uint8_t *codes, int64_t rows, int64_t k, int bits, const int8_t *table,
                    int8_t *weight);
     void (*store)(const Product *, int64_t row, int64_t rows, int64_t first, const float *total);
     int32_t is_signed; /* whether the tile subtracts 128 from each byte */
+    int32_t largest_weight; /* magnitude that its sums hold */
     /* Sets up the registers of a thread, of which it writes 64 bytes, and gives them back; or NULL. */
     void (*begin)(void *before);
     void (*end)(const void *before);
@@ -111,7 +111,10 @@ ALWAYS_INLINE void store_rows(const Product *p, int64_t row, int64_t rows, int64
         if (p->dtype == FLOAT32) {
             if (p->bias)
                 for (int64_t j = 0; j < columns; j++) y[j] += ((const float *)p->bias)[first + j];
-            memcpy((float *)p->y + place, y, (size_t)columns * 4);
+            if (columns == PANEL) /* a known size takes no call */
+                memcpy((float *)p->y + place, y, sizeof y);
+            else
+                memcpy((float *)p->y + place, y, (size_t)columns * 4);
         } else {
             if (p->bias)
                 for (int64_t j = 0; j < columns; j++)
@@ -124,6 +127,8 @@ ALWAYS_INLINE void store_rows(const Product *p, int64_t row, int64_t rows, int64
 
 /* ---- The instruction sets. ---- */
 
+#define CONCATENATE_NAMES(x, y) x##y
+#define CONCATENATE(x, y) CONCATENATE_NAMES(x, y)
 #define EACH_COLUMN_2(M, r) M(r, 0) M(r, 1)
 #define EACH_COLUMN_4(M, r) M(r, 0) M(r, 1) M(r, 2) M(r, 3)
 #define EACH_2(M) M(0) M(1)
@@ -261,6 +266,24 @@ typedef float vfloat8 __attribute__((vector_size(32), may_alias));
 #define EACH_ROW ROWS_1
 #define EACH(M) TILE_1(M, EACH_COLUMN_2)
 #include "integer_tile.h"
+#undef DOT
+/* Weights of at most 16: 4 x 2 x 255 x 16 fits 16 bits. */
+#define PAIRS
+#define STEP 16
+/* gcc 12 would reorder the sums of the intrinsics, and keep them in memory. */
+#define DOT(pairs, token, weight)                                           \
+    {                                                                       \
+        vint product;                                                       \
+        __asm__("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"                \
+                : "+x"(pairs), "=&x"(product) : "x"(token), "x"(weight));   \
+    }
+#define ADD_PAIRS(sum, pairs) sum += (vint)_mm256_madd_epi16((__m256i)(pairs), _mm256_set1_epi16(1));
+#define NAME tile_avx2_narrow
+#define ROWS 4
+#define EACH_ROW ROWS_4
+#define EACH(M) TILE_4(M, EACH_COLUMN_2)
+#include "integer_tile.h"
+#undef PAIRS
 
 #if __GNUC__ >= 11 || (defined(__clang__) && __clang_major__ >= 12) /* the compiler knows it */
 #include "integer_amx.h"
@@ -272,23 +295,28 @@ typedef float vfloat8 __attribute__((vector_size(32), may_alias));
 #define TILES(isa, most_rows, columns)                                               \
     static const Tile isa##_row = {row_##isa, 1, columns, 4, NULL};                  \
     static const Tile isa##_tile = {tile_##isa, most_rows, columns, 4, &isa##_row};
-#define KERNEL(name, isa) {name, &isa##_tile, sum_##isa, expand_##isa, store_##isa, 0, NULL, NULL}
+#define KERNEL(name, isa, tile, largest) \
+    {name, &tile, sum_##isa, expand_##isa, store_##isa, 0, largest, NULL, NULL}
 TILES(avx512, 6, 64)
 TILES(avxvnni, 6, 16)
 TILES(avx2, 4, 16)
 TILES(avx2_wide, 4, 16)
+static const Tile avx2_narrow_tile = {tile_avx2_narrow, 4, 16, STEP, &avx2_tile};
 #if HAS_AMX
 static const Tile amx_tile = {tile_amx, AMX_SIDE, PANEL, AMX_STEP, &avx512_tile};
 #endif
 
 static const Kernel kernels[] = {
 #if HAS_AMX
-    {"amx", &amx_tile, sum_avx512, expand_avx512, store_avx512, 0, begin_amx, end_amx},
+    {"amx", &amx_tile, sum_avx512, expand_avx512, store_avx512, 0, 127, begin_amx, end_amx},
 #else
     {0},
 #endif
-    KERNEL("avx512vnni", avx512), KERNEL("avxvnni", avxvnni), KERNEL("avx2", avx2),
-    KERNEL("avx2_wide", avx2_wide),
+    KERNEL("avx512vnni", avx512, avx512_tile, 127),
+    KERNEL("avxvnni", avxvnni, avxvnni_tile, 127),
+    KERNEL("avx2_narrow", avx2, avx2_narrow_tile, 16),
+    KERNEL("avx2", avx2, avx2_tile, 64),
+    KERNEL("avx2_wide", avx2_wide, avx2_wide_tile, 127),
 };
 
 static void read_cpuid(unsigned leaf, unsigned subleaf, unsigned *eax, unsigned *edx) {
@@ -373,7 +401,7 @@ typedef float vfloat4 __attribute__((vector_size(16), may_alias));
 
 static const Tile dotprod_row = {row_dotprod, 1, 16, 4, NULL};
 static const Tile dotprod_tile = {tile_dotprod, 4, 16, 4, &dotprod_row};
-static const Kernel kernels[] = {{"dotprod", &dotprod_tile, sum_dotprod, expand_dotprod, store_dotprod, 1, NULL, NULL}};
+static const Kernel kernels[] = {{"dotprod", &dotprod_tile, sum_dotprod, expand_dotprod, store_dotprod, 1, 127, NULL, NULL}};
 
 static int is_supported(int kernel) {
     return kernel == 0 && (getauxval(AT_HWCAP) & (1 << 20)) != 0; /* HWCAP_ASIMDDP */
@@ -391,12 +419,15 @@ const char *fp4dit_kernel_name(int kernel) {
     return kernel >= 0 && kernel < NUM_KERNELS && is_supported(kernel) ? kernels[kernel].name : NULL;
 }
 
+/* Returns the largest magnitude of the weights that a kernel multiplies. */
+int fp4dit_kernel_largest_weight(int kernel) { return kernels[kernel].largest_weight; }
+
 /* ---- The product. ---- */
 
 static void *allocate(int64_t size) { return aligned_alloc(64, (size_t)((size + 63) / 64 * 64)); }
 
 /* Expands codes by several tables, or of 8 bits, one by one. */
-static void expand_by_tables(const Weight *w, int64_t first, int64_t rows, int8_t *weight) {
+static void expand_by_tables(const Weight *w, int64_t first, int64_t rows, int64_t width, int8_t *weight) {
     const int64_t k = w->k, groups = k / w->group, row_bytes = k * w->bits / 8;
     const int64_t table_size = w->bits == 4 ? 512 : 256;
     /* Few columns at a time, so that the panel's lines stay in the cache until they are full. */
@@ -406,14 +437,14 @@ static void expand_by_tables(const Weight *w, int64_t first, int64_t rows, int8_
             const uint8_t *codes = w->codes + (first + j) * row_bytes + start * w->bits / 8;
             const int64_t block = (first + j) * groups + start / w->group;
             const int8_t *table = w->tables + (w->table_index ? w->table_index[block] : 0) * table_size;
-            int8_t *out = weight + start * PANEL + 4 * j;
+            int8_t *out = weight + j / width * width * k + start * width + 4 * (j % width);
             if (w->bits == 4) {
-                for (int64_t i = 0; i < piece; i += 4, codes += 2, out += 4 * PANEL) {
+                for (int64_t i = 0; i < piece; i += 4, codes += 2, out += 4 * width) {
                     memcpy(out, table + 2 * codes[0], 2);
                     memcpy(out + 2, table + 2 * codes[1], 2);
                 }
             } else {
-                for (int64_t i = 0; i < piece; i += 4, codes += 4, out += 4 * PANEL)
+                for (int64_t i = 0; i < piece; i += 4, codes += 4, out += 4 * width)
                     for (int c = 0; c < 4; c++) out[c] = table[codes[c]];
             }
         }
@@ -431,7 +462,7 @@ static void expand_panel(const Product *p, int64_t first, Panel *panel) {
         p->kernel->expand(w->codes + first * k * w->bits / 8, rows, k, w->bits, values, panel->weight);
     } else {
         if (rows < PANEL) memset(panel->weight, 0, (size_t)(k * PANEL));
-        expand_by_tables(w, first, rows, panel->weight);
+        expand_by_tables(w, first, rows, p->kernel->tile->columns, panel->weight);
     }
     const int64_t segments = w->group / p->segment; /* of a group */
     memset(panel->scale, 0, (size_t)(groups * segments * PANEL * 4));
@@ -461,9 +492,24 @@ static void compute_correction(const Product *p, Panel *panel) {
         factor -= 0x808080u & ((1u << 8 * p->x->planes) - 1);
     for (int64_t s = 0; s < p->w->k / panel->segment; s++) {
         int32_t *correction = panel->correction + s * PANEL;
-        p->kernel->sum(panel->weight + s * panel->segment * PANEL, panel->segment, correction);
+        p->kernel->sum(panel->weight, p->w->k, s * panel->segment, panel->segment, correction);
         for (int j = 0; j < PANEL; j++) correction[j] = (int32_t)-(factor * (uint32_t)correction[j]);
     }
+}
+
+/* Multiplies some tokens by a panel. A tile's columns stay in the nearest cache for all of them. */
+static void multiply_rows(const Product *p, int64_t first, int64_t rows, int64_t place, const Panel *panel) {
+    const Kernel *kernel = p->kernel;
+    float total[MOST_ROWS * PANEL] __attribute__((aligned(64)));
+    for (int64_t j = 0; j < PANEL; j += kernel->tile->columns) {
+        for (int64_t row = 0; row < rows;) {
+            const Tile *tile = kernel->tile;
+            while (row + tile->rows > rows || panel->segment % tile->step) tile = tile->rest;
+            tile->multiply(p->x, first + row, panel, j, total + row * PANEL);
+            row += tile->rows;
+        }
+    }
+    kernel->store(p, first, rows, place, total);
 }
 
 static void multiply_panels(void *task, int64_t first_panel, int64_t last_panel) {
@@ -472,21 +518,14 @@ static void multiply_panels(void *task, int64_t first_panel, int64_t last_panel)
     const int64_t m = p->x->m, k = p->w->k, segments = k / p->segment;
     Panel panel = {p->segment, allocate(k * PANEL), allocate(segments * PANEL * 4),
                    allocate(segments * PANEL * 4)};
-    float total[MOST_ROWS * PANEL] __attribute__((aligned(64)));
     uint8_t before[64]; /* the size of AMX's configuration */
     if (panel.weight && panel.correction && panel.scale) {
         if (kernel->begin) kernel->begin(before);
         for (int64_t i = first_panel; i < last_panel; i++) {
             expand_panel(p, i * PANEL, &panel);
             compute_correction(p, &panel);
-            for (int64_t row = 0; row < m;) {
-                const Tile *tile = kernel->tile;
-                while (row + tile->rows > m || panel.segment % tile->step) tile = tile->rest;
-                for (int64_t j = 0; j < PANEL; j += tile->columns)
-                    tile->multiply(p->x, row, &panel, j, total);
-                kernel->store(p, row, tile->rows, i * PANEL, total);
-                row += tile->rows;
-            }
+            for (int64_t row = 0; row < m; row += MOST_ROWS)
+                multiply_rows(p, row, m - row < MOST_ROWS ? m - row : MOST_ROWS, i * PANEL, &panel);
         }
         if (kernel->end) kernel->end(before);
     } else {
@@ -503,340 +542,4 @@ int fp4dit_multiply(int kernel, const Tokens *x, const Weight *w, int64_t segmen
     return product.failed;
 }
 
-/* ---- Tokens. ---- */
-
-/* A number format whose step doubles with every binade from `floor` on. */
-typedef struct {
-    float floor, shift; /* shift times a binade is a number whose own last bit is the step there */
-    float smallest;     /* positive value */
-    float largest, least;
-} Format;
-
-enum {
-    GIVEN,     /* scales, and zero points, are given */
-    ABSMAX,    /* absmax / the largest value, in the scales' format if there is one */
-    E8M0_EVEN, /* the power of two of a block as OCP aligns it, after rounding absmax */
-    NVFP4      /* the best of some scales in the scales' format, times the scale of the tensor */
-};
-
-/* A number format, and where the scales come from. */
-typedef struct {
-    Format format;
-    int32_t dtype; /* of x */
-    int32_t rule;
-    const float *scale; /* given: a number for each block, for each group, or one */
-    const float *zero;  /* given: what is added before rounding; or NULL */
-    int64_t scale_stride; /* 0: one scale, and zero point, for all */
-    Format scales;      /* shift = 0: fp32 */
-    float tensor_scale; /* of NVFP4 */
-    int32_t num_ratios; /* of NVFP4: what the ideal scale is multiplied by to try others */
-    const float *ratios;
-    uint8_t *undecided; /* of NVFP4: whether sums of errors in another order may choose otherwise */
-} Rounding;
-
-typedef struct {
-    const Rounding *rounding;
-    const void *x;
-    Tokens *tokens; /* the result in whole numbers, */
-    void *values;   /* or, dequantized, in the type of x */
-    int64_t blocks, group;
-    int32_t failed;
-} Quantization;
-
-/* Rounds to the grid of a format, without a limit to its range.
- *
- * Adding and then subtracting a number whose own last bit is the step rounds to that step. */
-ALWAYS_INLINE float round_to_grid(const Format *format, float value) {
-    int32_t bits;
-    float binade;
-    memcpy(&bits, &value, 4);
-    bits &= 0x7f800000;
-    memcpy(&binade, &bits, 4);
-    const float large = (binade > format->floor ? binade : format->floor) * format->shift;
-    return (value + large) - large;
-}
-
-ALWAYS_INLINE float clamp(float value, float least, float largest) {
-    value = value < least ? least : value; /* NaN stays */
-    return value > largest ? largest : value;
-}
-
-ALWAYS_INLINE float round_scale(const Format *format, float scale) {
-    if (format->shift == 0.0f) return scale < format->least ? format->least : scale;
-    scale = scale > format->largest ? format->largest : scale;
-    scale = round_to_grid(format, scale);
-    return scale < format->least ? format->least : scale;
-}
-
-ALWAYS_INLINE float find_absmax(const float *x, int64_t count) {
-    int32_t top = 0; /* magnitudes are compared as integers, so that NaN is the largest */
-    for (int64_t i = 0; i < count; i++) {
-        int32_t bits;
-        memcpy(&bits, x + i, 4);
-        bits &= 0x7fffffff;
-        top = bits > top ? bits : top;
-    }
-    float absmax;
-    memcpy(&absmax, &top, 4);
-    return absmax;
-}
-
-/* The exponent of absmax, rounded to the format's mantissa, less that of the largest value. */
-ALWAYS_INLINE float find_power_of_two(const Format *format, float absmax) {
-    if (absmax == 0.0f) return 1.0f;
-    if (!(absmax <= 3.40282347e+38f)) return NAN;
-    int exponent, top;
-    const float mantissa = frexpf(absmax, &exponent);
-    frexpf(format->largest, &top);
-    exponent += (mantissa >= 1.0f - format->smallest / format->floor / 4) - top;
-    return ldexpf(1.0f, exponent < -127 ? -127 : exponent > 127 ? 127 : exponent);
-}
-
-/* What values are divided by. */
-typedef struct {
-    float scale, inverse;
-    int is_inverted; /* whether to divide by means of the inverse */
-} Divisor;
-
-/* Largest magnitude, and largest and least scale, for which no step of a division overflows or is
- * subnormal unless the quotient is next to 0. */
-#define SAFE 0x1p60f
-
-ALWAYS_INLINE Divisor make_divisor(float scale, int is_safe) {
-    return (Divisor){scale, 1.0f / scale, is_safe && scale >= 1.0f / SAFE && scale <= SAFE};
-}
-
-/* Returns x / scale, correctly rounded, in a fourth of the time of a division.
- *
- * The first step brings the quotient within one unit in the last place. The second rounds it
- * correctly, because the inverse is (Markstein, IBM J. Res. Dev. 34(1), 1990, theorem 8.1). */
-ALWAYS_INLINE float divide_by_inverse(float x, Divisor by) {
-    float quotient = x * by.inverse;
-    quotient = __builtin_fmaf(__builtin_fmaf(-by.scale, quotient, x), by.inverse, quotient);
-    return __builtin_fmaf(__builtin_fmaf(-by.scale, quotient, x), by.inverse, quotient);
-}
-
-ALWAYS_INLINE float square_error(const Format *format, float x, float quotient, float scale) {
-    const float value = clamp(quotient, format->least, format->largest);
-    const float error = round_to_grid(format, value) * scale - x;
-    return error * error;
-}
-
-/* The arrays that the scales of some blocks are chosen with: a number for each, except `squares`. */
-typedef struct {
-    float *scale, *ideal, *candidate, *error, *least;
-    int32_t *is_close;
-    float *squares; /* of the errors of all values, and half as many of their sums */
-} Scratch;
-
-/* Computes for each block the sum of its values' squared errors with the candidate scale. */
-ALWAYS_INLINE void sum_squared_errors(const Rounding *r, const float *x, int64_t blocks, int64_t count,
-                                      const Scratch *s, int is_safe) {
-    const Format format = r->format;
-    float *squares = s->squares, *sums = squares + blocks * count;
-    for (int64_t b = 0; b < blocks; b++) {
-        const Divisor by = make_divisor(s->candidate[b], is_safe);
-        const float *block = x + b * count;
-        float *square = squares + b * count;
-        if (by.is_inverted)
-            for (int64_t i = 0; i < count; i++)
-                square[i] = square_error(&format, block[i], divide_by_inverse(block[i], by), by.scale);
-        else
-            for (int64_t i = 0; i < count; i++)
-                square[i] = square_error(&format, block[i], block[i] / by.scale, by.scale);
-    }
-    /* Neighbours are added until there is one sum for each block, or an odd number. */
-    int64_t width = count;
-    for (; width % 2 == 0; width /= 2) {
-#pragma omp simd
-        for (int64_t i = 0; i < blocks * width / 2; i++) sums[i] = squares[2 * i] + squares[2 * i + 1];
-        float *swap = squares;
-        squares = sums, sums = swap;
-    }
-    for (int64_t b = 0; b < blocks; b++) {
-        s->error[b] = squares[b * width];
-        for (int64_t i = 1; i < width; i++) s->error[b] += squares[b * width + i];
-    }
-}
-
-/* Each step is a loop over all blocks, because the steps of one block wait for each other. */
-ALWAYS_INLINE void choose_best_scales(const Rounding *r, const float *x, int64_t blocks, int64_t count,
-                                      const Scratch *s, uint8_t *undecided, int is_safe) {
-    for (int64_t b = 0; b < blocks; b++) s->ideal[b] = s->scale[b] / r->format.largest / r->tensor_scale;
-    for (int i = 0; i < r->num_ratios; i++) {
-        for (int64_t b = 0; b < blocks; b++)
-            s->candidate[b] = round_scale(&r->scales, r->ratios[i] * s->ideal[b]) * r->tensor_scale;
-        if (r->num_ratios > 1) sum_squared_errors(r, x, blocks, count, s, is_safe);
-        if (i == 0) {
-            memcpy(s->scale, s->candidate, (size_t)blocks * 4);
-            memcpy(s->least, s->error, (size_t)blocks * 4);
-            memset(s->is_close, 0, (size_t)blocks * 4);
-            continue;
-        }
-        float *scale = s->scale, *least = s->least;
-        const float *candidate = s->candidate, *error = s->error;
-        int32_t *is_close = s->is_close;
-#pragma omp simd
-        for (int64_t b = 0; b < blocks; b++) {
-            const int32_t is_better = error[b] < least[b];
-            const float difference = fabsf(error[b] - least[b]);
-            /* Each of both sums may differ by count 2^-24 of itself, here and in another order. */
-            const int32_t is_far = difference > 2.4e-7f * (float)count * least[b];
-            is_close[b] |= !is_far & (candidate[b] != scale[b]);
-            scale[b] = is_better ? candidate[b] : scale[b];
-            least[b] = is_better ? error[b] : least[b];
-        }
-    }
-    for (int64_t b = 0; undecided && b < blocks; b++) undecided[b] = (uint8_t)s->is_close[b];
-}
-
-/* Chooses the scale of each block. Returns whether the values are safe to divide by the
- * inverse of a scale, which takes fused operations (`has_fma`). */
-ALWAYS_INLINE int choose_scales(const Rounding *r, const float *x, int64_t blocks, int64_t count,
-                                const Scratch *s, uint8_t *undecided, int has_fma) {
-    int is_safe = has_fma;
-    for (int64_t b = 0; b < blocks; b++) s->scale[b] = find_absmax(x + b * count, count);
-    for (int64_t b = 0; b < blocks; b++) is_safe &= s->scale[b] <= SAFE;
-    if (r->rule == ABSMAX)
-        for (int64_t b = 0; b < blocks; b++)
-            s->scale[b] = round_scale(&r->scales, s->scale[b] / r->format.largest);
-    else if (r->rule == E8M0_EVEN)
-        for (int64_t b = 0; b < blocks; b++) s->scale[b] = find_power_of_two(&r->format, s->scale[b]);
-    else
-        choose_best_scales(r, x, blocks, count, s, undecided, is_safe);
-    return is_safe;
-}
-
-/* Quantizes a block in place to the grid of the format. Returns whether all values are numbers. */
-ALWAYS_INLINE int round_block(const Format *format, float *x, int64_t count, Divisor by, float add) {
-    const Format copy = *format; /* no store to x can change a copy */
-    int32_t invalid = 0;
-    if (by.is_inverted) {
-        for (int64_t i = 0; i < count; i++)
-            x[i] = round_to_grid(&copy, clamp(divide_by_inverse(x[i], by), copy.least, copy.largest));
-        return 1;
-    }
-    for (int64_t i = 0; i < count; i++) {
-        const float value = x[i] / by.scale + add;
-        invalid |= value != value;
-        x[i] = round_to_grid(&copy, clamp(value, copy.least, copy.largest));
-    }
-    return !invalid;
-}
-
-ALWAYS_INLINE void store_numbers(const Quantization *q, int64_t first, const float *grid, int64_t count) {
-    Tokens *t = q->tokens;
-    const float unit = 1.0f / q->rounding->format.smallest;
-    const int32_t offset = t->offset;
-    uint8_t *out = t->numbers + first;
-    for (int plane = 0; plane < t->planes; plane++, out += q->blocks * q->group) {
-        const int shift = 8 * (t->planes - 1 - plane);
-        for (int64_t i = 0; i < count; i++)
-            out[i] = (uint8_t)(((int32_t)(grid[i] * unit) + offset) >> shift);
-    }
-}
-
-/* Quantizes blocks in place to the grid of the format, and writes the scale of each. */
-ALWAYS_INLINE void round_blocks(const Quantization *q, int64_t first, int64_t blocks, float *x,
-                                int64_t count, const Scratch *s, int has_fma) {
-    const Rounding *r = q->rounding;
-    int is_safe = 0;
-    if (r->rule != GIVEN)
-        is_safe = choose_scales(r, x, blocks, count, s, r->undecided ? r->undecided + first : NULL, has_fma);
-    for (int64_t b = 0; b < blocks; b++) {
-        const int64_t place = (first + b) * r->scale_stride;
-        const float scale = r->rule == GIVEN ? r->scale[place] : s->scale[b];
-        const float zero = r->zero ? r->zero[place] : 0.0f;
-        float *block = x + b * count;
-        const int is_valid = round_block(&r->format, block, count, make_divisor(scale, is_safe), zero);
-        s->scale[b] = is_valid ? scale : NAN; /* of the whole numbers, which cannot be NaN */
-        if (!q->tokens)
-            for (int64_t i = 0; i < count; i++) block[i] = (block[i] - zero) * scale;
-        else if (!is_valid)
-            memset(block, 0, (size_t)count * 4);
-        if (q->tokens && r->zero) {
-            const float number = is_valid ? zero / r->format.smallest : 0.0f;
-            q->tokens->zero[first + b] = (int32_t)number + q->tokens->offset;
-        }
-    }
-}
-
-/* Quantizes `blocks` blocks, which fit the arrays. */
-ALWAYS_INLINE void quantize_chunk(const Quantization *q, int64_t first, int64_t blocks, float *x,
-                                  const Scratch *s, int has_fma) {
-    const Rounding *r = q->rounding;
-    const int64_t start = first * q->group, count = blocks * q->group;
-    if (r->dtype == FLOAT32)
-        memcpy(x, (const float *)q->x + start, (size_t)count * 4);
-    else
-        for (int64_t i = 0; i < count; i++) x[i] = read_bfloat16(((const uint16_t *)q->x)[start + i]);
-    switch (q->group) { /* short blocks of a known length become a few vectors */
-    case 16: round_blocks(q, first, blocks, x, 16, s, has_fma); break;
-    case 32: round_blocks(q, first, blocks, x, 32, s, has_fma); break;
-    case 64: round_blocks(q, first, blocks, x, 64, s, has_fma); break;
-    default: round_blocks(q, first, blocks, x, q->group, s, has_fma);
-    }
-    if (q->tokens) {
-        for (int64_t b = 0; b < blocks; b++) q->tokens->scale[first + b] = s->scale[b] * r->format.smallest;
-        store_numbers(q, start, x, count);
-    } else if (r->dtype == FLOAT32) {
-        memcpy((float *)q->values + start, x, (size_t)count * 4);
-    } else {
-        for (int64_t i = 0; i < count; i++) ((uint16_t *)q->values)[start + i] = round_to_bfloat16(x[i]);
-    }
-}
-
-/* Quantizes some blocks, as many at a time as the nearest cache holds. */
-ALWAYS_INLINE void quantize_blocks(Quantization *q, int64_t first, int64_t last, int has_fma) {
-    const int64_t most = q->group < CHUNK ? CHUNK / q->group : 1, count = most * q->group;
-    float *x = allocate((6 * most + count + count + count / 2) * 4);
-    if (!x) {
-        q->failed = 1;
-        return;
-    }
-    float *arrays = x + count;
-    const Scratch scratch = {arrays,
-                             arrays + most,
-                             arrays + 2 * most,
-                             arrays + 3 * most,
-                             arrays + 4 * most,
-                             (int32_t *)(arrays + 5 * most),
-                             arrays + 6 * most};
-    for (int64_t b = first; b < last; b += most)
-        quantize_chunk(q, b, b + most < last ? most : last - b, x, &scratch, has_fma);
-    free(x);
-}
-
-/* The same code, vectorized for each instruction set by the compiler. */
-#if defined(__x86_64__)
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))) static void quantize_avx512(
-    void *q, int64_t first, int64_t last) {
-    quantize_blocks(q, first, last, 1);
-}
-__attribute__((target("avx2,fma"))) static void quantize_avx2(void *q, int64_t first, int64_t last) {
-    quantize_blocks(q, first, last, 1);
-}
-#endif
-static void quantize_portable(void *q, int64_t first, int64_t last) {
-#if defined(__aarch64__)
-    quantize_blocks(q, first, last, 1);
-#else
-    quantize_blocks(q, first, last, 0);
-#endif
-}
-
-/* Quantizes `count` values, in blocks of `group`, to whole numbers or to values of x's type.
- * Returns 0, or 1 if there is not enough memory. */
-int fp4dit_quantize(const Rounding *rounding, const void *x, int64_t count, int64_t group,
-                    Tokens *tokens, void *values, int threads) {
-    Quantization q = {rounding, x, tokens, values, count / group, group, 0};
-    void (*run)(void *, int64_t, int64_t) = quantize_portable;
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        run = quantize_avx512;
-    else if (supports_avx2())
-        run = quantize_avx2;
-#endif
-    run_parallel(run, &q, q.blocks, threads);
-    return q.failed;
-}
+#include "integer_tokens.h"

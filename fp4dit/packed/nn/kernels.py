@@ -28,18 +28,26 @@ class Kernels:
     Attributes:
         library: The library.
         names: The names of the kernels that this processor runs, by number, the fastest first.
+        limits: The largest magnitude of the weights that each multiplies.
     """
 
     library: ctypes.CDLL
     names: dict[int, str]
+    limits: dict[int, int]
 
     def choose(self, largest_weight: int) -> int:
-        """Return the number of the kernel for weights of at most this magnitude."""
-        for number, name in self.names.items():
-            # The sums of two products that AVX2 has in 16 bits hold weights of up to 64.
-            if name != "avx2" or largest_weight <= 64:
+        """Return the number of the fastest kernel for weights of at most this magnitude.
+
+        Raises:
+            ValueError: FP4DIT_KERNEL leaves none for them.
+        """
+        for number, limit in self.limits.items():
+            if largest_weight <= limit:
                 return number
-        raise AssertionError("every processor has a kernel for all weights, or none")
+        raise ValueError(
+            f"the kernels {sorted(self.names.values())} have no sums for weights of up to "
+            f"{largest_weight}: set FP4DIT_KERNEL to another one, or unset it"
+        )
 
 
 @lru_cache(maxsize=1)
@@ -70,7 +78,8 @@ def load_kernels(path: Path, wanted: str = "") -> Kernels | None:
         name = library.fp4dit_kernel_name(number)
         if name is not None and name.decode().startswith(wanted):
             names[number] = name.decode()
-    return Kernels(library, names) if names else None
+    limits = {number: library.fp4dit_kernel_largest_weight(number) for number in names}
+    return Kernels(library, names, limits) if names else None
 
 
 def require_kernels() -> Kernels:

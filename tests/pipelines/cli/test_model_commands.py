@@ -180,7 +180,7 @@ def test_quotes_in_a_folder_survive(tmp_path: Path):
     folder = tmp_path / "it's, a=b"
     tiny.save_flux(folder)
     overrides = find_model_overrides(str(folder))
-    assert overrides[0] == "model=generic"
+    assert overrides[0] == "model=flux1_dev"
     assert compose_config("run", overrides).model.path == str(folder)
 
 
