@@ -147,6 +147,7 @@ OTHER_KINDS: dict[str, str] = {
     "psnr": "fp4dit.metrics.PSNR",
     "ssim": "fp4dit.metrics.SSIM",
     "lpips": "fp4dit.metrics.LPIPS",
+    "flicker": "fp4dit.metrics.Flicker",
     "clip_score": "fp4dit.metrics.CLIPScore",
     "clip_score_b32": "fp4dit.metrics.CLIPScoreB32",
     "clip_score_l14": "fp4dit.metrics.CLIPScoreL14",

@@ -34,31 +34,39 @@ LIVE_PIPELINE = f"{LivePipeline.__module__}.{LivePipeline.__qualname__}"
 
 
 def quantize_with_calls_(
-    live: LivePipeline, preset: Preset, prompts: Sequence[str], work_dir: Path | str | None
-) -> dict[str, float]:
-    """Run the stages up to the hard weights, load these into the live transformer, and pack it.
+    presets: Sequence[tuple[LivePipeline, Preset]],
+    prompts: Sequence[str],
+    work_dir: Path | str | None,
+) -> list[dict[str, float]]:
+    """Run the stages up to the hard weights, load these into the live transformers, and pack them.
+
+    Each transformer is calibrated on its own calls, while no transformer is quantized. All are
+    changed in place at the end.
 
     Args:
-        live: The pipeline, whose transformer is quantized in place at the end.
-        preset: The composed preset.
+        presets: The pipeline with each transformer that is quantized, and the preset for it.
         prompts: The prompts to calibrate on.
         work_dir: The folder of the store; None for a temporary one.
 
     Returns:
-        The error of each block.
+        The error of each block of each transformer.
 
     Raises:
         UserError: if there are too few prompts, or as the stages do.
     """
     check_prompts(prompts)
+    errors = []
     with open_work_dir(work_dir) as folder:
-        config = configure_stages(preset.config, live, write_prompts(folder, prompts), len(prompts))
-        needs = dict(preset.config.stages.generate.needs)
-        stages, store = make_plan(config), Store(folder / "store")
-        results = execute_plan(stages, list(needs.values()), store, make_runtime(live, preset))
-        folders = {role: results[name] for role, name in needs.items()}
-        load_and_pack_(live, preset, folders)
-        errors = read_block_errors(folders["weights"] / "blocks.json")
+        path, made = write_prompts(folder, prompts), []
+        for live, preset in presets:
+            config = configure_stages(preset.config, live, path, len(prompts))
+            needs = dict(preset.config.stages.generate.needs)
+            stages, store = make_plan(config), Store(folder / "store")
+            results = execute_plan(stages, list(needs.values()), store, make_runtime(live, preset))
+            made.append({role: results[name] for role, name in needs.items()})
+        for (live, preset), folders in zip(presets, made, strict=True):
+            load_and_pack_(live, preset, folders)
+            errors.append(read_block_errors(folders["weights"] / "blocks.json"))
     return errors
 
 

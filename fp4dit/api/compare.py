@@ -4,7 +4,6 @@ Packages of the extra `pipeline` are imported where they are used, so that `fp4d
 without them.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,10 +13,10 @@ from diffusers import DiffusionPipeline
 from omegaconf import OmegaConf
 from PIL import Image
 
-from fp4dit.api.comparison import ComparedMethod, Comparison
-from fp4dit.api.live import LivePipeline, replace_transformer
+from fp4dit.api.comparison import ComparedMethod, Comparison, PrintedMetric
+from fp4dit.api.live import LivePipeline, copy_transformers
 from fp4dit.api.presets import Preset, compose_for_pipeline
-from fp4dit.api.quantize import check_components, check_quantizes, quantize
+from fp4dit.api.quantize import check_components, check_quantizes, list_components, quantize
 from fp4dit.api.report import TRANSFORMER
 from fp4dit.calibration.capture import batch_prompts
 from fp4dit.models.adapter import TransformerAdapter
@@ -48,10 +47,10 @@ def compare(
     device: torch.device | str | None = None,
     metrics: Sequence[str] = ("psnr", "ssim"),
 ) -> Comparison:
-    """Draw images with several methods, and score them against full precision.
+    """Draw images or videos with several methods, and score them against full precision.
 
     All methods draw the same prompts with the same noise, and calibrate on the same other prompts.
-    The pipeline itself is not quantized: each method gets a copy of its transformer.
+    The pipeline itself is not quantized: each method gets a copy of its transformers.
 
     Args:
         pipe: The pipeline, with its weights in 16 or 32 bits.
@@ -66,7 +65,7 @@ def compare(
         guidance: Guidance scale; the default is that of the pipeline's call.
         seed: Another seed draws and calibrates with other random numbers.
         device: Device to work on; the default is the pipeline's own.
-        metrics: Options of `conf/metrics` with one value for each image.
+        metrics: Options of `conf/metrics` with one value for each image or video.
 
     Raises:
         UserError: if something is wrong with the arguments, before anything is drawn.
@@ -88,18 +87,20 @@ def compare(
     if device is not None:
         pipe.to(device, silence_dtype_warnings=True)  # diffusers says that a CPU cannot run fp16
     first = next(iter(presets.values()))  # all draw with the same sampler and seeds
-    compared = [ComparedMethod(FULL_PRECISION, draw_images(pipe, first, prompts), {})]
+    compared = [ComparedMethod(FULL_PRECISION, draw_frames(pipe, first, prompts), {})]
     for method, preset in presets.items():
-        clone = replace_transformer(pipe, copy.deepcopy(pipe.transformer))  # pyright: ignore
+        clone = copy_transformers(pipe)
         report = quantize(
             clone, method, prompts=calibration_prompts, overrides=overrides, **options
         )
-        images = draw_images(clone, preset, prompts)
-        values = score_images(scorers, images, compared[0].images, prompts)
-        compared.append(ComparedMethod(method, images, values, report))
+        frames = draw_frames(clone, preset, prompts)
+        values = score_frames_of_prompts(scorers, frames, compared[0].frames, prompts)
+        compared.append(ComparedMethod(method, frames, values, report))
     seeds = range(first.config.generation.seed, first.config.generation.seed + len(prompts))
-    titles = {name: (scorer.title, scorer.digits) for name, scorer in scorers.items()}
-    return Comparison(prompts, seeds, compared, titles)
+    printed = {}
+    for name, scorer in scorers.items():
+        printed[name] = PrintedMetric(scorer.title, scorer.digits, scorer.factor)
+    return Comparison(prompts, seeds, compared, printed)
 
 
 def compose_and_check(
@@ -112,8 +113,9 @@ def compose_and_check(
     """
     preset = compose_for_pipeline(pipe, method, overrides, **options)
     check_quantizes(preset)
-    transformer = getattr(pipe, preset.source.component)
-    assign_rules(find_layers(transformer), preset.fit(transformer).weight)
+    for name, chosen in preset.choose_transformers(list_components(pipe)).items():
+        transformer = pipe.components[name]
+        assign_rules(find_layers(transformer), chosen.fit(transformer).weight)
     return preset
 
 
@@ -162,41 +164,47 @@ def split_prompts(
     return prompts, calibration_prompts
 
 
-def draw_images(
+def draw_frames(
     pipe: DiffusionPipeline, preset: Preset, prompts: Sequence[str]
-) -> list[Image.Image]:
-    """Draw an image for each prompt, as the stage `generate` does."""
+) -> list[list[Image.Image]]:
+    """Draw an image or a video for each prompt, as the stage `generate` does.
+
+    Returns:
+        The frames of each video. An image is a single frame.
+    """
     from torchvision.transforms.functional import to_pil_image
 
     options = preset.config.generation
     live = LivePipeline.register(pipe, preset.source)
-    adapter: TransformerAdapter = live.adapt(live.pipe.transformer)
-    images = []
+    adapter: TransformerAdapter = live.adapt(live.transformer)
+    drawn = []
     for batch in batch_prompts(list(prompts), options.batch_size, options.seed):
-        drawn = adapter.sample(batch.prompts, batch.seeds, options.steps, options.guidance)
-        if drawn.ndim > 4:
-            raise UserError(
-                f"compare draws images, and this {type(pipe).__name__} draws videos: use the "
-                "commands, as in docs/guides/your-model.md"
-            )
-        images += [to_pil_image(image.cpu().clamp(0, 1)) for image in drawn]
-    return images
+        images = adapter.sample(batch.prompts, batch.seeds, options.steps, options.guidance)
+        for image in images.cpu().clamp(0, 1):
+            frames = image.reshape(-1, *image.shape[-3:])
+            drawn.append([to_pil_image(frame) for frame in frames])
+    return drawn
 
 
-def score_images(
+def score_frames_of_prompts(
     metrics: Mapping[str, "PerImageMetric"],
-    images: Sequence[Image.Image],
-    references: Sequence[Image.Image],
+    drawn: Sequence[Sequence[Image.Image]],
+    references: Sequence[Sequence[Image.Image]],
     prompts: Sequence[str],
 ) -> dict[str, list[float]]:
-    """Return the values of each metric, image by image."""
+    """Return the values of each metric, prompt by prompt."""
     from torchvision.transforms.functional import to_tensor
 
+    from fp4dit.evaluation.score import score_frames
+
     values: dict[str, list[float]] = {name: [] for name in metrics}
-    for image, reference, prompt in zip(images, references, prompts, strict=True):
-        pixels, target = to_tensor(image)[None], to_tensor(reference)[None]
+    for frames, reference, prompt in zip(drawn, references, prompts, strict=True):
+        pixels = torch.stack([to_tensor(frame) for frame in frames])
+        target = torch.stack([to_tensor(frame) for frame in reference])
+        if len(frames) > 1:
+            pixels, target = pixels[None], target[None]
         for name, metric in metrics.items():
-            values[name] += metric.score(pixels, target, [prompt]).tolist()
+            values[name] += score_frames(metric, pixels, target, [prompt]).tolist()
     return values
 
 

@@ -49,11 +49,10 @@ class LivePipeline:
         Args:
             pipe: The pipeline.
             source: Source of pipelines of its class.
-            by_content: Name it by the hash of its transformer, so that another process gives an
+            by_content: Name it by the hash of its transformers, so that another process gives an
                 equal pipeline the same name; otherwise by random digits.
         """
-        transformer: Any = getattr(pipe, source.component)
-        digest = hash_module(transformer) if by_content else uuid4().hex[:16]
+        digest = hash_transformers(pipe) if by_content else uuid4().hex[:16]
         _pipelines[digest] = pipe
         return cls(digest, source)
 
@@ -106,6 +105,26 @@ def replace_transformer(pipe: Any, transformer: Any, component: str = TRANSFORME
     # `setattr` would change the configs that the copy shares with the original pipeline.
     clone.__dict__[component] = transformer
     return clone
+
+
+def copy_transformers(pipe: Any) -> Any:
+    """Return a pipeline with copies of its transformers, which shares all other components."""
+    clone = copy.copy(pipe)
+    for name, component in pipe.components.items():
+        if name.startswith(TRANSFORMER) and component is not None:
+            clone.__dict__[name] = copy.deepcopy(component)
+    return clone
+
+
+def hash_transformers(pipe: Any) -> str:
+    """Return a hash of the transformers of a pipeline; of a single one, that of its tensors."""
+    hashes = []
+    for name, component in pipe.components.items():
+        if name.startswith(TRANSFORMER) and component is not None:
+            hashes.append(hash_module(component))
+    if len(hashes) == 1:
+        return hashes[0]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
 
 
 def hash_module(module: nn.Module) -> str:

@@ -1,8 +1,9 @@
 """Compose presets of `conf/method` as the command line does, but from Python."""
 
+import copy
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,8 @@ from torch import nn
 
 from fp4dit.api.families import find_lower_tokens, find_model_option
 from fp4dit.models.adapter import find_guidance_name
+from fp4dit.models.generic import list_transformers
+from fp4dit.models.hub_files import TRANSFORMER
 from fp4dit.models.pretrained import PretrainedSource
 from fp4dit.quantization.roles import resolve_roles
 from fp4dit.quantization.rules import Rule
@@ -93,6 +96,24 @@ class Preset:
         for name in ("weight", "activation"):
             fitted.__dict__[name] = resolve_roles(getattr(self, name), model)
         return fitted
+
+    def choose_transformers(self, components: Iterable[str]) -> dict[str, "Preset"]:
+        """Return a preset for each transformer of a pipeline that is quantized, by its name.
+
+        These are all transformers, unless the option `model.transformer` chooses one.
+
+        Args:
+            components: The names of the components that the pipeline has.
+        """
+        names = list_transformers(components, self.config.model.get(TRANSFORMER))
+        if len(names) == 1:
+            return {self.source.component: self}
+        presets = {}
+        for name in names:
+            config = copy.deepcopy(self.config)
+            config.model.transformer = name
+            presets[name] = Preset(self.method, config)
+        return presets
 
     def _instantiate(self, group: str) -> Any:
         with explain_config_errors():

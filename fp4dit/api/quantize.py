@@ -15,7 +15,6 @@ from fp4dit.api.presets import Preset, compose_for_pipeline
 from fp4dit.api.report import TRANSFORMER, QuantizationReport
 from fp4dit.api.settings import keep_torch_settings
 from fp4dit.estimate.audit import audit_transformer
-from fp4dit.models.generic import check_transformer_chosen
 from fp4dit.packed.encoding.schema import to_tagged_json
 from fp4dit.packed.export import count_state_bytes, quantize_encoder_, quantize_to_nearest_
 from fp4dit.packed.quantize import assign_text_encoder_rules
@@ -39,6 +38,9 @@ def quantize(
 ) -> QuantizationReport:
     """Quantize the transformer of a diffusers pipeline in place, and pack it to its few bits.
 
+    Of a pipeline with several transformers, such as the experts of Wan 2.2, each is quantized on
+    its own calls, unless the override `model.transformer=` chooses one.
+
     `pipe.save_pretrained(folder)` then writes a checkpoint that `from_pretrained` loads wherever
     fp4dit is imported. The pipeline is changed only after everything has succeeded.
 
@@ -57,8 +59,9 @@ def quantize(
         guidance: Guidance scale while calibrating; the default is that of the pipeline's call.
         seed: Another seed calibrates and rounds with other random numbers.
         device: Device to work on, where the pipeline then stays; the default is its own.
-        components: Components to quantize: `transformer`, and text encoders by their names. The
-            weights of text encoders are rounded to nearest, by the option of `text_encoder=`.
+        components: Components to quantize: `transformer`, which stands for all transformers, and
+            text encoders by their names. The weights of text encoders are rounded to nearest, by
+            the option of `text_encoder=`.
         work_dir: Folder that keeps the progress. If the process is killed, the same call goes on
             where it stopped. Without one, the progress is lost.
 
@@ -86,45 +89,55 @@ def quantize(
         pipe.to(device, silence_dtype_warnings=True)  # diffusers says that a CPU cannot run fp16
     with keep_torch_settings():
         if TRANSFORMER in components:
-            audits[TRANSFORMER] = quantize_transformer_(pipe, preset, prompts, work_dir)
+            audits |= quantize_transformers_(pipe, preset, prompts, work_dir)
         for name in encoders:
             audits[name] = quantize_component_(pipe.components[name], preset.text_encoder)
     return QuantizationReport(method, type(pipe).__name__, audits, time.monotonic() - start)
 
 
-def quantize_transformer_(
+def quantize_transformers_(
     pipe: DiffusionPipeline,
     preset: Preset,
     prompts: Sequence[str] | None,
     work_dir: Path | str | None,
-) -> ModelAudit:
-    """Quantize and pack the transformer of a pipeline in place.
+) -> dict[str, ModelAudit]:
+    """Quantize and pack the transformers of a pipeline in place, and return the audit of each.
 
     Raises:
-        UserError: if the preset does not fit the model, or needs prompts and there are none.
+        UserError: if the preset does not fit a model, or needs prompts and there are none. Nothing
+            is changed then.
     """
     check_quantizes(preset)
     check_storable(preset)
-    present = [name for name, component in pipe.components.items() if component is not None]
-    check_transformer_chosen(
-        f"this {type(pipe).__name__}", present, preset.config.model.get("transformer")
-    )
-    live = LivePipeline.register(pipe, preset.source, by_content=work_dir is not None)
-    transformer, errors = live.transformer, {}
-    preset = preset.fit(transformer)
-    audit = audit_transformer(live, preset.weight, preset.activation)
+    fitted, audits = [], {}
+    for name, chosen in preset.choose_transformers(list_components(pipe)).items():
+        check_quantizable_component(pipe.components[name])
+        live = LivePipeline.register(pipe, chosen.source, by_content=work_dir is not None)
+        chosen = chosen.fit(live.transformer)
+        audits[name] = audit_transformer(live, chosen.weight, chosen.activation)
+        fitted.append((live, chosen))
+    errors: list[dict[str, float]] = [{} for _ in fitted]
     if preset.data_need is None:
-        rounding = preset.rounding.elementwise_rounding
-        assert rounding is not None
-        quantize_to_nearest_(transformer, preset.weight, preset.activation, rounding)
+        for live, chosen in fitted:
+            rounding = chosen.rounding.elementwise_rounding
+            assert rounding is not None
+            quantize_to_nearest_(live.transformer, chosen.weight, chosen.activation, rounding)
     elif prompts is None:
         raise UserError(
             f"{preset.method} needs prompts, because {preset.data_need}: give prompts=[...], "
             "of which 32 to 128 are sensible"
         )
     else:
-        errors = quantize_with_calls_(live, preset, prompts, work_dir)
-    return replace(audit, bytes=count_state_bytes(transformer), block_errors=errors)
+        errors = quantize_with_calls_(fitted, prompts, work_dir)
+    for (name, audit), (live, _), blocks in zip(audits.items(), fitted, errors, strict=True):
+        size = count_state_bytes(live.transformer)
+        audits[name] = replace(audit, bytes=size, block_errors=blocks)
+    return audits
+
+
+def list_components(pipe: DiffusionPipeline) -> list[str]:
+    """Return the names of the components that a pipeline has."""
+    return [name for name, component in pipe.components.items() if component is not None]
 
 
 def check_storable(preset: Preset) -> None:
@@ -176,8 +189,8 @@ def check_components(
             "offload afterwards"
         )
     possible = []
-    for name, component in pipe.components.items():
-        if component is not None and (name == TRANSFORMER or name.startswith("text_encoder")):
+    for name in list_components(pipe):
+        if name == TRANSFORMER or name.startswith("text_encoder"):
             possible.append(name)
     for name in names:
         if name not in possible:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
 
+from fp4dit.quantization.audit import effective_bits
 from fp4dit.quantization.audit_table import HEADING, ModelAudit
 from fp4dit.utils.formatting import format_duration
 
@@ -36,18 +37,28 @@ class QuantizationReport:
 
     @property
     def transformer(self) -> ModelAudit:
-        """Audit of the transformer."""
-        return self.components[TRANSFORMER]
+        """Audit of the transformer, or of the first one."""
+        return self.transformers[0]
+
+    @property
+    def transformers(self) -> list[ModelAudit]:
+        """Audits of all transformers that are quantized."""
+        audits = []
+        for name, audit in self.components.items():
+            if name.startswith(TRANSFORMER):
+                audits.append(audit)
+        return audits
 
     @property
     def bits_weight(self) -> float:
-        """Mean bits per weight of the transformer's layers, with their scales."""
-        return self.transformer.bits_weight
+        """Mean bits per weight of the transformers' layers, with their scales."""
+        return effective_bits([entry for audit in self.transformers for entry in audit.weights])
 
     @property
     def bits_activation(self) -> float:
-        """Mean bits per value of the transformer's quantized activations, with their scales."""
-        return self.transformer.bits_activation
+        """Mean bits per value of the transformers' quantized activations, with their scales."""
+        inputs = [entry for audit in self.transformers for entry in audit.inputs]
+        return effective_bits(inputs) if inputs else 16.0
 
     @property
     def bytes(self) -> int:
@@ -61,10 +72,14 @@ class QuantizationReport:
 
     @property
     def block_errors(self) -> Mapping[str, float]:
-        """Relative squared error of the outputs of each block of the transformer, on validation
-        prompts; empty for presets that need no data.
+        """Relative squared error of the outputs of each block of the transformers, on validation
+        prompts; empty for presets that need no data. Blocks of a second transformer have its name.
         """
-        return self.transformer.block_errors
+        errors = dict(self.transformer.block_errors)
+        for name, audit in self.components.items():
+            if audit is not self.transformer:
+                errors |= {f"{name}.{unit}": error for unit, error in audit.block_errors.items()}
+        return errors
 
     @property
     def reasons_left(self) -> dict[str, str]:

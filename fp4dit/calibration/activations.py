@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fp4dit.calibration.token_sample import TokenSample
 from fp4dit.models.base import Pipeline
 from fp4dit.models.blocks import ActivationState
 from fp4dit.quantization.audit import LayerAudit
@@ -107,6 +108,7 @@ class ObserveTask(ReplayTask):
         pipeline: The pipeline.
         activations: The quantizers of all activations, by name.
         rules: The rules of the activations to observe.
+        tokens: The sample of tokens of each call that is observed; None for all tokens.
 
     Example:
         >>> task = ObserveTask(pipeline, activations, rules)
@@ -115,16 +117,23 @@ class ObserveTask(ReplayTask):
     """
 
     def __init__(
-        self, pipeline: Pipeline, activations: Mapping[str, FakeQuantize], rules: Mapping[str, Rule]
+        self,
+        pipeline: Pipeline,
+        activations: Mapping[str, FakeQuantize],
+        rules: Mapping[str, Rule],
+        tokens: TokenSample | None = None,
     ) -> None:
         super().__init__(pipeline, {name: activations[name] for name in rules})
-        self.rules = rules
+        self.rules, self.tokens = rules, tokens
         self.observations: dict[str, list[tuple[float, Tensor]]] = {name: [] for name in rules}
 
     def on_activation(self, name: str, timestep: float, x: Tensor, out: Tensor) -> Tensor:
         observer = self.rules[name].observer
         assert observer is not None
-        self.observations[name].append((timestep, observer.summarize(x)))
+        observations, seen = self.observations[name], x
+        if self.tokens:
+            seen = self.tokens.select_call(x, timestep, len(observations))
+        observations.append((timestep, observer.summarize(seen)))
         return x
 
     def get_progress(self) -> dict[str, Any]:

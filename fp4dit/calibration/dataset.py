@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from fp4dit.calibration.token_sample import TokenSample
 from fp4dit.data.columns import MemoryBudget
 from fp4dit.data.segments import find_stops, split_index
 from fp4dit.models.blocks import (
@@ -62,6 +63,7 @@ class UnitDataset:
         targets: The outputs of the unit in the original model, for all rows.
         train_rows: The numbers of the rows to learn from.
         memory: The budget for data that a rounding method keeps for all rows.
+        tokens: The sample of tokens for what is fitted to tokens; None for all tokens.
 
     Example:
         >>> dataset = UnitDataset(unit, {"x": x}, {"y": linear(x)}, torch.arange(128))
@@ -73,6 +75,7 @@ class UnitDataset:
     targets: RowSources
     train_rows: Int[Tensor, "n"]
     memory: MemoryBudget = field(default_factory=MemoryBudget)
+    tokens: TokenSample | None = None
 
     def select(self, index: Int[Tensor, "b"]) -> UnitBatch:
         """Return the rows with the numbers in `index`."""

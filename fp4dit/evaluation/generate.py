@@ -1,11 +1,14 @@
 """Generation of one image or video per prompt."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+from torch import nn
 
 from fp4dit.calibration.capture import PromptBatch
 from fp4dit.models.base import Pipeline
+from fp4dit.models.hub_files import TRANSFORMER
 from fp4dit.models.nan_guard import nan_guard
 from fp4dit.packed.integer_inference import use_integer_arithmetic_
 from fp4dit.utils.files import atomic_write_checksummed
@@ -16,6 +19,16 @@ from fp4dit.utils.resumable_calls import resume_calls
 def list_image_files(out: Path, batch: PromptBatch) -> list[Path]:
     """Return the file of each image of a batch."""
     return [out / f"{batch.first + i:05}.png" for i in range(len(batch.prompts))]
+
+
+def list_transformers(pipeline: Any) -> list[nn.Module]:
+    """Return the transformer of a pipeline, and those that draw with it."""
+    models = [pipeline.transformer]
+    pipe = getattr(pipeline, "pipe", None)
+    for name, component in pipe.components.items() if pipe is not None else ():
+        if name.startswith(TRANSFORMER) and isinstance(component, nn.Module):
+            models.append(component)
+    return list(dict.fromkeys(models))
 
 
 class GenerateTask(L.LightningModule):
@@ -51,7 +64,8 @@ class GenerateTask(L.LightningModule):
 
     def on_predict_start(self) -> None:
         if self.in_integers and self.device.type == "cpu":
-            use_integer_arithmetic_(self.pipeline.transformer)
+            for model in list_transformers(self.pipeline):
+                use_integer_arithmetic_(model)
 
     def predict_step(self, batch: PromptBatch) -> None:
         self.pipeline.to(self.device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fp4dit.metrics.base import FeatureExtractor, PerImageMetric, SetMetric
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.files import atomic_write_checksummed
-from fp4dit.utils.images import read_image
+from fp4dit.utils.images import count_frames, read_image
 from fp4dit.utils.resumable import PartialResults
 from fp4dit.utils.safetensors_io import save_tensors
 
@@ -53,13 +53,14 @@ class ScoreShard(NamedTuple):
         Raises:
             UserError: if a file is not an image, or sizes differ.
         """
+        size = max(1, BATCH_SIZE // count_frames(self.images[0]))  # bounds the frames in memory
         with ThreadPoolExecutor() as pool:
-            for start in range(0, len(self.images), BATCH_SIZE):
-                paths = self.images[start : start + BATCH_SIZE]
+            for start in range(0, len(self.images), size):
+                paths = self.images[start : start + size]
                 reference_paths = [self.reference / path.name for path in paths]
                 loaded = list(pool.map(read_image, [*paths, *reference_paths]))
                 images, references = stack_pairs(loaded, len(paths))
-                yield images, references, list(self.prompts[start : start + BATCH_SIZE])
+                yield images, references, list(self.prompts[start : start + size])
 
 
 def make_shards(images: Path, reference: Path, prompts: Sequence[str]) -> list[ScoreShard]:
@@ -87,10 +88,15 @@ def stack_pairs(loaded: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
     Raises:
         UserError: if their sizes differ.
     """
-    sizes = {tuple(image.shape[1:]) for image in loaded}
+    sizes = {tuple(image.shape[-2:]) for image in loaded}
     if len(sizes) > 1:
         raise UserError(
             f"images and references are of different sizes: {', '.join(map(str, sorted(sizes)))}"
+        )
+    lengths = {len(image) if image.ndim > 3 else 1 for image in loaded}
+    if len(lengths) > 1:
+        raise UserError(
+            f"videos and references have different numbers of frames: {sorted(lengths)}"
         )
     return torch.stack(list(loaded[:count])), torch.stack(list(loaded[count:]))
 
@@ -175,13 +181,28 @@ class ScoreTask(L.LightningModule):
 def score_frames(
     metric: PerImageMetric, images: Tensor, reference: Tensor, prompts: list[str]
 ) -> Float[Tensor, " n"]:
-    """Return one value for each image, or the mean over the frames of each video."""
-    if images.ndim == 4:
+    """Return one value for each image or video.
+
+    The value of a video is the mean over its frames, unless the metric reads videos.
+
+    Raises:
+        UserError: if the metric reads videos, and these are images.
+    """
+    if metric.reads_videos and images.ndim == 4:
+        raise UserError(
+            f"the metric {type(metric).__name__} compares the frames of videos, and these are "
+            "images: leave it out of metrics"
+        )
+    if metric.reads_videos or images.ndim == 4:
         return metric.score(images, reference, prompts)
     frames = images.shape[1]
     repeated = [prompt for prompt in prompts for _ in range(frames)]
-    values = metric.score(images.flatten(0, 1), reference.flatten(0, 1), repeated)
-    return values.reshape(-1, frames).mean(1)
+    pixels, targets = images.flatten(0, 1), reference.flatten(0, 1)
+    values = []
+    for start in range(0, len(pixels), BATCH_SIZE):  # bounds the memory of a metric's network
+        some = slice(start, start + BATCH_SIZE)
+        values.append(metric.score(pixels[some], targets[some], repeated[some]))
+    return torch.cat(values).reshape(-1, frames).mean(1)
 
 
 def collect_layers(metrics: Iterable[SetMetric]) -> dict[FeatureExtractor, LayersToRead]:

@@ -7,6 +7,7 @@ from .clip import CLIPImageSimilarity as CLIPImageSimilarity
 from .clip import CLIPScore as CLIPScore
 from .clip import CLIPScoreB32 as CLIPScoreB32
 from .clip import CLIPScoreL14 as CLIPScoreL14
+from .flicker import Flicker as Flicker
 from .full_reference import LPIPS as LPIPS
 from .full_reference import PSNR as PSNR
 from .full_reference import SSIM as SSIM

@@ -16,6 +16,7 @@ from fp4dit.utils.errors import UserError
 from fp4dit.utils.statistics import Interval
 
 Images = Float[Tensor, "n 3 h w"]
+Videos = Float[Tensor, "n f 3 h w"]  # n videos of f frames
 Features = Mapping[str, Float[Tensor, "n d"]]  # the output of each layer, one row per image
 
 
@@ -72,7 +73,11 @@ class ImageMetric(Metric):
 class PerImageMetric(ImageMetric):
     """Metric with one value per image, in the order in which the images are passed.
 
-    A new metric is a subclass, and a file conf/metrics/NAME.yaml that names it.
+    A new metric is a subclass, and a file conf/metrics/NAME.yaml that names it. The value of a
+    video is the mean over its frames, unless the metric reads videos.
+
+    Attributes:
+        reads_videos: Whether `score` gets whole videos, as `Videos`, and no single images.
 
     Example:
         >>> class Brightness(PerImageMetric):
@@ -86,6 +91,7 @@ class PerImageMetric(ImageMetric):
     """
 
     per_image = True
+    reads_videos: ClassVar[bool] = False
     values: list[Tensor]
 
     def __init__(self) -> None:

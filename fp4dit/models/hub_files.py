@@ -6,6 +6,7 @@ imports no torch.
 
 import json
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -42,6 +43,11 @@ def read_config(path: str, name: str) -> dict[str, Any]:
         return json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not JSON: {error}") from error
+
+
+def list_indexed_components(index: Mapping[str, Any]) -> list[str]:
+    """Return the names of the components that a `model_index.json` says the pipeline has."""
+    return [name for name, value in index.items() if isinstance(value, list) and value[1]]
 
 
 def find_config(path: str, name: str) -> Path | None:

@@ -263,8 +263,7 @@ class GenericAdapter(TransformerAdapter):
             known = self.sketch(self.transformer) if self.sketch else self.load()
             first, second = known.record_first_calls()
             return move_call(first, "meta"), move_call(second, "meta")
-        first, second = map(self.record_first_call, TRACE_COUNTS)
-        return first, second
+        return self.record_first_call(TRACE_COUNTS[0]), self.record_first_call(TRACE_COUNTS[1])
 
     def record_first_call(self, count: int) -> Call:
         """Return the first call of the transformer while the pipeline draws some prompts.
@@ -281,6 +280,8 @@ class GenericAdapter(TransformerAdapter):
                     self.sample(TRACE_PROMPTS[:count], range(count), steps, TRACE_GUIDANCE)
                 except PartReached as reached:
                     return reached.call
+                except ArithmeticError:  # a schedule that needs more steps, such as Mochi's
+                    continue
         raise UserError(f"{type(self.pipe).__name__} draws without calling its transformer")
 
     def name_arguments(self, inputs: Sequence[str | int] | None, guidance: float) -> dict[str, Any]:

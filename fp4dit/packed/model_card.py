@@ -43,6 +43,8 @@ class CardFacts:
         text_encoder: What is quantized in the text encoder; None if nothing is.
         command: The command that made the export.
         tools: Versions of packages, by name.
+        is_video: Whether the pipeline draws videos.
+        transformers: The number of packed transformers.
 
     Example:
         >>> text = render_model_card(facts)  # in Markdown
@@ -59,6 +61,8 @@ class CardFacts:
     text_encoder: TextEncoderReport | None
     command: str
     tools: Mapping[str, str]
+    is_video: bool = False
+    transformers: int = 1
 
     @property
     def layers(self) -> Sequence[Mapping[str, Any]]:
@@ -69,7 +73,7 @@ class CardFacts:
 CARD_HEADER = """\
 ---
 library_name: diffusers
-pipeline_tag: text-to-image
+pipeline_tag: text-to-{}
 tags: [fp4dit, quantized]
 ---"""
 
@@ -86,6 +90,9 @@ def render_model_card(facts: CardFacts) -> str:
             "It has no text encoder: give `from_pretrained` the original's, as `text_encoder=` and "
             "`tokenizer=`."
         )
+    subject = "The transformer takes"
+    if facts.transformers > 1:
+        subject = f"The {facts.transformers} transformers take together"
     tables = [
         render_layer_table("Weights", facts.layers),
         render_layer_table("Activations", facts.activations),
@@ -95,9 +102,9 @@ def render_model_card(facts: CardFacts) -> str:
         tables.append(render_layer_table("Weights of the text encoder", layers))
     versions = ", ".join(f"{name} {version}" for name, version in facts.tools.items())
     parts = [
-        CARD_HEADER,
+        CARD_HEADER.format("video" if facts.is_video else "image"),
         f"# {facts.base}, quantized by fp4dit",
-        f"The transformer takes {size}. {describe_text_encoder(encoder)}",
+        f"{subject} {size}. {describe_text_encoder(encoder)}",
         f"```python\n{render_snippet(facts)}\n```",
         snippet_note,
         "## What was quantized",
@@ -129,9 +136,9 @@ def render_snippet(facts: CardFacts) -> str:
     arguments += [f"{name}={value!r}" for name, value in options.items()]
     arguments.append(f"generator=torch.Generator().manual_seed({call.seed})")
     lines = [*imports, "import torch", f"from diffusers import {facts.pipeline}", "", load]
-    lines.append("image = pipe(")
+    lines.append("frames = pipe(" if facts.is_video else "image = pipe(")
     lines += [f"    {argument}," for argument in arguments]
-    lines.append(").images[0]")
+    lines.append(").frames[0]" if facts.is_video else ").images[0]")
     return "\n".join(lines)
 
 

@@ -1,4 +1,8 @@
-"""Images of a report: choose the prompts to show, and encode their images as WebP."""
+"""Images of a report: choose the prompts to show, and encode their images as WebP.
+
+A video becomes one WebP image with its frames below each other. The page shows the same frame of
+all videos at a time, which browsers do not promise for animated images.
+"""
 
 import base64
 import io
@@ -21,6 +25,8 @@ LOSSLESS_PIXELS = 128  # longest side of images that are small enough to be kept
 
 DEFAULT_QUALITY = 90
 
+MAX_WEBP_PIXELS = 16383  # the longest side that WebP can store
+
 ImageKey = tuple[str, int]  # prompt and seed, which identify the image in every row
 
 
@@ -32,6 +38,7 @@ class ImageLimits:
         prompts: Largest number of prompts; None shows all.
         pixels: Largest length of the longer side.
         quality: Quality of WebP, up to 100. None is lossless up to 128 pixels, and 90 beyond.
+        frames: Largest number of frames of a video, of which the first ones are shown.
         megabytes: Largest size of all images together, as base64.
 
     Raises:
@@ -41,10 +48,11 @@ class ImageLimits:
     prompts: int | None = 64
     pixels: int = 512
     quality: int | None = None
+    frames: int = 24
     megabytes: float | int = 100
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "pixels", "megabytes", "quality"):
+        for name in ("prompts", "pixels", "megabytes", "quality", "frames"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"report.{name}={value}: give a number above 0")
@@ -134,7 +142,7 @@ class ReportImages:
         if number is None:
             return None
         path = folder / "images" / f"{number:05}.png"
-        return encode_webp(path, self.limits) if path.is_file() else None
+        return encode_webp(path, self.limits, self.num_frames) if path.is_file() else None
 
     def describe_excess(self, num_folders: int) -> str:
         """Return the error message for images that exceed the limit."""
@@ -143,17 +151,28 @@ class ReportImages:
             f"the images of {num_folders} of {len(self.folders)} rows take more than "
             f"report.megabytes={limits.megabytes:g}, with {len(self.shown_keys)} prompts of at "
             f"most {limits.pixels} pixels: give a smaller report.prompts, report.pixels or "
-            "report.quality, or a larger report.megabytes"
+            f"report.quality{', or report.frames' if self.num_frames > 1 else ''}, or a larger "
+            "report.megabytes"
         )
 
-    @property
-    def aspect_ratio(self) -> float:
-        """Width / height of the first image."""
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Width, height and number of frames of the first image or video."""
         for folder in self.folders:
             for path in sorted((folder / "images").glob("*.png")):
                 with Image.open(path) as image:
-                    return image.width / image.height
-        return 1.0
+                    return image.width, image.height, getattr(image, "n_frames", 1)
+        return 1, 1, 1
+
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """Width and height of the first image on the page."""
+        return fit_size(self.shape[:2], self.limits.pixels)
+
+    @property
+    def num_frames(self) -> int:
+        """Number of frames of each video that are shown; 1 for images."""
+        return min(self.shape[2], self.limits.frames, MAX_WEBP_PIXELS // self.shown_size[1])
 
     def describe_encoding(self) -> str:
         """Describe which images are shown and how they are encoded, for a close look at them."""
@@ -172,6 +191,11 @@ class ReportImages:
         )
         if self.limits.quality is None:
             sentences.append(f"Images of up to {LOSSLESS_PIXELS} pixels are exact.")
+        if self.num_frames < self.shape[2]:
+            sentences.append(
+                f"Videos show their first {self.num_frames} frames of {self.shape[2]}; scores are "
+                "of all frames."
+            )
         return " ".join(sentences)
 
 
@@ -185,12 +209,31 @@ def scores_by_image(row: RowData, metric: str) -> Mapping[ImageKey, float]:
     return scores
 
 
-def encode_webp(path: Path, limits: ImageLimits) -> str:
-    """Return an image as WebP in base64, no larger than the limits allow."""
+def fit_size(size: tuple[int, int], pixels: int) -> tuple[int, int]:
+    """Return the size of an image whose longer side is at most `pixels`."""
+    scale = min(1.0, pixels / max(size))
+    return max(1, round(scale * size[0])), max(1, round(scale * size[1]))
+
+
+def encode_webp(path: Path, limits: ImageLimits, frames: int = 1) -> str:
+    """Return an image as WebP in base64, no larger than the limits allow.
+
+    Args:
+        path: The file of an image or a video.
+        limits: The limits.
+        frames: The number of frames, which are below each other. A shorter video ends with its
+            last frame.
+    """
     with Image.open(path) as source:
-        image = source.convert("RGB")
-    image.thumbnail((limits.pixels, limits.pixels), Image.Resampling.LANCZOS)
-    lossless = limits.quality is None and max(image.size) <= LOSSLESS_PIXELS
+        width, height = fit_size(source.size, limits.pixels)
+        image = Image.new("RGB", (width, frames * height))
+        for number in range(frames):
+            source.seek(min(number, getattr(source, "n_frames", 1) - 1))
+            frame = source.convert("RGB")
+            if frame.size != (width, height):
+                frame = frame.resize((width, height), Image.Resampling.LANCZOS)
+            image.paste(frame, (0, number * height))
+    lossless = limits.quality is None and max(width, height) <= LOSSLESS_PIXELS
     quality = 100 if lossless else limits.quality or DEFAULT_QUALITY
     file = io.BytesIO()
     image.save(file, "WEBP", lossless=lossless, quality=quality, method=4)

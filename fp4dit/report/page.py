@@ -14,6 +14,7 @@ from fp4dit.tables.render import replace_infinities
 from fp4dit.tables.rows import TableColumn
 from fp4dit.tables.style import MARKDOWN, format_interval
 from fp4dit.tables.table import Table
+from fp4dit.utils.images import FRAME_MILLISECONDS
 
 # The files that are joined into the page's script, in this order.
 SCRIPTS = ("base.js", "table.js", "images.js", "plots.js", "main.js")
@@ -67,7 +68,9 @@ def render_page(
         "origin": origin,
         "fill_command": describe_fill_command(table, fill_command),
         "encoding": images.describe_encoding(),
-        "ratio": images.aspect_ratio,
+        "ratio": images.shown_size[0] / images.shown_size[1],
+        "frames": images.num_frames,
+        "frame_milliseconds": FRAME_MILLISECONDS,
         "columns": list_column_headers(table),
         "metrics": list_image_metrics(table, rows),
         "prompts": list_prompts(images, rows),

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from fp4dit.calibration.dataset import UnitDataset
-from fp4dit.calibration.layer_inputs import iter_layer_inputs
+from fp4dit.calibration.layer_inputs import iter_sampled_inputs
 from fp4dit.numerics.format_selection import PerBlockFormat
 from fp4dit.numerics.formats import Format
 from fp4dit.numerics.qparams import QParams, as_tensors, from_tensors
@@ -243,19 +243,24 @@ def compute_hessians(
 ) -> list[Hessian | None]:
     """Compute the sum of x x^T over the inputs of each layer's matmul, in fp32.
 
+    If the dataset has a sample of tokens, it is an unbiased estimate of that sum.
+
     Returns:
         A matrix for each layer; None for a layer that the calibration rows do not reach.
     """
     hessians: list[Hessian | None] = [None] * len(layers)
-    for inputs in iter_layer_inputs(module, layers, dataset, dataset.train_rows, batch_size):
+    for inputs in iter_sampled_inputs(module, layers, dataset, dataset.train_rows, batch_size):
         # Layers that read the same tensor, as q, k and v do, share the product.
         products: dict[tuple, Hessian] = {}
-        for i, x in enumerate(inputs):
-            if x is None:
+        for i, layer_input in enumerate(inputs):
+            if layer_input is None:
                 continue
+            x, factor = layer_input
             tensor_key = (x.data_ptr(), x.shape, x.stride())
             if tensor_key not in products:
                 products[tensor_key] = multiply_by_transpose(x)
+                if factor != 1:
+                    products[tensor_key] *= factor
             product, hessian = products[tensor_key], hessians[i]
             hessians[i] = product.clone() if hessian is None else hessian.add_(product)
     return hessians

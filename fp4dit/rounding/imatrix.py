@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fp4dit.calibration.dataset import UnitDataset
-from fp4dit.calibration.layer_inputs import iter_layer_inputs
+from fp4dit.calibration.layer_inputs import iter_sampled_inputs
 from fp4dit.numerics.qparams import as_tensors
 from fp4dit.numerics.quantizer import Quantizer
 from fp4dit.quantization.fake_quant import candidate_formats
@@ -63,11 +63,12 @@ class ImportanceMatrix(RoundingMethod):
     ) -> Curve:
         square_sums, num_tokens = [torch.zeros(()) for _ in layers], [0] * len(layers)
         rows = dataset.train_rows
-        for inputs in iter_layer_inputs(module, layers, dataset, rows, self.batch_size):
-            for i, x in enumerate(inputs):
-                if x is not None:
-                    square_sums[i] = square_sums[i] + x.float().square().sum((0, 1))
-                    num_tokens[i] += x.shape[0] * x.shape[1]
+        for inputs in iter_sampled_inputs(module, layers, dataset, rows, self.batch_size):
+            for i, layer_input in enumerate(inputs):
+                if layer_input is not None:
+                    x, factor = layer_input
+                    square_sums[i] = square_sums[i] + factor * x.float().square().sum((0, 1))
+                    num_tokens[i] += round(factor * x.shape[0] * x.shape[1])
         for layer, total, n in zip(layers, square_sums, num_tokens, strict=True):
             if n:
                 weight, fake_quant = layer.weight_matrix, layer.weight_fake_quant

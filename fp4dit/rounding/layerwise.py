@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fp4dit.calibration.dataset import UnitDataset
-from fp4dit.calibration.layer_inputs import iter_layer_inputs
+from fp4dit.calibration.layer_inputs import iter_sampled_inputs
 from fp4dit.models.blocks import Unit
 from fp4dit.quantization.layers import QuantLayer
 from fp4dit.rounding.base import Curve, RoundingMethod, check_curve
@@ -72,8 +72,8 @@ class LayerwiseReconstruction(RoundingMethod):
     ) -> Curve:
         """Round one layer; to nearest, if the calibration rows do not reach it."""
         rows, memory = dataset.train_rows, dataset.memory
-        batches = iter_layer_inputs(module, [layer], dataset, rows, self.batch_size)
-        x = memory.gather(len(rows), (x for [x] in batches if x is not None))
+        batches = iter_sampled_inputs(module, [layer], dataset, rows, self.batch_size)
+        x = memory.gather(len(rows), (found.x for [found] in batches if found is not None))
         if x is None:
             layer.commit_weight()
             return []

@@ -1,6 +1,7 @@
 """Preparation of a unit's layers for rounding: scales, and transforms fitted to inputs."""
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -8,11 +9,31 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fp4dit.calibration.dataset import UnitDataset
+from fp4dit.calibration.token_sample import TokenSample
+from fp4dit.data.segments import iter_batches
+from fp4dit.models.blocks import Unit
 from fp4dit.quantization.layers import QuantLayer
 from fp4dit.quantization.observers import spread_indices
+from fp4dit.quantization.rules import Rule
 from fp4dit.quantization.timestep_ranges import base_layer_name, rows_per_range
 from fp4dit.utils.calls import remove_hooks
 from fp4dit.utils.errors import UserError
+
+SAMPLED_BATCH = 8  # rows of a call of which a sample of tokens is kept
+
+
+def check_all_reached(rules: Mapping[str, Rule], units: Sequence[Unit]) -> None:
+    """Raise an error if a layer with a quantizer belongs to no unit.
+
+    Raises:
+        UserError: for the first such layer.
+    """
+    for name, rule in rules.items():
+        if rule.quantizer and not any(unit.contains(name) for unit in units):
+            raise UserError(
+                f"{name} cannot be quantized, because the model does not run it: "
+                f"+weight.ignore=['{name}'] leaves it in 16 bits"
+            )
 
 
 def prepare_layers(
@@ -67,21 +88,48 @@ def prepare_layers(
 def sample_inputs(
     teacher: nn.Module, names: Iterable[str], dataset: UnitDataset, index: Int[Tensor, "n"]
 ) -> dict[str, Float[Tensor, "n ..."]]:
-    """Return the inputs of the teacher's layers at the given rows.
+    """Return the inputs of the teacher's layers at the given rows, or a sample of their tokens.
 
     Some layers read several vectors for each row, as PixArt-alpha's embeddings of height and width
     do. The vectors of a row then follow one another.
-    """
-    inputs: dict[str, Tensor] = {}
 
-    def hook(name: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs[name] = args[0]
+    Args:
+        teacher: The unit's module in the original model.
+        names: The names of the layers.
+        dataset: The unit's data.
+        index: The numbers of the rows, in ascending order.
+    """
+    inputs: dict[str, list[Tensor]] = defaultdict(list)
+    batch: Tensor = index
+
+    def hook(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
+        if dataset.tokens and isinstance(module, nn.Linear) and x.ndim == 3:
+            numbers = batch if len(x) == len(batch) else batch[0] + torch.arange(len(x))
+            x = dataset.tokens.select_rows(x, numbers)
+        inputs[name].append(x)
 
     hooks = []
     for name in names:
         layer = teacher.get_submodule(name)
         hooks.append(layer.register_forward_pre_hook(partial(hook, name)))
+    # A sample of tokens is asked for where calls are large, and so few of them run at a time.
+    size = SAMPLED_BATCH if dataset.tokens else max(1, len(index))
     if hooks:
         with remove_hooks(hooks):
-            dataset.make_call(index, next(teacher.parameters()).device)(teacher)
-    return inputs
+            for batch in iter_batches(dataset.inputs, index, size):
+                dataset.make_call(batch, next(teacher.parameters()).device)(teacher)
+    return {name: join_inputs(parts) for name, parts in inputs.items()}
+
+
+def join_inputs(parts: Sequence[Tensor]) -> Float[Tensor, "n ..."]:
+    """Join the inputs of a layer in several calls.
+
+    If the sequences differ in length, all have as many tokens as the shortest one, by a sample.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if all(part.ndim == 3 for part in parts):
+        sample = TokenSample(min(part.shape[1] for part in parts))
+        parts = [sample.select_rows(part, torch.arange(len(part))) for part in parts]
+    return torch.cat(list(parts))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fp4dit.calibration.dataset import UnitDataset
 from fp4dit.calibration.propagate import compute_relative_error, propagate_unit, with_timestep
 from fp4dit.calibration.saved_rows import SavedRows
+from fp4dit.calibration.token_sample import TokenSample
 from fp4dit.data.columns import MemoryBudget, RowSource
 from fp4dit.models.base import Pipeline
 from fp4dit.models.blocks import (
@@ -36,10 +37,9 @@ from fp4dit.quantization.layers import QuantLayer
 from fp4dit.quantization.rules import Rule, assign_rules, find_layers, unused_rules
 from fp4dit.quantization.timestep import TimestepContext
 from fp4dit.rounding.base import Curve, RoundingMethod, check_curve
-from fp4dit.rounding.preparation import prepare_layers
+from fp4dit.rounding.preparation import check_all_reached, prepare_layers
 from fp4dit.rounding.unit_boundary import BoundaryFiles, UnitBoundary
 from fp4dit.rounding.unit_files import is_finished, load_layers, save_layers, unit_path
-from fp4dit.utils.errors import UserError
 from fp4dit.utils.files import atomic_write_checksummed, read_json
 from fp4dit.utils.resumable import ResumableTrainers
 from fp4dit.utils.save_timer import LONGEST
@@ -89,6 +89,7 @@ class Reconstruction:
         activation: The rules for activations while the weights are rounded.
         memory: The budget for the activations between units.
         save_every: The longest time between two saves of the state, in seconds. See `SaveTimer`.
+        tokens: The sample of tokens for what is fitted to tokens; None for all tokens.
 
     Example:
         >>> reconstruction = Reconstruction(
@@ -108,6 +109,7 @@ class Reconstruction:
     activation: Sequence[Rule] = ()
     memory: MemoryBudget = field(default_factory=MemoryBudget)
     save_every: float = LONGEST
+    tokens: TokenSample | None = None
 
     def run(
         self,
@@ -130,6 +132,7 @@ class Reconstruction:
         check_all_reached(self.rules, units)
         rules = split_by_unit(self.rules, units)
         teachers = copy_repeated_modules(self.pipeline.transformer, units)
+        data_options = (self.train_rows, self.memory, self.tokens)
         files = BoundaryFiles(self.folder / "boundary", self.save_every)
         boundary = self.load_boundary(files, units, columns)
         for number, unit in track(list(enumerate(units, 1))):
@@ -146,7 +149,7 @@ class Reconstruction:
                 path,
                 teacher,
                 self.insert_layers(unit_rules, context),
-                UnitDataset(unit, boundary.quantized, target, self.train_rows, self.memory),
+                UnitDataset(unit, boundary.quantized, target, *data_options),
                 partial(make_trainers, f"{number}/{len(units)} {unit.label}"),
             )
             reports.append(report)
@@ -281,17 +284,3 @@ class Reconstruction:
 def get_states(layers: Mapping[str, QuantLayer]) -> dict[str, dict[str, Tensor]]:
     """Return the state of each layer by name."""
     return {name: layer.state_dict() for name, layer in layers.items()}
-
-
-def check_all_reached(rules: Mapping[str, Rule], units: Sequence[Unit]) -> None:
-    """Raise an error if a layer with a quantizer belongs to no unit.
-
-    Raises:
-        UserError: for the first such layer.
-    """
-    for name, rule in rules.items():
-        if rule.quantizer and not any(unit.contains(name) for unit in units):
-            raise UserError(
-                f"{name} cannot be quantized, because the model does not run it: "
-                f"+weight.ignore=['{name}'] leaves it in 16 bits"
-            )

@@ -3,6 +3,8 @@
 A video is an animated PNG, which is lossless, and which browsers play where they show images.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,23 +18,44 @@ from fp4dit.utils.errors import UserError
 FRAME_MILLISECONDS = 125
 
 
+@contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Open an image or a video with Pillow.
+
+    Raises:
+        UserError: if the file is not an image, as soon as that is found out.
+    """
+    try:
+        with Image.open(path) as image:
+            yield image
+    # Pillow raises SyntaxError for a broken PNG.
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise UserError(
+            f"{path} is no image ({error}): delete it and run again, and it will be drawn again"
+        ) from error
+
+
+def count_frames(path: Path) -> int:
+    """Return the number of frames of a video, from the head of its file; 1 for an image.
+
+    Raises:
+        UserError: if the file is not an image.
+    """
+    with open_image(path) as image:
+        return getattr(image, "n_frames", 1)
+
+
 def read_image(path: Path) -> Float[Tensor, "*f 3 h w"]:
     """Load an image, or the frames of a video, as RGB in [0, 1].
 
     Raises:
         UserError: if the file is not an image.
     """
-    try:
-        with Image.open(path) as image:
-            frames = []
-            for number in range(getattr(image, "n_frames", 1)):
-                image.seek(number)
-                frames.append(to_tensor(image.convert("RGB")))
-    # Pillow raises SyntaxError for a broken PNG.
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UserError(
-            f"{path} is no image ({error}): delete it and run again, and it will be drawn again"
-        ) from error
+    with open_image(path) as image:
+        frames = []
+        for number in range(getattr(image, "n_frames", 1)):
+            image.seek(number)
+            frames.append(to_tensor(image.convert("RGB")))
     return frames[0] if len(frames) == 1 else torch.stack(frames)
 
 

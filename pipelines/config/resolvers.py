@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -187,6 +188,23 @@ def offset_seed(first: int, _root_: DictConfig) -> int:
     return first + SEED_OFFSET * seed
 
 
+def remove_key(node: DictConfig, key: str) -> DictConfig:
+    """Resolve `${without:${group},key}` to a group of options without one that changes nothing."""
+    return OmegaConf.create({name: value for name, value in node.items() if name != key})
+
+
+def set_key(node: DictConfig, key: str, value: Any) -> DictConfig:
+    """Resolve `${with_option:${group},key,value}` to a group with another value of an option.
+
+    Raises:
+        UserError: if the group has no such option.
+    """
+    if key not in node:
+        kind = str(node.get("_target_", "this")).rpartition(".")[2]
+        raise UserError(f"{kind} has no option {key}: stages=experts is for model=generic")
+    return OmegaConf.create({**node, key: value})
+
+
 def list_options(group: str) -> list[str]:
     """Return the names of a config group's options. A file `_NAME.yaml` is not an option."""
     names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
@@ -230,6 +248,7 @@ FILE_RESOLVERS = {
 
 def register_resolvers() -> None:
     """Register all resolvers with OmegaConf."""
-    others = {"offset_seed": offset_seed, "options": format_options}
+    others = {"offset_seed": offset_seed, "options": format_options, "without": remove_key}
+    others["with_option"] = set_key
     for name, resolver in {**FILE_RESOLVERS, **others}.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)

@@ -75,6 +75,8 @@ def name_layers_by_role(stage: Any) -> Any:
     # Imported here because planning needs no torch.
     from fp4dit.quantization.roles import has_roles, resolve_roles
 
+    if second := getattr(stage, "second", None):
+        stage = replace(stage, second=name_layers_by_role(second))
     fields = [name for name in ("weight", "activation") if has_roles(getattr(stage, name, None))]
     if not fields:
         return stage

@@ -18,6 +18,7 @@ STAGE_KINDS: dict[str, str] = {
     "finetune_stage": "pipelines.stages.Finetune",
     "activate_stage": "pipelines.stages.Activate",
     "generate_stage": "pipelines.stages.Generate",
+    "second_transformer": "pipelines.stages.SecondTransformer",
     "generation_options": "pipelines.stages.Generation",
     "score_stage": "pipelines.stages.Score",
     "histograms_stage": "pipelines.stages.Histograms",

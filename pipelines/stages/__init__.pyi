@@ -9,5 +9,6 @@ from .generate import Generation as Generation
 from .histograms import Histograms as Histograms
 from .reconstruct import Reconstruct as Reconstruct
 from .score import Score as Score
+from .second import SecondTransformer as SecondTransformer
 from .train import Train as Train
 from .train import Training as Training

@@ -63,7 +63,8 @@ class Activate(Stage):
         train_steps, val_steps = load_steps(needs["calls"] / "calls", self.calibration.num_prompts)
         resume_folder = out / "activate.resume"
         if observed:
-            observe = ObserveTask(pipeline, activations, observed)
+            tokens = self.calibration.token_sample
+            observe = ObserveTask(pipeline, activations, observed, tokens)
             make_trainer = partial(runtime.make_trainer, "activate: observe", devices=1)
             replay_steps(observe, train_steps, make_trainer, resume_folder / "observe.safetensors")
             observe.calibrate()

@@ -14,6 +14,7 @@ from fp4dit.calibration.capture import (
     batch_prompts,
     keep_states,
 )
+from fp4dit.calibration.token_sample import TokenSample
 from fp4dit.data.prompts import PromptSource, get_texts
 from fp4dit.estimate.stages import Estimator, StageCost, count_calls
 from fp4dit.models.base import PipelineSource
@@ -36,6 +37,8 @@ class Calibration:
         guidance: The scale of classifier-free guidance.
         transform: Changes the captured calls before they are written.
         timesteps: The number of sampler steps to keep, evenly spread; None for all.
+        tokens: The number of tokens of each call that are sampled for what is fitted to tokens and
+            not to sequences, such as GPTQ's moments; None for all.
 
     Raises:
         UserError: if a number is out of range.
@@ -53,6 +56,7 @@ class Calibration:
     guidance: float
     transform: CaptureTransform = keep_states
     timesteps: int | None = None
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_prompts < 1 or self.num_val_prompts < 1 or self.batch_size < 1:
@@ -65,6 +69,16 @@ class Calibration:
                 f"calibration.timesteps={self.timesteps}: the sampler has {self.steps} steps, keep "
                 "1 or more of them"
             )
+        if self.tokens is not None and self.tokens < 1:
+            raise UserError(
+                f"calibration.tokens={self.tokens}: sample 1 or more tokens of each call, or give "
+                "null for all"
+            )
+
+    @property
+    def token_sample(self) -> TokenSample | None:
+        """The sample of tokens of each call; None for all tokens."""
+        return None if self.tokens is None else TokenSample(self.tokens, self.seed)
 
     @property
     def num_steps_kept(self) -> int:

@@ -22,9 +22,12 @@ from fp4dit.quantization.rules import Rule, assign_rules, find_layers
 from fp4dit.rounding.unit_files import load_quantized_
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.files import read_json, write_json
+from fp4dit.utils.images import count_frames
 from fp4dit.utils.provenance import read_package_versions
 from pipelines.runtime.trainer import Runtime
 from pipelines.stages.base import Stage
+from pipelines.stages.scalars import read_audits
+from pipelines.stages.second import SecondTransformer
 
 ERROR_PROMPTS = 8  # prompts on which the error of the text encoder is measured
 
@@ -41,6 +44,7 @@ class Export(Stage):
         at_most: The greatest values that metrics may have.
         force: Whether to export although a metric misses its bound.
         metrics: The names of all metrics that are scored.
+        second: The second transformer, if the pipeline has two that are quantized.
 
     Example:
         See the node `export` of `conf/stages/default.yaml`.
@@ -55,6 +59,7 @@ class Export(Stage):
     at_most: Mapping[str, float]
     force: bool
     metrics: Sequence[str]
+    second: SecondTransformer | None = None
 
     def check(self) -> None:
         """Raise UserError if the stage cannot run as configured."""
@@ -78,6 +83,11 @@ class Export(Stage):
         """Raise UserError if the export format cannot hold what the rules quantize."""
         if self.export_format is None:
             return
+        if self.second:
+            raise UserError(
+                "export_format writes a pipeline with one quantized transformer: leave it out, or "
+                "export one transformer, with stages=default and model.transformer="
+            )
         options = self.export_format.keywords
         if "target" not in options:
             raise UserError("export_format=fp4dit is what an export is without it: leave it out")
@@ -100,21 +110,25 @@ class Export(Stage):
         pipeline = self.model.load()
         text_encoder = self.pack_text_encoder(pipeline, needs["images"])
         bytes16 = self.pack_transformer(pipeline, needs)
+        packed = [pipeline.transformer]
+        if self.second:
+            bytes16 += self.second.pack_(pipeline, needs)
+            packed.append(self.second.find_transformer(pipeline))
         pipeline.save(out / "pipeline", self.base_name)
-        weight_audit = read_json(needs["weights"] / "audit.json")
-        activation_audit = read_json(needs["activations"] / "audit.json")
         facts = CardFacts(
             base=self.base_name,
             pipeline=read_json(out / "pipeline" / "model_index.json")["_class_name"],
             call=self.first_call(pipeline, needs["images"]),
-            weights=weight_audit["layers"],
-            activations=activation_audit["layers"],
+            weights=read_audits(needs, "weights")["layers"],
+            activations=read_audits(needs, "activations")["layers"],
             scores=scores,
-            bytes=count_state_bytes(pipeline.transformer),
+            bytes=sum(map(count_state_bytes, packed)),
             bytes16=bytes16,
             text_encoder=text_encoder,
             command=runtime.command,
             tools=read_package_versions(),
+            is_video=count_frames(needs["images"] / "images" / "00000.png") > 1,
+            transformers=len(packed),
         )
         (out / "pipeline" / "README.md").write_text(render_model_card(facts))
         self.convert(out / "pipeline")

@@ -22,6 +22,7 @@ from fp4dit.utils.errors import UserError
 from fp4dit.utils.files import write_json
 from pipelines.runtime.trainer import Runtime
 from pipelines.stages.base import Needs
+from pipelines.stages.second import SecondTransformer
 from pipelines.stages.sharded import ShardedStage
 
 Arithmetic = Literal["integer", "simulated"]
@@ -59,7 +60,8 @@ class Generate(ShardedStage):
     """Generates one image per prompt. A shard is a batch of prompts.
 
     The transformer depends on the roles of the inputs: `weights` and `activations` for a quantized
-    one, `transformer` for one that was trained with `lowbit_linear`, none for full precision.
+    one, `transformer` for one that was trained with `lowbit_linear`, none for full precision. A
+    `second` transformer of the pipeline has roles of its own.
     `arithmetic` says whether products of quantized numbers are summed up exactly, in whole numbers,
     where that is possible, or in the simulation's floating point.
 
@@ -78,6 +80,7 @@ class Generate(ShardedStage):
     count: int
     arithmetic: Arithmetic = "simulated"
     lowbit_linear: Sequence[TrainRule] = ()
+    second: SecondTransformer | None = None
 
     def estimate_cost(self, make_estimator: Callable[[], Estimator]) -> StageCost:
         options, estimator = self.generation, make_estimator()
@@ -119,6 +122,8 @@ class Generate(ShardedStage):
                 needs["weights"],
                 needs["activations"],
             )
+        if self.second:
+            self.second.load_(pipeline, needs)
         return GenerateTask(
             pipeline,
             folder,

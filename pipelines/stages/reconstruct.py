@@ -102,6 +102,7 @@ class Reconstruct(Stage):
             out / UNITS,
             activation=self.activation or (),
             memory=memory,
+            tokens=self.calibration.token_sample,
         )
         return work.run(
             columns,

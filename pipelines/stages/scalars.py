@@ -27,12 +27,37 @@ def collect_scalars(needs: Needs) -> dict[str, int | float]:
     values: dict[str, Any] = {}
     for role in ("weights", "activations", "images", "transformer"):
         if role in needs and (needs[role] / "audit.json").exists():
-            values |= read_json(needs[role] / "audit.json")
+            values |= read_audits(needs, role)
     scalars = {name: values[name] for name in STAGE_SCALARS if name in values}
     seconds = []
-    for role in ("calls", "rounded", "weights"):
+    for role in ("calls", "rounded", "weights", "calls_2", "weights_2"):
         if role in needs:
             seconds.append(read_json(needs[role] / "manifest.json")["seconds"])
     if seconds:
         scalars["calibration_seconds"] = sum(seconds)
     return scalars
+
+
+def read_audits(needs: Needs, role: str) -> dict[str, Any]:
+    """Read the audit of a role, joined with that of a second transformer, if there is one.
+
+    Bits are means over the values of both transformers, bytes are sums, and everything else is a
+    mean: as many steps are drawn by each, as far as is known. Layers of the second transformer have
+    its name.
+    """
+    first = read_json(needs[role] / "audit.json")
+    if f"{role}_2" not in needs:
+        return first
+    second = read_json(needs[f"{role}_2"] / "audit.json")
+    joined = dict(first)
+    for name, value in first.items():
+        if name.startswith("bits_"):
+            sizes = [sum(layer["values"] for layer in x["layers"]) or 1 for x in (first, second)]
+            total = value * sizes[0] + second[name] * sizes[1]
+            joined[name] = total / sum(sizes)
+        elif name == "checkpoint_bytes":
+            joined[name] = value + second[name]
+        elif name != "layers":
+            joined[name] = (value + second[name]) / 2
+    others = [{**layer, "name": f"transformer_2.{layer['name']}"} for layer in second["layers"]]
+    return joined | {"layers": [*first["layers"], *others]}

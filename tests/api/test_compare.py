@@ -1,5 +1,6 @@
 """`fp4dit.compare`, `inspect` and `methods`."""
 
+import io
 import subprocess
 import sys
 from inspect import unwrap
@@ -8,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers import PixArtSigmaPipeline
+from PIL import Image, ImageChops
 
 import fp4dit
 from fp4dit.packed.nn.linear import PackedLinear
 from fp4dit.utils.calls import remove_hooks
 from fp4dit.utils.errors import UserError
 from tests.helpers import tiny
+from tests.helpers.tiny_families import wan
 
 pytestmark = pytest.mark.unchecked
 
@@ -54,6 +58,47 @@ def test_scores_are_those_of_the_images(pipe: Any):
     assert width > 4 * 32
     assert height > 2 * 32
     assert "<img src=" in comparison._repr_mimebundle_()["text/html"]
+
+
+def test_videos_are_compared_frame_by_frame_and_play_in_step():
+    torch.manual_seed(0)
+    pipe: Any = wan()
+    options = [f"+model.options.{x}" for x in ("height=16", "width=16", "num_frames=5")]
+    comparison = fp4dit.compare(
+        pipe,
+        ["nvfp4_rtn"],
+        prompts=tiny.PROMPTS[:2],
+        steps=2,
+        overrides=options,
+        metrics=["psnr", "flicker"],
+    )
+    full, quantized = comparison.methods
+    assert [len(frames) for frames in quantized.frames] == [5, 5]
+    psnr, flicker = [], []
+    for frames, reference in zip(quantized.frames, full.frames, strict=True):
+        errors = np.array(
+            [to_array(a) - to_array(b) for a, b in zip(frames, reference, strict=True)]
+        )
+        psnr.append(np.mean(-10 * np.log10((errors**2).mean((1, 2, 3)))))
+        flicker.append(np.sqrt((np.diff(errors, axis=0) ** 2).mean()))
+    assert quantized.values["psnr"] == pytest.approx(psnr, abs=1e-3)
+    assert quantized.values["flicker"] == pytest.approx(flicker, abs=1e-5)
+    assert quantized.images == [frames[0] for frames in quantized.frames]
+    buffer = io.BytesIO()
+    comparison.save_video(buffer, tile=32)
+    with Image.open(buffer) as animation:
+        assert getattr(animation, "n_frames", 1) == 5
+        animation.seek(3)
+        drawn = animation.convert("RGB")
+    assert ImageChops.difference(drawn, comparison.draw_grid(tile=32, frame=3)).getbbox() is None
+    mean = f"{255 * np.mean(flicker):.2f}"
+    assert "Flicker, levels" in str(comparison)
+    assert mean in str(comparison)
+    assert comparison.to_rows()[1]["flicker"] == pytest.approx(np.mean(flicker), abs=1e-5)
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    return np.asarray(image) / 255.0
 
 
 def test_prompts_are_drawn_or_calibrated_on_but_not_both(pipe: Any):

@@ -12,10 +12,11 @@ from fp4dit.evaluation import summary
 from fp4dit.evaluation.score import ScoreTask, list_score_files, load_shards, make_shards
 from fp4dit.metrics.base import PerImageMetric
 from fp4dit.metrics.clip import CLIPScore
+from fp4dit.metrics.flicker import Flicker
 from fp4dit.metrics.full_reference import PSNR, SSIM
 from fp4dit.utils import save_timer
 from fp4dit.utils.errors import UserError
-from fp4dit.utils.images import read_image
+from fp4dit.utils.images import read_image, save_image
 from pipelines.runtime.trainer import Runtime
 from pipelines.stages.sharded import ShardQueue, load_one_by_one
 
@@ -172,6 +173,25 @@ def test_images_and_references_have_the_same_size(writable_folders, tmp_path):
     Image.new("RGB", (16, 17)).save(writable_folders[0] / "00000.png")
     with pytest.raises(UserError, match=r"different sizes: \(16, 16\), \(17, 16\)"):
         score_images({"psnr": PSNR()}, writable_folders, tmp_path / "out")
+
+
+def test_videos_are_scored_one_after_the_other(tmp_path):
+    """A batch has few frames, and the values are those of whole videos."""
+    videos = {}
+    for name in ("images", "reference"):
+        (tmp_path / name).mkdir()
+        videos[name] = torch.randint(256, (3, 9, 3, 16, 16)) / 255
+        for i, video in enumerate(videos[name]):
+            save_image(video, tmp_path / name / f"{i:05}.png")
+    folders = (tmp_path / "images", tmp_path / "reference")
+    [shard] = make_shards(*folders, ["a", "b", "c"])
+    assert [tuple(images.shape[:2]) for images, _, _ in shard.load_batches()] == [(1, 9)] * 3
+    scores = score_images({"flicker": Flicker(), "psnr": PSNR()}, folders, tmp_path / "out", 3)
+    expected = Flicker().score(videos["images"], videos["reference"], [])
+    torch.testing.assert_close(scores["flicker"], expected)
+    save_image(videos["images"][0, :5], tmp_path / "images" / "00000.png")
+    with pytest.raises(UserError, match=r"different numbers of frames: \[5, 9\]"):
+        score_images({"psnr": PSNR()}, folders, tmp_path / "again", 3)
 
 
 def test_the_summary_has_means_groups_and_values(tmp_path):

@@ -307,6 +307,20 @@ def test_views_are_quantized_in_place_of_their_copies():
             assert CachedFakeQuantize(quantizer)(view).equal(quantizer(view))
 
 
+def test_slices_of_wider_tokens_are_quantized_as_their_copies():
+    """Some models split a projection, so that a token's values are not followed by the next's."""
+    wide = torch.randn(1, 30, 64)
+    for part in (wide[..., :32], wide[0, :, 32:]):
+        fake_quant = FakeQuantize(Quantizer(E2M1, PerGroup(16), AbsMax(fp16)))
+        grid = require(find_token_grid(fake_quant, 32))
+        with torch.no_grad():
+            tokens = quantize_to_grid(fake_quant, part, grid)
+            copies = quantize_to_grid(fake_quant, part.contiguous(), grid)
+            assert CachedFakeQuantize(fake_quant.quantizer)(part).equal(fake_quant(part))
+        assert tokens.numbers.equal(copies.numbers)
+        assert tokens.scale.equal(copies.scale)
+
+
 @pytest.mark.parametrize("name", TOKENS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_values_that_are_not_finite(name: str, value: float):

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageChops
+from torchvision.transforms.functional import to_tensor
 
 import pipelines.report
 from fp4dit.report.images import ImageLimits, ReportImages
@@ -27,6 +29,7 @@ from fp4dit.report.row_data import RowData
 from fp4dit.tables.rows import ScoredRow, TableColumn, make_scored_row
 from fp4dit.tables.table import Table
 from fp4dit.utils.errors import UserError
+from fp4dit.utils.images import save_image
 from tests.conftest import ROOT, Run
 
 HOSTILE = "</script><script>alert(1)</script><!-- \u2028 \"'&🙂"
@@ -326,7 +329,37 @@ class TestImages:
         _, (text,) = next(ReportImages([data], ImageLimits(pixels=50)).encode_folders())
         assert decode_image(text).size == (50, 50)
 
-    @pytest.mark.parametrize("field", ["prompts", "pixels", "quality", "megabytes"])
+    @pytest.mark.parametrize(("frames", "shown"), [(24, 5), (3, 3)])
+    def test_videos_show_their_first_frames_below_each_other(
+        self, tmp_path: Path, frames: int, shown: int
+    ):
+        folder = draw_images(tmp_path / "a", {("p", 0): (0, 0, 0), ("q", 1): (0, 0, 0)})
+        video = torch.randint(256, (5, 3, 6, 8)) / 255
+        save_image(video, folder / "images" / "00000.png")
+        save_image(video[:2], folder / "images" / "00001.png")  # which is shorter
+        data = RowData(empty_row(2), "", images=folder)
+        images = ReportImages([data], ImageLimits(frames=frames))
+        assert images.num_frames == shown
+        _, (text, short) = next(images.encode_folders())
+        stacked = to_tensor(decode_image(text)).unflatten(1, (shown, 6)).movedim(1, 0)
+        assert torch.equal(stacked, video[:shown])
+        assert decode_image(short).size == decode_image(text).size
+        said = "Videos show their first 3 frames of 5; scores are of all frames."
+        assert (said in images.describe_encoding()) == (shown < 5)
+        table = Table([data.scored], [TableColumn("psnr", "PSNR", per_image=True)])
+        report = Scripts("".join(render_page("t", table, [data], images, {}))).texts["report"]
+        assert json.loads(report)["frames"] == shown
+
+    def test_frames_are_no_more_than_webp_can_hold(self, tmp_path: Path):
+        folder = draw_images(tmp_path / "a", {("p", 0): (0, 0, 0)})
+        save_image(torch.rand(9, 3, 4000, 2), folder / "images" / "00000.png")
+        limits = ImageLimits(pixels=4000)
+        images = ReportImages([RowData(empty_row(1), "", images=folder)], limits)
+        assert images.num_frames == 4
+        _, (text,) = next(images.encode_folders())
+        assert decode_image(text).height == 16000
+
+    @pytest.mark.parametrize("field", ["prompts", "pixels", "quality", "megabytes", "frames"])
     def test_a_limit_that_allows_nothing_is_refused(self, field: str):
         with pytest.raises(UserError, match=rf"report\.{field}=0"):
             ImageLimits(**{field: 0})

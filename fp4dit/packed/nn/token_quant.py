@@ -145,7 +145,7 @@ def quantize_by_kernel(
     if order[-1] != x.ndim - 1:
         order = list(range(x.ndim))
     dense = x.permute(order)
-    rows = dense.reshape(-1, x.shape[-1])
+    rows = dense.reshape(-1, x.shape[-1]).contiguous()
     group = quantizer.granularity.width(rows.shape)
     scale = find_fused_scale(quantizer.scale, fmt, rows.view(-1, group))
     if scale is None:
@@ -161,7 +161,7 @@ def quantize_to_grid(
     assert isinstance(fake_quant, FakeQuantize)
 
     def quantize() -> IntegerTokens:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()  # a slice of a wider tensor stays a view
         scaling = choose_scaling(fake_quant, grid.numbers.fmt, rows.view(-1, grid.group))
         return quantize_to_integers(rows, grid.numbers, grid.group, scaling)
 

@@ -21,4 +21,4 @@ const fillSelect = (select, options) => select.replaceChildren(...options.map(([
 const containsWords = (text, query) => query.toLowerCase().split(/\s+/).every((word) => text.toLowerCase().includes(word));
 
 const picturable = rows.flatMap((row, i) => (row.images && row.images !== row.reference ? [i] : []));
-const state = { row: picturable.at(-1) ?? 0, sort: null, shown: 12, layer: null };
+const state = { row: picturable.at(-1) ?? 0, sort: null, shown: 12, layer: null, timer: null };

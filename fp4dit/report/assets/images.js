@@ -82,3 +82,27 @@ function drawView() {
   section.style.setProperty("--ratio", report.ratio);
   $("gain-label").hidden = view !== "difference";
 }
+
+// Frames of a video are below each other in one image. All videos show the same frame.
+function showFrame(number) {
+  $("frame").value = number;
+  $("frame-shown").textContent = `${number} of ${report.frames}`;
+  $("images").style.setProperty("--frame", `${(100 * (number - 1)) / (report.frames - 1)}%`);
+}
+
+function setPlaying(isPlaying) {
+  clearInterval(state.timer);
+  state.timer = isPlaying ? setInterval(() => showFrame((Number($("frame").value) % report.frames) + 1), report.frame_milliseconds) : null;
+  $("play").setAttribute("aria-pressed", String(isPlaying));
+}
+
+function addPlayer() {
+  if (report.frames < 2) return;
+  $("images").classList.add("film");
+  $("player").hidden = false;
+  $("frame").max = report.frames;
+  $("frame").oninput = () => { setPlaying(false); showFrame(Number($("frame").value)); };
+  $("play").onclick = () => setPlaying(state.timer === null);
+  showFrame(1);
+  setPlaying(!matchMedia("(prefers-reduced-motion: reduce)").matches);
+}

@@ -57,3 +57,4 @@ function addListeners() {
 
 showReport();
 addListeners();
+addPlayer();

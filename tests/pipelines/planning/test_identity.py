@@ -27,20 +27,20 @@ DETAILED = "demo_4_fp4dit_w4a8"
 # version of a stage changes on purpose; a move or a new name must not change them.
 KEYS: dict[str, str] = {
     "demo_1_full_precision/score": "c0decf92175303c8",
-    "demo_2_int4_nearest/score": "19c6cffd287cca06",
-    "demo_3_int4_adaround/score": "df3bea62ff360712",
+    "demo_2_int4_nearest/score": "b239c116ffd8caa7",
+    "demo_3_int4_adaround/score": "6e519dd4c0de18a5",
     "demo_4_fp4dit_w4a8/capture": "e5fb761b7274f684",
-    "demo_4_fp4dit_w4a8/reconstruct": "077018707e448125",
-    "demo_4_fp4dit_w4a8/activate": "eddf6eb83e73cbef",
-    "demo_4_fp4dit_w4a8/generate": "0fa075062fd5ad6b",
+    "demo_4_fp4dit_w4a8/reconstruct": "447251e3f9370ce0",
+    "demo_4_fp4dit_w4a8/activate": "565b426b9edc144d",
+    "demo_4_fp4dit_w4a8/generate": "fd13e30689fc529f",
     "demo_4_fp4dit_w4a8/reference": "060d500d88872191",
-    "demo_4_fp4dit_w4a8/score": "3104ba9197441ad9",
-    "demo_4_fp4dit_w4a8/export": "27bccf8472e06225",
-    "demo_4_fp4dit_w4a8/histograms": "c2d87356f730a77c",
-    "demo_5_fp4_nearest/score": "fa4e4bfd7e403e0b",
-    "demo_6_int4_adaround_dynamic/score": "b2f861133bad6343",
-    "demo_7_fp4dit_w4a6/score": "760e5f1e5ee350c1",
-    "demo_8_fp4dit_w4a4/score": "50f642d5687036af",
+    "demo_4_fp4dit_w4a8/score": "2f81f5122d9cfadc",
+    "demo_4_fp4dit_w4a8/export": "3c9ba7982d08e45c",
+    "demo_4_fp4dit_w4a8/histograms": "97b9a0409308208a",
+    "demo_5_fp4_nearest/score": "810292c8b47cc293",
+    "demo_6_int4_adaround_dynamic/score": "81bba4b2e2c95e18",
+    "demo_7_fp4dit_w4a6/score": "79cb331643cf6ba9",
+    "demo_8_fp4dit_w4a4/score": "0ba27fe5ab7b7663",
 }
 
 
