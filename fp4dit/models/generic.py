@@ -96,7 +96,7 @@ class Generic(PretrainedSource):
         self, transformer: ModelMixin, pipe: DiffusionPipeline | None = None
     ) -> "GenericAdapter":
         adapter = GenericAdapter(transformer, self.options, self.load, pipe)
-        if self.prompt_shapes:
+        if pipe is None and self.prompt_shapes:
             adapter.sketch = self.make_sketch
         return adapter
 

@@ -94,7 +94,8 @@ def build_component(path: str, name: str, library: str | None, class_name: str |
     if library != "diffusers":
         return None
     component_class: Any = getattr(diffusers, str(class_name))
-    if not issubclass(component_class, ModelMixin):
+    is_model = issubclass(component_class, ModelMixin)
+    if not is_model:
         return component_class()
     file = find_config(path, f"{name}/config.json")
     if file is None:

@@ -8,7 +8,7 @@ import torch
 
 import pipelines.inspect
 from benchmarks.published import is_traced
-from fp4dit.estimate.footprint import measure_activation_shapes
+from fp4dit.estimate.footprint import measure_footprint
 from fp4dit.models.generic import Generic
 from fp4dit.quantization.audit import audit_weights
 from fp4dit.quantization.roles import resolve_roles
@@ -133,11 +133,16 @@ def check_layers(transformer: Any, rules: list[Rule], known: Published) -> None:
 def check_shapes(
     source: Generic, rules: list[Rule], known: Published, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Check the shapes of activations. The number of blocks changes none of them."""
+    """Check the shapes of activations, and that the units are found.
+
+    The number of blocks changes no shape.
+    """
     config = shorten_config(source.load_transformer_config())
     monkeypatch.setattr(Generic, "load_transformer_config", lambda _: config)
     adapter = source.build_on_meta()
-    shapes = measure_activation_shapes(adapter, resolve_roles(rules, adapter.transformer))
+    footprint = measure_footprint(adapter, resolve_roles(rules, adapter.transformer))
+    assert all(unit.unit for unit in footprint.units)  # the transformer is not one unit
+    shapes = footprint.activation_shapes
     assert shapes[known.stream][:2] == torch.Size([1, known.tokens])
     assert any(name.endswith(".q") for name in shapes)
 

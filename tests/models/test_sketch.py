@@ -36,7 +36,8 @@ def test_a_call_has_the_arguments_and_shapes_of_a_real_one(name: str, tmp_path: 
     family = TINY_FAMILIES[name]
     family.save(tmp_path)
     choice = {"options": family.options, "transformer": "transformer"}
-    real = Generic(str(tmp_path), **choice).load().record_first_calls()
+    loaded: Any = Generic(str(tmp_path), **choice).load()
+    real = loaded.record_first_calls()
     adapter: Any = Generic(str(tmp_path), **choice, prompt_shapes=SHAPES[name]).build_on_meta()
     adapter.load = lambda: pytest.fail("weights are loaded")
     for call, expected in zip(adapter.record_first_calls(), real, strict=True):
