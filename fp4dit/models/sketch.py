@@ -7,7 +7,7 @@ do not depend on their values.
 
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -94,14 +94,13 @@ def build_component(path: str, name: str, library: str | None, class_name: str |
     if library != "diffusers":
         return None
     component_class: Any = getattr(diffusers, str(class_name))
-    is_model = issubclass(component_class, ModelMixin)
-    if not is_model:
+    if not issubclass(component_class, ModelMixin):
         return component_class()
     file = find_config(path, f"{name}/config.json")
     if file is None:
         return None
     with torch.device("meta"):
-        return component_class.from_config(read_json(file))
+        return cast(Any, component_class).from_config(read_json(file))
 
 
 def make_embeddings(
