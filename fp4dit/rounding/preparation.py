@@ -76,8 +76,8 @@ def prepare_layers(
             )
         layer_or_ranges = model.get_submodule(name)
         for layer, layer_rows in rows_per_range(layer_or_ranges, timesteps):
-            if x is None:
-                layer.prepare(None)
+            if x is None or layer_rows.all():
+                layer.prepare(x)  # an expert reads a number of tokens that no row divides
             else:
                 # A layer may read several vectors for each row.
                 vectors = layer_rows.repeat_interleave(len(x) // len(layer_rows))
