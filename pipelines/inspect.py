@@ -4,6 +4,7 @@ If the weights are on this machine, a sample of them tells which 4-bit format fi
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from fp4dit.models.weight_files import WeightFiles
 from fp4dit.quantization.audit import audit_activation_shapes, audit_layers
 from fp4dit.quantization.audit_table import ModelAudit, audit_model
 from fp4dit.quantization.format_forecast import forecast_formats
+from fp4dit.quantization.rules import Rule
 from fp4dit.store.store import Store
 from fp4dit.utils.errors import UserError
 from pipelines.cli.costs import (
@@ -51,8 +53,13 @@ def main(cfg: DictConfig) -> None:
         return
     model: Any = OmegaConf.to_container(cfg.model, resolve=True)
     outline = find_outline(model)
-    audit = audit_outline(outline, images) if outline else audit_skeleton(images)
-    print_audit(add_forecast(audit, model, images), cfg.layers)
+    if outline:
+        weight: Any = instantiate_node("weight", images.config["weight"])
+        audit = audit_outline(outline, images)
+    else:
+        generate: Any = build_stages([images])[images.name]
+        weight, audit = generate.weight, audit_skeleton(generate)
+    print_audit(add_forecast(audit, model, weight), cfg.layers)
 
 
 def print_audit(audit: ModelAudit, layers: str) -> None:
@@ -77,27 +84,25 @@ def audit_outline(outline: ModelOutline, images: PlannedStage) -> ModelAudit:
     return audit_model(model, weights, inputs, list(shapes))
 
 
-def add_forecast(audit: ModelAudit, model: dict[str, Any], images: PlannedStage) -> ModelAudit:
+def add_forecast(audit: ModelAudit, model: dict[str, Any], weight: Sequence[Rule]) -> ModelAudit:
     """Add which 4-bit format is expected to win, if the weights are on this machine.
 
     Args:
         audit: The audit of the model.
         model: The node `model` of the config.
-        images: The stage that generates the images, which has the rules.
+        weight: The rules for weights, with roles resolved.
     """
     files = WeightFiles.find(model["path"], model.get("transformer") or TRANSFORMER)
     if files is None:
         return audit
-    rules = instantiate_node("weight", images.config["weight"])
-    return replace(audit, forecast=forecast_formats(audit.shapes, rules, files.read_rows))
+    return replace(audit, forecast=forecast_formats(audit.shapes, weight, files.read_rows))
 
 
-def audit_skeleton(images: PlannedStage) -> ModelAudit:
-    """Audit a model that is built on the meta device, where its activations are recorded."""
+def audit_skeleton(generate: Any) -> ModelAudit:
+    """Audit the model of a stage on the meta device, where its activations are recorded."""
     # Imported here because it takes seconds, and the outline of a model does without it.
     from fp4dit.estimate.audit import audit_transformer
 
-    generate: Any = build_stages([images])[images.name]
     return audit_transformer(generate.model, generate.weight, generate.activation)
 
 
@@ -116,7 +121,7 @@ def print_audit_and_costs(
     inputs = audit_activation_shapes(shapes, generate.activation)
     audit = audit_model(model, audit_layers(model, generate.weight), inputs, list(shapes))
     node: Any = OmegaConf.to_container(cfg.model, resolve=True)
-    print_audit(add_forecast(audit, node, images), cfg.layers)
+    print_audit(add_forecast(audit, node, generate.weight), cfg.layers)
     pending_objects = {name: objects[name] for name in pending if name in objects}
     costs = collect_costs(pending_objects, lambda: estimator)
     print("", describe_speed(estimator), *format_costs(list(stages), pending, costs), sep="\n")

@@ -248,7 +248,11 @@ FILE_RESOLVERS = {
 
 def register_resolvers() -> None:
     """Register all resolvers with OmegaConf."""
-    others = {"offset_seed": offset_seed, "options": format_options, "without": remove_key}
-    others["with_option"] = set_key
+    others = {
+        "offset_seed": offset_seed,
+        "options": format_options,
+        "with_option": set_key,
+        "without": remove_key,
+    }
     for name, resolver in {**FILE_RESOLVERS, **others}.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)

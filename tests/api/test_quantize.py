@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 import fp4dit
-from fp4dit.api.compare import draw_images
+from fp4dit.api.compare import draw_frames
 from fp4dit.api.presets import compose_for_pipeline, compose_preset
 from fp4dit.packed.nn.linear import PackedLinear
 from fp4dit.utils.errors import UserError
@@ -69,7 +69,7 @@ def load_pipeline(folder: Path) -> Any:
 
 def draw(pipe: DiffusionPipeline, method: str, overrides: Sequence[str]) -> list[np.ndarray]:
     preset = compose_for_pipeline(pipe, method, overrides, steps=2)
-    return [np.asarray(image) for image in draw_images(pipe, preset, DRAWN)]
+    return [np.asarray(image) for [image] in draw_frames(pipe, preset, DRAWN)]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import T5EncoderModel
 
+from fp4dit.api.families import find_model_option
 from fp4dit.api.presets import compose_preset
 from fp4dit.api.quantization_config import QuantizationConfig
 from fp4dit.api.quantize import quantize
@@ -238,7 +239,7 @@ def test_modules_that_stay_in_fp32(tmp_path: Path):
     load = WanTransformer3DModel.from_pretrained
     expected = load(tmp_path / "plain", dtype=torch.bfloat16)
     assert expected.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
-    preset = compose_preset("rtn")
+    preset = compose_preset("rtn", model=find_model_option("WanTransformer3DModel"))
     quantize_to_nearest_(expected, preset.weight, preset.activation)
     config = QuantizationConfig("rtn")
     transformer = load(tmp_path / "plain", dtype=torch.bfloat16, quantization_config=config)
