@@ -239,9 +239,10 @@ def test_modules_that_stay_in_fp32(tmp_path: Path):
     load = WanTransformer3DModel.from_pretrained
     expected = load(tmp_path / "plain", dtype=torch.bfloat16)
     assert expected.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
-    preset = compose_preset("rtn", model=find_model_option("WanTransformer3DModel"))
+    overrides = ["model_layers.sensitive=[]"]
+    preset = compose_preset("rtn", overrides, find_model_option("WanTransformer3DModel"))
     quantize_to_nearest_(expected, preset.weight, preset.activation)
-    config = QuantizationConfig("rtn")
+    config = QuantizationConfig("rtn", overrides)
     transformer = load(tmp_path / "plain", dtype=torch.bfloat16, quantization_config=config)
     transformer.save_pretrained(tmp_path / "packed")
     for model in (transformer, load(tmp_path / "packed", dtype=torch.bfloat16)):
