@@ -16,7 +16,7 @@ from fp4dit.api.report import QuantizationReport
 from fp4dit.tables.images import draw_image_grid
 from fp4dit.utils.files import write_json
 from fp4dit.utils.formatting import align_columns, format_bytes
-from fp4dit.utils.images import FRAME_MILLISECONDS
+from fp4dit.utils.image_files import FRAME_MILLISECONDS
 from fp4dit.utils.statistics import Interval, compute_interval
 
 

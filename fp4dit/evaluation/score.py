@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fp4dit.metrics.base import FeatureExtractor, PerImageMetric, SetMetric
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.files import atomic_write_checksummed
-from fp4dit.utils.images import count_frames, read_image
+from fp4dit.utils.image_files import count_frames
+from fp4dit.utils.images import read_image
 from fp4dit.utils.resumable import PartialResults
 from fp4dit.utils.safetensors_io import save_tensors
 

@@ -14,7 +14,7 @@ from fp4dit.tables.render import replace_infinities
 from fp4dit.tables.rows import TableColumn
 from fp4dit.tables.style import MARKDOWN, format_interval
 from fp4dit.tables.table import Table
-from fp4dit.utils.images import FRAME_MILLISECONDS
+from fp4dit.utils.image_files import FRAME_MILLISECONDS
 
 # The files that are joined into the page's script, in this order.
 SCRIPTS = ("base.js", "table.js", "images.js", "plots.js", "main.js")

@@ -3,46 +3,14 @@
 A video is an animated PNG, which is lossless, and which browsers play where they show images.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
-from fp4dit.utils.errors import UserError
-
-FRAME_MILLISECONDS = 125
-
-
-@contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
-    """Open an image or a video with Pillow.
-
-    Raises:
-        UserError: if the file is not an image, as soon as that is found out.
-    """
-    try:
-        with Image.open(path) as image:
-            yield image
-    # Pillow raises SyntaxError for a broken PNG.
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UserError(
-            f"{path} is no image ({error}): delete it and run again, and it will be drawn again"
-        ) from error
-
-
-def count_frames(path: Path) -> int:
-    """Return the number of frames of a video, from the head of its file; 1 for an image.
-
-    Raises:
-        UserError: if the file is not an image.
-    """
-    with open_image(path) as image:
-        return getattr(image, "n_frames", 1)
+from fp4dit.utils.image_files import FRAME_MILLISECONDS, open_image
 
 
 def read_image(path: Path) -> Float[Tensor, "*f 3 h w"]:

@@ -22,7 +22,7 @@ from fp4dit.quantization.rules import Rule, assign_rules, find_layers
 from fp4dit.rounding.unit_files import load_quantized_
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.files import read_json, write_json
-from fp4dit.utils.images import count_frames
+from fp4dit.utils.image_files import count_frames
 from fp4dit.utils.provenance import read_package_versions
 from pipelines.runtime.trainer import Runtime
 from pipelines.stages.base import Stage
