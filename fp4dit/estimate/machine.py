@@ -55,6 +55,13 @@ def measure_matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / time_fastest_call(lambda: x @ x, device)
 
 
+def compare_with_fp32(machine: Machine, dtype: torch.dtype) -> float:
+    """Return how many times as fast as in `dtype` a machine that was measured in it is in fp32."""
+    if dtype == torch.float32:
+        return 1.0
+    return measure_matmul_speed(machine.device, torch.float32) / machine.flops_per_second
+
+
 def measure_quantize_seconds(
     rule: Rule, shape: torch.Size, device: torch.device, dtype: torch.dtype
 ) -> float:

@@ -121,12 +121,10 @@ def warn_of_slow_dtype(machine: "Machine", dtype: Any) -> Iterator[str]:
         machine: The machine, measured in `dtype`.
         dtype: The torch.dtype of the model.
     """
-    import torch
+    from fp4dit.estimate.machine import compare_with_fp32
 
-    from fp4dit.estimate.machine import measure_matmul_speed
-
-    factor = measure_matmul_speed(machine.device, torch.float32) / machine.flops_per_second
-    if dtype != torch.float32 and factor >= 2:
+    factor = compare_with_fp32(machine, dtype)
+    if factor >= 2:
         yield (
             f"a matrix product in {dtype} takes {factor:.0f} times as long on this "
             f"{machine.device} as in torch.float32: give model.dtype=float32"
