@@ -77,9 +77,7 @@ def absmax_noise(
     deviation: float = 1.0,
 ) -> float:
     """Integrate over the absmax."""
-    absmax, weights = place_absmax(distribution, size, SMOOTH)
-    scale = compute_scale(rule, fmt, absmax, deviation)
-    return float(weights @ block_noise(distribution, list_levels(fmt), scale, absmax, size))
+    return integrate_over_absmax(rule, fmt, distribution, size, deviation, SMOOTH)
 
 
 @expected_noise.register
@@ -94,9 +92,7 @@ def e8m0_noise(
     """Integrate over the absmax, in steps that are small beside an octave."""
     if rule.reach is not max_magnitude or len(rule.shifts) > 1:
         raise ValueError("E8M0Scale with a reach or with several shifts: use sample_noise")
-    absmax, weights = place_absmax(distribution, size, ROUNDED)
-    scale = compute_scale(rule, fmt, absmax, deviation)
-    return float(weights @ block_noise(distribution, list_levels(fmt), scale, absmax, size))
+    return integrate_over_absmax(rule, fmt, distribution, size, deviation, ROUNDED)
 
 
 @expected_noise.register
@@ -171,6 +167,20 @@ def fixed_scale_noise(
     """
     end = np.array([1e9])
     return float(cell_noise(distribution, scale * levels[None], -end, end)[0])
+
+
+def integrate_over_absmax(
+    rule: ScaleRule,
+    fmt: Format,
+    distribution: Distribution,
+    size: int,
+    deviation: float,
+    step: float,
+) -> float:
+    """Return the expected squared error of a rule whose scales depend on the absmax alone."""
+    absmax, weights = place_absmax(distribution, size, step)
+    scale = compute_scale(rule, fmt, absmax, deviation)
+    return float(weights @ block_noise(distribution, list_levels(fmt), scale, absmax, size))
 
 
 def list_levels(fmt: Format) -> Float[np.ndarray, "1 v"]:

@@ -17,9 +17,9 @@ from fp4dit.api.comparison import ComparedMethod, Comparison, PrintedMetric
 from fp4dit.api.live import LivePipeline, copy_transformers
 from fp4dit.api.presets import Preset, compose_for_pipeline
 from fp4dit.api.quantize import check_components, check_quantizes, list_components, quantize
-from fp4dit.api.report import TRANSFORMER
 from fp4dit.calibration.capture import batch_prompts
 from fp4dit.models.adapter import TransformerAdapter
+from fp4dit.models.hub_files import TRANSFORMER
 from fp4dit.quantization.rules import assign_rules, find_layers
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.extras import require_extra

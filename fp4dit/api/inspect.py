@@ -10,10 +10,10 @@ from fp4dit.api.families import find_lower_tokens, find_model_option, read_token
 from fp4dit.api.live import LivePipeline
 from fp4dit.api.presets import Preset, compose_for_pipeline, compose_preset
 from fp4dit.api.quantize import check_components, check_quantizes, list_components
-from fp4dit.api.report import TRANSFORMER, QuantizationReport
+from fp4dit.api.report import QuantizationReport
 from fp4dit.estimate.audit import audit_transformer
 from fp4dit.models.base import PipelineSource
-from fp4dit.models.hub_files import INDEX, list_indexed_components, read_config
+from fp4dit.models.hub_files import INDEX, TRANSFORMER, list_indexed_components, read_config
 from fp4dit.models.weight_files import WeightFiles
 from fp4dit.quantization.format_forecast import forecast_formats, forecast_from_module
 

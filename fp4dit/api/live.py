@@ -14,7 +14,7 @@ from torch import nn
 
 from fp4dit.models.adapter import TransformerAdapter
 from fp4dit.models.generic import GenericAdapter
-from fp4dit.models.hub_files import TRANSFORMER
+from fp4dit.models.hub_files import TRANSFORMER, find_transformers
 from fp4dit.models.pretrained import PretrainedSource
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.modules import copy_to_meta
@@ -110,18 +110,16 @@ def replace_transformer(pipe: Any, transformer: Any, component: str = TRANSFORME
 def copy_transformers(pipe: Any) -> Any:
     """Return a pipeline with copies of its transformers, which shares all other components."""
     clone = copy.copy(pipe)
-    for name, component in pipe.components.items():
-        if name.startswith(TRANSFORMER) and component is not None:
-            clone.__dict__[name] = copy.deepcopy(component)
+    for name, transformer in find_transformers(pipe.components).items():
+        clone.__dict__[name] = copy.deepcopy(transformer)
     return clone
 
 
 def hash_transformers(pipe: Any) -> str:
     """Return a hash of the transformers of a pipeline; of a single one, that of its tensors."""
-    hashes = []
-    for name, component in pipe.components.items():
-        if name.startswith(TRANSFORMER) and component is not None:
-            hashes.append(hash_module(component))
+    hashes = [
+        hash_module(transformer) for transformer in find_transformers(pipe.components).values()
+    ]
     if len(hashes) == 1:
         return hashes[0]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]

@@ -12,9 +12,10 @@ from diffusers import DiffusionPipeline
 from fp4dit.api.calibrated import quantize_with_calls_
 from fp4dit.api.live import LivePipeline, check_not_quantized
 from fp4dit.api.presets import Preset, compose_for_pipeline
-from fp4dit.api.report import TRANSFORMER, QuantizationReport
+from fp4dit.api.report import QuantizationReport
 from fp4dit.api.settings import keep_torch_settings
 from fp4dit.estimate.audit import audit_transformer
+from fp4dit.models.hub_files import TRANSFORMER
 from fp4dit.packed.encoding.schema import to_tagged_json
 from fp4dit.packed.export import count_state_bytes, quantize_encoder_, quantize_to_nearest_
 from fp4dit.packed.quantize import assign_text_encoder_rules

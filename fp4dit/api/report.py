@@ -4,11 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
 
+from fp4dit.models.hub_files import find_transformers
 from fp4dit.quantization.audit import effective_bits
 from fp4dit.quantization.audit_table import HEADING, ModelAudit
 from fp4dit.utils.formatting import format_duration
-
-TRANSFORMER = "transformer"
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,11 +42,7 @@ class QuantizationReport:
     @property
     def transformers(self) -> list[ModelAudit]:
         """Audits of all transformers that are quantized."""
-        audits = []
-        for name, audit in self.components.items():
-            if name.startswith(TRANSFORMER):
-                audits.append(audit)
-        return audits
+        return list(find_transformers(self.components).values())
 
     @property
     def bits_weight(self) -> float:

@@ -8,7 +8,7 @@ from torch import nn
 
 from fp4dit.calibration.capture import PromptBatch
 from fp4dit.models.base import Pipeline
-from fp4dit.models.hub_files import TRANSFORMER
+from fp4dit.models.hub_files import find_transformers
 from fp4dit.models.nan_guard import nan_guard
 from fp4dit.packed.integer_inference import use_integer_arithmetic_
 from fp4dit.utils.files import atomic_write_checksummed
@@ -21,14 +21,11 @@ def list_image_files(out: Path, batch: PromptBatch) -> list[Path]:
     return [out / f"{batch.first + i:05}.png" for i in range(len(batch.prompts))]
 
 
-def list_transformers(pipeline: Any) -> list[nn.Module]:
+def list_drawing_models(pipeline: Any) -> list[nn.Module]:
     """Return the transformer of a pipeline, and those that draw with it."""
-    models = [pipeline.transformer]
     pipe = getattr(pipeline, "pipe", None)
-    for name, component in pipe.components.items() if pipe is not None else ():
-        if name.startswith(TRANSFORMER) and isinstance(component, nn.Module):
-            models.append(component)
-    return list(dict.fromkeys(models))
+    others = find_transformers(pipe.components if pipe is not None else {})
+    return list(dict.fromkeys([pipeline.transformer, *others.values()]))
 
 
 class GenerateTask(L.LightningModule):
@@ -64,7 +61,7 @@ class GenerateTask(L.LightningModule):
 
     def on_predict_start(self) -> None:
         if self.in_integers and self.device.type == "cpu":
-            for model in list_transformers(self.pipeline):
+            for model in list_drawing_models(self.pipeline):
                 use_integer_arithmetic_(model)
 
     def predict_step(self, batch: PromptBatch) -> None:

@@ -8,7 +8,7 @@ import json
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -22,6 +22,8 @@ TRANSFORMER_CONFIG = f"{TRANSFORMER}/config.json"
 PUBLISHED = Path(__file__).parent / "published"
 
 CONNECTION_SECONDS = 4.0  # after which the hub counts as not reachable
+
+ComponentT = TypeVar("ComponentT")
 
 
 def read_config(path: str, name: str) -> dict[str, Any]:
@@ -43,6 +45,20 @@ def read_config(path: str, name: str) -> dict[str, Any]:
         return json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not JSON: {error}") from error
+
+
+def find_transformers(components: Mapping[str, ComponentT | None]) -> dict[str, ComponentT]:
+    """Return the transformers among what is known of the components of a pipeline, by name.
+
+    Example:
+        >>> find_transformers({"vae": "a", "transformer": "b", "transformer_2": None})
+        {'transformer': 'b'}
+    """
+    transformers = {}
+    for name, component in components.items():
+        if name.startswith(TRANSFORMER) and component is not None:
+            transformers[name] = component
+    return transformers
 
 
 def list_indexed_components(index: Mapping[str, Any]) -> list[str]:

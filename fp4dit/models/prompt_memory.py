@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fp4dit.data.embeddings import INSTRUCTIONS
-from fp4dit.models.hub_files import TRANSFORMER
+from fp4dit.models.hub_files import find_transformers
 from fp4dit.models.templates import hash_content
 from fp4dit.utils import pytree_io
 from fp4dit.utils.calls import remove_hooks
@@ -138,9 +138,8 @@ class PromptRecorder:
             raise EncodingDone
 
         with ExitStack() as stack:
-            for name, component in self.pipe.components.items():
-                if name.startswith(TRANSFORMER) and component is not None:
-                    stack.enter_context(remove_hooks([component.register_forward_pre_hook(stop)]))
+            for transformer in find_transformers(self.pipe.components).values():
+                stack.enter_context(remove_hooks([transformer.register_forward_pre_hook(stop)]))
             self.pipe.__dict__[ENCODE] = encode
             stack.callback(self.pipe.__dict__.pop, ENCODE)
             try:

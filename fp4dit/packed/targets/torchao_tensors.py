@@ -62,7 +62,7 @@ def encode(
             "block_size": 16,
             "orig_dtype": name_dtype(dtype),
         }
-        return make(parts, "NVFP4Tensor", attributes)
+        return describe_class(parts, "NVFP4Tensor", attributes)
     if grid.fmt == E4M3FN and grid.width == 32 != k:
         scale = grid.by_row(require_scale(grid)).cpu()
         qdata = grid.points.cpu().to(torch.float8_e4m3fn)
@@ -77,7 +77,7 @@ def encode(
             "kernel_preference": {"_type": "KernelPreference", "_data": "AUTO"},
             "dtype": name_dtype(dtype),
         }
-        return make(parts, "Float8Tensor", attributes)
+        return describe_class(parts, "Float8Tensor", attributes)
     return encode_integers(grid, dtype)
 
 
@@ -100,7 +100,7 @@ def encode_mx(
         "is_swizzled_scales": False,
     }
     powers = encode_powers_of_two(scale).view(torch.float8_e8m0fnu)
-    tensors, settings = make({"qdata": qdata, "scale": powers}, "MXTensor", attributes)
+    tensors, settings = describe_class({"qdata": qdata, "scale": powers}, "MXTensor", attributes)
     return tensors, settings | {"has_same_input": is_same}
 
 
@@ -132,7 +132,7 @@ def encode_integers(
             "block_size": [1, k],
             "dtype": name_dtype(dtype),
         }
-        return make({"qdata": qdata, "scale": scale}, "Int8Tensor", attributes)
+        return describe_class({"qdata": qdata, "scale": scale}, "Int8Tensor", attributes)
     zero = (grid.by_row(qparams.zero) - middle).cpu().to(torch.int8)
     attributes = {
         "target_dtype": {"_type": "torch.dtype", "_data": f"int{bits}"},
@@ -141,10 +141,10 @@ def encode_integers(
         "activation_quantization": None,
     }
     parts = {"qdata": qdata, "scale": scale.to(dtype), "zero_point": zero}
-    return make(parts, "IntxUnpackedToInt8Tensor", attributes)
+    return describe_class(parts, "IntxUnpackedToInt8Tensor", attributes)
 
 
-def make(
+def describe_class(
     parts: Mapping[str, Tensor], kind: str, attributes: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return tensors by the suffix of their names, and what the metadata says of them."""
@@ -153,6 +153,7 @@ def make(
 
 
 def name_dtype(dtype: torch.dtype) -> dict[str, str]:
+    """Return a dtype as the JSON of torchao has it."""
     return {"_type": "torch.dtype", "_data": str(dtype).removeprefix("torch.")}
 
 
@@ -211,6 +212,7 @@ def dequantize(stored: StoredLayer, dtype: torch.dtype) -> Float[Tensor, "o k"]:
 
 
 def is_fp4(data: Mapping[str, Any]) -> bool:
+    """Return whether the attributes of an MX tensor are those of FP4, and not of FP8."""
     return data["elem_dtype"]["_data"] == "float4_e2m1fn_x2"
 
 
@@ -247,10 +249,11 @@ def require_size(grid: GridWeight, stored: StoredLayer) -> GridWeight:
     return grid
 
 
-# The attributes that are read, by class; those of `VARIABLE` may have other values.
-VARIABLE = {"block_size", "orig_dtype", "dtype", "is_swizzled_scales", "target_dtype", "elem_dtype"}
-
-VARIABLE |= {"kernel_preference", "use_triton_kernel"}
+# The attributes that are read, or that change no number.
+VARIABLE = {
+    *("block_size", "orig_dtype", "dtype", "is_swizzled_scales", "target_dtype", "elem_dtype"),
+    *("kernel_preference", "use_triton_kernel"),
+}
 
 
 def check_attributes(name: str, settings: Mapping[str, Any]) -> None:
