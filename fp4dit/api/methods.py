@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from fp4dit.utils.formatting import align_columns
 from pipelines.config.resolvers import CONF, list_options
 
@@ -17,6 +19,8 @@ class MethodInfo:
         name: Name of the preset.
         description: What it does, in a sentence or two.
         path: Its file.
+        differs: How it differs from its authors' code, in sentences; empty if it does not, or if
+            there is no such code.
 
     Example:
         >>> fp4dit.methods()["gptq"].description
@@ -26,6 +30,14 @@ class MethodInfo:
     name: str
     description: str
     path: Path
+    differs: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.description}"]
+        if self.differs:
+            lines.append("It differs from its authors' code:")
+            lines += [f"- {sentence}" for sentence in self.differs]
+        return "\n".join(lines)
 
 
 class MethodList(dict[str, MethodInfo]):
@@ -56,7 +68,8 @@ def methods() -> MethodList:
     presets = MethodList()
     for name in list_options("method"):
         path = CONF / "method" / f"{name}.yaml"
-        presets[name] = MethodInfo(name, read_description(path), path)
+        differs = OmegaConf.load(path).get("differs", ())
+        presets[name] = MethodInfo(name, read_description(path), path, tuple(differs))
     return presets
 
 

@@ -90,6 +90,7 @@ class ScoredRow:
         published: Numbers of a paper for this row.
         notes: Remarks on how the scores came about, such as that prompts were cut, by metric.
         about: Definition of each metric.
+        differs: How the method differs from its authors' code, in sentences.
 
     Example:
         >>> row = ScoredRow("GPTQ", {"n": 64, "psnr": 31.4, "psnr_low": 30.9, "psnr_high": 32.0})
@@ -106,6 +107,7 @@ class ScoredRow:
     published: PublishedResult | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     about: Mapping[str, str] = field(default_factory=dict)
+    differs: Sequence[str] = ()
 
     @property
     def measured_names(self) -> list[str]:

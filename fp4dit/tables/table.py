@@ -172,6 +172,18 @@ class Table:
                 footnotes.append(f"{column.title}: {textwrap.shorten(text, MAX_DESCRIPTION)}")
         for number, source in enumerate(self.sources, 1):
             footnotes.append(f"[{number}] Published: {source}.")
+        return footnotes + self._format_differences()
+
+    def _format_differences(self) -> list[str]:
+        """Return how methods differ from their authors' code: one footnote for equal lists."""
+        labels: dict[tuple[str, ...], list[str]] = {}
+        for row in self.rows:
+            if row.differs:
+                labels.setdefault(tuple(row.differs), []).append(row.label)
+        footnotes = []
+        for sentences, names in labels.items():
+            listed = ", ".join(dict.fromkeys(names))
+            footnotes.append(f"{listed}, beside the authors' code: {' '.join(sentences)}")
         return footnotes
 
     def _has_small_sets(self) -> bool:

@@ -15,6 +15,7 @@ from pipelines.cli.model_choice import (
     find_source,
     load_pipeline,
 )
+from pipelines.config.resolvers import suggest_names
 
 MODEL_HELP = "folder of a diffusers pipeline, its hub id, or a name of conf/model"
 METHOD_HELP = "name that `fp4dit methods` lists, or a YAML file like those of conf/method"
@@ -24,11 +25,24 @@ PROMPTS_HELP += "`prompt`"
 
 
 def methods(arguments: Sequence[str]) -> None:
-    """Print the list of the methods."""
+    """Print the list of the methods, or all about some of them."""
+    parser = build_parser("methods", "List the methods, with a line about each.")
+    parser.add_argument(
+        "names",
+        metavar="METHOD",
+        nargs="*",
+        help="print also how it differs from its authors' code",
+    )
+    names = parser.parse_args(arguments).names
     import fp4dit
 
-    build_parser("methods", "List the methods, with a line about each.").parse_args(arguments)
-    print(fp4dit.methods())
+    known = fp4dit.methods()
+    for name in names:
+        if name not in known:
+            raise UserError(f"there is no method {name!r}; {suggest_names(name, list(known))}")
+        print(known[name])
+    if not names:
+        print(known)
 
 
 def targets(arguments: Sequence[str]) -> None:

@@ -45,11 +45,13 @@ class RunPlan:
         stages: The planned stages by name; empty if there is a problem.
         problem: A message, such as that a file which a stage reads does not exist.
         model: The path of the model.
+        differs: How the preset differs from its authors' code, in sentences.
     """
 
     stages: Mapping[str, PlannedStage] = field(default_factory=dict)
     problem: str = ""
     model: str = ""
+    differs: Sequence[str] = ()
 
 
 def plan_runs(
@@ -90,7 +92,7 @@ def _pack_plan(answers: Sequence[Answer], run_plan: RunPlan) -> dict[str, Any]:
     stages = {}
     for name, stage in run_plan.stages.items():
         stages[name] = {"needs": stage.needs, "node": stage.node}
-    fields = {"problem": run_plan.problem, "model": run_plan.model}
+    fields = {name: getattr(run_plan, name) for name in ("problem", "model", "differs")}
     return {"answers": answers, "stages": stages, **fields}
 
 
@@ -98,19 +100,19 @@ def _unpack_plan(entry: Mapping[str, Any]) -> RunPlan:
     stages = {}
     for name, stage in entry["stages"].items():
         stages[name] = make_planned_stage(name, stage["needs"], stage["node"])
-    return RunPlan(stages, entry["problem"], entry["model"])
+    return RunPlan(stages, entry["problem"], entry["model"], entry["differs"])
 
 
 def compose_plan(overrides: Sequence[str], outputs: str) -> tuple[list[Answer], RunPlan]:
     """Compose and plan one run, and record the answers of the resolvers that read files."""
     config = compose_config("run", overrides)
     config.outputs = outputs
-    model = OmegaConf.select(config, "model.path") or ""
+    model, differs = OmegaConf.select(config, "model.path") or "", list(config.differs)
     with record_answers() as answers:
         try:
-            return answers, RunPlan(make_plan(config), model=model)
+            return answers, RunPlan(make_plan(config), model=model, differs=differs)
         except UserError as error:
-            return answers, RunPlan(problem=str(error), model=model)
+            return answers, RunPlan(problem=str(error), model=model, differs=differs)
 
 
 def parse_searchpath(path: str) -> Path:

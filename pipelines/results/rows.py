@@ -91,6 +91,7 @@ class PlannedRun:
             group=empty_row.group,
             reference=empty_row.reference,
             published=empty_row.published,
+            differs=empty_row.differs,
         )
 
 
@@ -145,7 +146,8 @@ def plan_table_rows(cfg: DictConfig, name: str) -> list[TableRow]:
         for seed, run_overrides in by_seed.items():
             run_name = name_run(node, seed, len(by_seed) > 1)
             row_runs[seed] = PlannedRun(run_name, [*run_overrides, *outputs], next(plans))
-        rows.append(TableRow(make_empty_row(node, published), row_runs))
+        differs = next(iter(row_runs.values())).plan.differs
+        rows.append(TableRow(make_empty_row(node, published, differs), row_runs))
         check_seeds_differ(rows[-1])
     return rows
 
@@ -219,7 +221,9 @@ def parse_seeds(seeds: Any) -> list[int]:
     return numbers
 
 
-def make_empty_row(node: Mapping[str, Any], published: Mapping[str, Any]) -> ScoredRow:
+def make_empty_row(
+    node: Mapping[str, Any], published: Mapping[str, Any], differs: Sequence[str]
+) -> ScoredRow:
     """Return a row without numbers, with the published result that its config names."""
     key = node.get("published")
     return ScoredRow(
@@ -228,6 +232,7 @@ def make_empty_row(node: Mapping[str, Any], published: Mapping[str, Any]) -> Sco
         node.get("group"),
         reference=node.get("reference", False),
         published=find_published(published, key) if key else None,
+        differs=differs,
     )
 
 

@@ -341,6 +341,20 @@ def test_published_numbers_stand_beside_ours():
     )
 
 
+def test_differences_from_authors_code_are_footnotes():
+    """Print equal lists of differences once, with the labels of their rows."""
+    shared = ("Its rank is 128.", "Its ranges are not learned.")
+    rows = [replace(TOP, differs=shared), replace(CLOSE, differs=shared), WORSE]
+    rows.append(replace(REFERENCE, differs=("It has no branch.",)))
+    notes = [
+        line for line in render_markdown(Table(rows, [PSNR])).splitlines() if "authors'" in line
+    ]
+    assert notes == [
+        f"{TOP.label}, {CLOSE.label}, beside the authors' code: {' '.join(shared)}",
+        f"{REFERENCE.label}, beside the authors' code: It has no branch.",
+    ]
+
+
 def test_a_terminal_gets_aligned_columns_and_no_markdown():
     table = Table([TOP, CLOSE, REFERENCE], [PSNR, ERROR], finding="Top is.")
     text = render_terminal(table)

@@ -57,6 +57,7 @@ def test_every_module_of_pipelines_is_a_command():
         (["--help"], "usage: fp4dit COMMAND"),
         (["--version"], fp4dit.__version__),
         (["methods"], "nvfp4_4over6"),
+        (["methods", "ptq4dit"], "It differs from its authors' code:"),
         *(([name, "--help"], f"usage: fp4dit {name}") for name in MODEL_COMMANDS),
     ],
 )
@@ -65,7 +66,7 @@ def test_pages_need_no_torch(arguments: list[str], text: str):
     page, modules = done.stdout.rstrip().rsplit("\n", 1)
     assert text in page
     assert modules == "[]"
-    assert fits_screen(page) or arguments == ["methods"]
+    assert fits_screen(page) or arguments[0] == "methods"
 
 
 @pytest.mark.parametrize("name", sorted({*MODULES} - {"run"}))
