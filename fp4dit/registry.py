@@ -65,6 +65,7 @@ CHECKPOINT_KINDS: dict[str, str] = {
     "salience": "fp4dit.transforms.SalienceWeightedMax",
     "low_rank": "fp4dit.transforms.LowRank",
     "low_rank_bf16": "fp4dit.transforms.LowRankBF16",
+    "shift": "fp4dit.transforms.Shift",
     "smoothing_search_power_of_two": "fp4dit.transforms.PowerOfTwoSmoothingSearch",
     # Rules and observers
     "rule": "fp4dit.quantization.Rule",

@@ -1,9 +1,9 @@
 """Find the layers before and after the activation functions of a model, whatever their names."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,33 @@ ACTIVATION_NAME = re.compile("gelu|silu|swish|swiglu|geglu|relu|mish", re.IGNORE
 PROBE_SIZE = 4  # tokens, and pixels of a side
 
 
-def find_activation_neighbours(model: nn.Module) -> tuple[list[str], list[str]]:
+class ActivationNeighbours(NamedTuple):
+    """The names of the layers around the activation functions of a model or a module.
+
+    Attributes:
+        before: The layers whose output an activation function reads.
+        after: The layers that read what was computed from the output of an activation function.
+        after_gelu: Of these, the layers that read the output of GELU itself: nothing multiplies it,
+            as a gate does, or joins it.
+
+    Example:
+        >>> ActivationNeighbours({"net.0.proj"}, {"net.2"}, {"net.2"})
+    """
+
+    before: Collection[str]
+    after: Collection[str]
+    after_gelu: Collection[str]
+
+
+def find_activation_neighbours(model: nn.Module) -> ActivationNeighbours:
     """Return the layers before and after activation functions, in the model's order.
 
     They are looked for inside the items of lists of modules, which are blocks. There each module
     that reads a single tensor runs on a small one without content. Modules that read several are
     not run: there the order of the layers and activation modules counts.
     """
-    before: set[str] = set()
-    after: set[str] = set()
-    known: dict[Any, tuple[set[str], set[str]]] = {}
+    neighbours: tuple[set[str], ...] = (set(), set(), set())
+    known: dict[Any, ActivationNeighbours] = {}
     for name, module in model.named_modules():
         layers = find_layers(module)
         is_in_block = any(part.isdigit() for part in name.split("."))
@@ -43,14 +60,17 @@ def find_activation_neighbours(model: nn.Module) -> tuple[list[str], list[str]]:
             is_attention = hasattr(module, "set_processor")
             found_by_run = None if is_attention else probe_module(module)
             known[key] = found_by_run or compare_order(module)
-        for found, inner_names in zip((before, after), known[key], strict=True):
+        for found, inner_names in zip(neighbours, known[key], strict=True):
             found |= {f"{name}.{inner}" if inner else name for inner in inner_names}
     names = list(find_layers(model))
-    return [name for name in names if name in before], [name for name in names if name in after]
+    return ActivationNeighbours(*([name for name in names if name in found] for found in neighbours))
 
 
-def compare_order(module: nn.Module) -> tuple[set[str], set[str]]:
-    """Return the children before and after a child that is an activation function."""
+def compare_order(module: nn.Module) -> ActivationNeighbours:
+    """Return the children before and after a child that is an activation function.
+
+    The order does not tell whether a layer reads the output of GELU itself.
+    """
     before: set[str] = set()
     after: set[str] = set()
     layer, activated = None, False
@@ -62,7 +82,7 @@ def compare_order(module: nn.Module) -> tuple[set[str], set[str]]:
         elif layer is not None and is_activation(child):
             before.add(layer)
             activated = True
-    return before, after
+    return ActivationNeighbours(before, after, ())
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -78,6 +98,8 @@ class ActivationWatcher(TorchFunctionMode):
             place of an activation function.
         before: The layers whose output an activation function reads.
         after: The layers that read what was computed from the output of an activation function.
+        gelus: The identities of the outputs of GELU, also after a dropout.
+        after_gelu: The layers that read one of them.
 
     Example:
         >>> with ActivationWatcher() as watcher:
@@ -92,6 +114,8 @@ class ActivationWatcher(TorchFunctionMode):
         self.kept: list[Tensor] = []  # so that no identity is used again
         self.before: set[str] = set()
         self.after: set[str] = set()
+        self.gelus: set[int] = set()
+        self.after_gelu: set[str] = set()
 
     def find_sources(self, values: Any) -> set[str | None]:
         """Return what the tensors in nested values were computed from."""
@@ -113,6 +137,8 @@ class ActivationWatcher(TorchFunctionMode):
         def on_output(_: nn.Module, args: tuple, output: Any) -> None:
             if None in self.find_sources(args):
                 self.after.add(name)
+            if id(args[0]) in self.gelus:
+                self.after_gelu.add(name)
             self.set_sources(output, {name})
 
         return on_output
@@ -129,10 +155,12 @@ class ActivationWatcher(TorchFunctionMode):
             sources |= {None} if layers else set()
         if sources:
             self.set_sources(output, sources)
+            if func is F.gelu or (func is F.dropout and id(args[0]) in self.gelus):
+                self.gelus.add(id(output))
         return output
 
 
-def probe_module(module: nn.Module) -> tuple[set[str], set[str]] | None:
+def probe_module(module: nn.Module) -> ActivationNeighbours | None:
     """Run a module that reads a single tensor, and return the layers before and after activations.
 
     Returns:
@@ -155,7 +183,7 @@ def probe_module(module: nn.Module) -> tuple[set[str], set[str]] | None:
             probe(torch.empty(shape, dtype=first.weight.dtype, device="meta"))
     except Exception:  # whatever a module does with a tensor that it does not expect
         return None
-    return watcher.before, watcher.after
+    return ActivationNeighbours(watcher.before, watcher.after, watcher.after_gelu)
 
 
 def reads_one_tensor(module: nn.Module) -> bool:

@@ -24,8 +24,10 @@ PREFIX = "role:"
 # be quantized at all.
 INDIVISIBLE = "role:indivisible"
 
-# Layers inside a list of blocks that an activation function comes after, or before.
+# Layers inside a list of blocks that an activation function comes after, or before, or whose input
+# is the output of GELU itself.
 BEFORE_ACTIVATION, AFTER_ACTIVATION = "role:before_activation", "role:after_activation"
+AFTER_GELU = "role:after_gelu"
 
 
 def has_roles(rules: Sequence[Rule] | None) -> bool:
@@ -51,8 +53,9 @@ def resolve_roles(rules: Sequence[Rule], model: nn.Module) -> list[Rule]:
     """
     if not has_roles(rules):
         return list(rules)
-    before, after = find_activation_neighbours(model)
-    neighbours = {BEFORE_ACTIVATION: before, AFTER_ACTIVATION: after}
+    found = find_activation_neighbours(model)
+    roles = (BEFORE_ACTIVATION, AFTER_ACTIVATION, AFTER_GELU)
+    neighbours = dict(zip(roles, map(list, found), strict=True))
     expanded: list[Rule] = []
     for rule in rules:
         expanded += name_neighbours(rule, model, neighbours.get(rule.match), [])
@@ -86,7 +89,7 @@ def name_neighbours(
     """
     if layers is None:
         if rule.match.startswith(PREFIX) and rule.match != INDIVISIBLE:
-            known = ", ".join((INDIVISIBLE, BEFORE_ACTIVATION, AFTER_ACTIVATION))
+            known = ", ".join((INDIVISIBLE, BEFORE_ACTIVATION, AFTER_ACTIVATION, AFTER_GELU))
             raise UserError(f"{rule.match} is no role: there are {known}")
         return [rule]
     if not layers and not rule.optional:

@@ -33,7 +33,7 @@ Patterns = str | Sequence[Any]  # shell wildcards; lists may be nested
 TRANSFORMS = {
     tag: tag
     for tag in (
-        *("hadamard", "smoothing", "smoothing_search", "low_rank"),
+        *("hadamard", "smoothing", "smoothing_search", "low_rank", "shift"),
         *("smoothing_search_power_of_two", "low_rank_bf16"),
     )
 }
@@ -78,7 +78,8 @@ def weight_rules(
             `optional: true`, a model may lack the layer.
         ignore: Patterns of layers that stay in 16 bits.
         match: Patterns of the layers that are quantized.
-        transforms: Transforms of the weight and the input, such as [{"kind": "hadamard"}].
+        transforms: Transforms of the weight and the input, such as [{"kind": "hadamard"}]; lists
+            may be nested.
         timestep_boundaries: Timesteps that divide the sampling trajectory into ranges with
             transforms and weights of their own.
 
@@ -192,7 +193,7 @@ def make_weight_rule(
     return Rule(
         match,
         quantizer,
-        transforms=tuple(parse_transform(transform) for transform in transforms or ()),
+        transforms=tuple(map(parse_transform, flatten_lists(transforms))),
         timestep_boundaries=tuple(timestep_boundaries or ()),
         optional=optional,
     )
@@ -231,7 +232,7 @@ def make_rules(
     optional: bool = False,
 ) -> list[Rule]:
     """Return a rule with the same options for each pattern."""
-    return [make_rule(match, optional=optional, **options) for match in flatten_patterns(patterns)]
+    return [make_rule(match, optional=optional, **options) for match in flatten_lists(patterns)]
 
 
 def make_named_rules(
@@ -258,18 +259,18 @@ def make_named_rules(
 
 def make_ignore_rules(patterns: Patterns) -> list[Rule]:
     """Return rules that leave layers in 16 bits."""
-    return [Rule(match, None) for match in flatten_patterns(patterns)]
+    return [Rule(match, None) for match in flatten_lists(patterns)]
 
 
-def flatten_patterns(patterns: Patterns | None) -> list[str]:
-    """Return the patterns of a string, or of a list that may hold lists, in order."""
-    if not patterns:
+def flatten_lists(items: Any) -> list[Any]:
+    """Return the items of a list that may hold lists, in order; of another value itself."""
+    if not items:
         return []
-    if isinstance(patterns, str):
-        return [patterns]
+    if isinstance(items, str) or not isinstance(items, Sequence):
+        return [items]
     flat = []
-    for inner in patterns:
-        flat += flatten_patterns(inner)
+    for inner in items:
+        flat += flatten_lists(inner)
     return flat
 
 
@@ -279,7 +280,13 @@ def parse_transform(spec: Any) -> TransformSpec:
     Raises:
         UserError: if the kind or an option is unknown.
     """
-    return parse_spec(spec, TRANSFORMS, "kind", "transform", {"statistic": parse_statistic})
+    parsers = {"statistic": parse_statistic, "branch": parse_branch}
+    return parse_spec(spec, TRANSFORMS, "kind", "transform", parsers)
+
+
+def parse_branch(spec: Any) -> Any:
+    """Return the low-rank branch under which smoothing factors are searched; None for none."""
+    return None if spec is None else parse_transform(spec)
 
 
 def parse_statistic(spec: Any) -> Any:

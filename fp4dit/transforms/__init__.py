@@ -1,7 +1,7 @@
 """Transforms of a layer's weight and input that leave their product unchanged.
 
-Smoothing moves outliers from inputs to weights, Hadamard rotations spread them over all channels,
-and a low-rank branch keeps the largest part of the weight in 16 bits.
+Smoothing moves outliers from inputs to weights, Hadamard rotations spread them over all channels, a
+low-rank branch keeps the largest part of the weight in 16 bits, and a shift makes inputs positive.
 
 To add a transform: write a `Transform`, and a dataclass with the members of `TransformSpec` that
 makes it, such as `Hadamard`; give the dataclass a tag in `fp4dit/registry.py`; and list the tag in
@@ -12,6 +12,7 @@ makes it, such as `Hadamard`; give the dataclass a tag in `fp4dit/registry.py`; 
 from fp4dit.transforms.base import Transform, TransformSpec
 from fp4dit.transforms.hadamard import Hadamard
 from fp4dit.transforms.low_rank import LowRank, LowRankBF16
+from fp4dit.transforms.shift import Shift
 from fp4dit.transforms.smoothing import (
     ChannelMax,
     MovingAverageMax,
@@ -29,6 +30,7 @@ __all__ = [
     "MovingAverageMax",
     "PowerOfTwoSmoothingSearch",
     "SalienceWeightedMax",
+    "Shift",
     "Smoothing",
     "SmoothingSearch",
     "Transform",

@@ -124,13 +124,23 @@ class LowRank:
     iterations: int = 1
 
     def __call__(self, out: int, k: int) -> LowRankBranch:
-        rank = max(1, k // 32) if self.rank is None else self.rank
+        rank = self.choose_rank(out, k)
         if rank < 1 or self.iterations < 1:
             raise ValueError(
                 f"a low-rank branch of rank {rank} after {self.iterations} iterations keeps "
                 "nothing: give both at least 1, or leave it out."
             )
-        return LowRankBranch(out, k, min(rank, out, k), self.iterations, self.dtype)
+        return LowRankBranch(out, k, rank, self.iterations, self.dtype)
+
+    def choose_rank(self, out: int, k: int) -> int:
+        """Return the rank of the branch of a weight of `out` output and `k` input channels."""
+        rank = max(1, k // 32) if self.rank is None else self.rank
+        return min(rank, out, k)
+
+    def subtract_from(self, weight: WeightMatrix) -> WeightMatrix:
+        """Return what a branch of the weight's largest singular directions leaves of it."""
+        up, down = factor_low_rank(weight, self.choose_rank(*weight.shape))
+        return weight - up.to(self.dtype).float() @ down.to(self.dtype).float()
 
 
 @dataclass(frozen=True)

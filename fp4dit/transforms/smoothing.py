@@ -21,6 +21,7 @@ from fp4dit.transforms.base import (
     apply_in_fp32,
     squared_output_error,
 )
+from fp4dit.transforms.low_rank import LowRank
 
 
 @runtime_checkable
@@ -217,27 +218,31 @@ class SmoothingSearch:
     """Smoothing by s = x^a / w^b with the least error of the layer's quantized output.
 
     The search covers (a, b) = (0, 0), which is no smoothing, and (i / steps, 0) and
-    (i / steps, 1 - i / steps) for i = 1 to `steps`, as in the code of SVDQuant (arXiv:2411.05007).
+    (i / steps, 1 - i / steps) for 0 < i < steps, as in the code of SVDQuant (arXiv:2411.05007):
+    39 pairs for 20 steps.
 
     Args:
-        steps: Number of exponents a.
+        steps: Number of steps from 0 to 1. Exponents a are at the ends of steps, without 1.
         statistic: Size x of each input channel. The size w is the largest weight of the channel.
+        branch: The low-rank branch that follows in the chain, if there is one. Each candidate is
+            judged by what a branch of the smoothed weight leaves, as in the code of SVDQuant.
 
     Example:
-        >>> transform = SmoothingSearch(steps=20)(out=32, k=64)
+        >>> transform = SmoothingSearch(branch=LowRank(rank=8))(out=32, k=64)
         >>> transform.fit(weight, x, quantizer, fake_quantize_input)
     """
 
     steps: int = 20
     statistic: ChannelStatistic = field(default_factory=ChannelMax)
+    branch: LowRank | None = None
 
     def __call__(self, out: int, k: int) -> ChannelDivision:
         return ChannelDivision(k, self.choose_factors)
 
     def candidate_exponents(self) -> list[tuple[float, float]]:
         """Return the pairs (a, b) to try."""
-        grid = [i / self.steps for i in range(1, self.steps + 1)]
-        return [(0.0, 0.0), *((a, 0.0) for a in grid), *((a, 1 - a) for a in grid[:-1])]
+        grid = [i / self.steps for i in range(1, self.steps)]
+        return [(0.0, 0.0), *((a, 0.0) for a in grid), *((a, 1 - a) for a in grid)]
 
     def make_factors(
         self, x: Float[Tensor, "k"], w: Float[Tensor, "k"], a: float, b: float
@@ -259,8 +264,11 @@ class SmoothingSearch:
         ]
 
         def output_error(s: Tensor) -> float:
-            x_hat, weight_hat = fake_quantize_input(x / s), quantizer(weight * s)
-            return squared_output_error(x, weight, x_hat, weight_hat)
+            smoothed, residual = x / s, weight * s
+            if self.branch is not None:  # which the unquantized input multiplies, without an error
+                residual = self.branch.subtract_from(residual)
+            x_hat, residual_hat = fake_quantize_input(smoothed), quantizer(residual)
+            return squared_output_error(smoothed, residual, x_hat, residual_hat)
 
         return min(candidates, key=output_error)
 
@@ -273,8 +281,9 @@ class PowerOfTwoSmoothingSearch(SmoothingSearch):
     that other libraries can move the factors from one tensor to another without rounding.
 
     Args:
-        steps: Number of exponents a.
+        steps: Number of steps from 0 to 1. Exponents a are at the ends of steps, without 1.
         statistic: Size x of each input channel. The size w is the largest weight of the channel.
+        branch: The low-rank branch that follows in the chain, if there is one.
 
     Example:
         >>> PowerOfTwoSmoothingSearch().make_factors(torch.tensor([3.0]), torch.ones(1), 1.0, 0.0)

@@ -55,8 +55,9 @@ def test_what_is_said():
     for fit in fp4dit.targets(["svdquant_int4"]):
         holds = "smooth_low_rank_bf16" if fit.target == "nunchaku_lite" else "none"
         assert f"use transform={holds}" in str(fit)
-    overrides = ["transform=smooth_low_rank_bf16", "weight.scale.dtype=bf16"]
-    fits = fp4dit.targets(["svdquant_int4"], [*overrides, "+weight.ignore=[proj_out]"])
+    overrides = ["transform=smooth_low_rank_bf16", "weight=int4_g64", "activation=int4_g64"]
+    overrides += ["weight.scale.dtype=bf16", "+weight.ignore=[proj_out]"]
+    fits = fp4dit.targets(["svdquant_int4"], overrides)
     said = {fit.target: str(fit) for fit in fits}
     dense = "export_format.dense=[pos_embed.proj]"
     assert said["nunchaku_lite"] == f"exact in bfloat16 with {dense}"

@@ -29,6 +29,7 @@ def describe_rule(rule: Rule) -> str:
     if isinstance(selection, FormatSelection):
         words.append(f"by {describe_object(selection.by)} per {selection.per}")
     words += [describe_object(quantizer.granularity), describe_object(quantizer.scale)]
+    words += map(describe_object, rule.transforms)
     if rule.observer:
         words.append(f"static {describe_object(rule.observer)}")
     for name in ("per_timestep", "before_norm", "optional"):

@@ -10,12 +10,14 @@ from scipy.signal import lfilter
 from scipy.special import softmax
 from scipy.stats import spearmanr
 from torch import Tensor
+from torch.nn import functional as F
 
 from fp4dit.numerics.formats import floating
 from fp4dit.numerics.quantizer import PerChannel, Quantizer
 from fp4dit.transforms.base import Transform, TransformSpec, squared_output_error
 from fp4dit.transforms.hadamard import Hadamard
 from fp4dit.transforms.low_rank import LowRank, LowRankBF16, factor_low_rank
+from fp4dit.transforms.shift import Shift
 from fp4dit.transforms.smoothing import (
     MovingAverageMax,
     PowerOfTwoSmoothingSearch,
@@ -32,6 +34,7 @@ SPECS = [
     Smoothing(0.3, MovingAverageMax()),
     Smoothing(statistic=SalienceWeightedMax()),
     SmoothingSearch(4),
+    SmoothingSearch(3, branch=LowRank(2)),
     Hadamard(),
     Hadamard(12, seed=1),
     Hadamard(4, signs=False),
@@ -241,8 +244,9 @@ def test_smoothing_search_returns_the_best_candidate():
     weight, x = weight_and_inputs()
     (transform,) = fit_chain([SmoothingSearch(4)], weight, x)
     assert set(SmoothingSearch(4).candidate_exponents()) == {(0, 0)} | {
-        (i / 4, b) for i in range(1, 5) for b in (0, 1 - i / 4)
+        (i / 4, b) for i in range(1, 4) for b in (0, 1 - i / 4)
     }
+    assert len(SmoothingSearch(20).candidate_exponents()) == 39  # as many as in deepcompressor
 
     def error(s: Tensor) -> float:
         return squared_output_error(x, weight, E2M1(x / s), E2M1(weight * s))
@@ -256,6 +260,45 @@ def test_smoothing_search_returns_the_best_candidate():
     exact[:, 0], exact[0] = 6, 6  # on the grid, with scales of 1: any balance only harms
     (transform,) = fit_chain([SmoothingSearch()], exact, exact.clone()[None])
     assert torch.equal(transform.divisor, torch.ones(8, dtype=torch.float16))
+
+
+def test_a_search_with_a_branch_judges_what_the_branch_leaves():
+    """The formula of deepcompressor's smooth.py: SVD, a quantized rest, and an exact branch."""
+    weight, x = weight_and_inputs(32, 48, outlier=30.0)
+    sizes = x.abs().amax((0, 1)), weight.abs().amax(0)
+    errors: dict[tuple[float, float], list[float]] = {}
+    for a, b in SmoothingSearch(8).candidate_exponents():
+        s = smoothing_factors(*sizes, a, b).float()
+        u, sigma, vh = torch.linalg.svd((weight * s).double())
+        for rank in (0, 4):
+            branch = (u[:, :rank] * sigma[:rank] @ vh[:rank]).float()
+            output = x / s @ branch.mT + E2M1(x / s) @ E2M1(weight * s - branch).mT
+            error = (output - x @ weight.mT).square().sum().item()
+            errors.setdefault((a, b), []).append(error)
+    without, within = (min(errors, key=lambda pair: errors[pair][i]) for i in (0, 1))
+    assert without != within  # so that the test can tell them apart
+    for spec, (a, b) in (
+        (SmoothingSearch(8), without),
+        (SmoothingSearch(8, branch=LowRank(4)), within),
+    ):
+        (transform,) = fit_chain([spec], weight, x)
+        assert torch.equal(transform.divisor, smoothing_factors(*sizes, a, b))
+
+
+def test_a_shift_makes_the_output_of_gelu_positive():
+    """Deepcompressor's ShiftedLinear: x + c, and a bias of -c times the sum of each row."""
+    weight, x = weight_and_inputs()
+    (transform,) = fit_chain([Shift()], weight, x)
+    for approximate in ("none", "tanh"):
+        grid = F.gelu(torch.linspace(-8, 0, 100_001), approximate=approximate)
+        assert 0 < transform.transform_input(grid).min() < 0.002
+    bias = -0.171875 * weight.double().sum(1)
+    expected = (x + 0.171875).double() @ weight.double().mT + bias
+    torch.testing.assert_close(
+        layer_output([transform], weight, x).double(), expected, rtol=0, atol=2**-11 * 0.2
+    )
+    torch.testing.assert_close(expected, x.double() @ weight.double().mT, rtol=1e-9, atol=1e-6)
+    assert transform.storage_bits() == 16 * OUT
 
 
 @pytest.mark.parametrize("shape", [(20, 24), (24, 20)])

@@ -46,7 +46,8 @@ def encode_transforms(
         else:
             raise UserError(
                 f"it transforms its input ({type(transform).__name__}), and not only by smoothing "
-                "and a low-rank branch: use transform=smooth_low_rank_bf16 or none"
+                "and a low-rank branch: use transform=smooth_low_rank_bf16 or none, and a weight "
+                "whose layers have no transforms of their own, such as weight=int4_g64"
             )
     if len(down) > rank:
         fits = -(-len(down) // LOW_RANK_TILE) * LOW_RANK_TILE
