@@ -58,6 +58,7 @@ CHECKPOINT_KINDS: dict[str, str] = {
     "round_nearest": "fp4dit.numerics.nearest_ratio_exponent",
     # Transforms
     "hadamard": "fp4dit.transforms.Hadamard",
+    "regular_hadamard": "fp4dit.transforms.RegularHadamard",
     "smoothing": "fp4dit.transforms.Smoothing",
     "smoothing_search": "fp4dit.transforms.SmoothingSearch",
     "channel_max": "fp4dit.transforms.ChannelMax",

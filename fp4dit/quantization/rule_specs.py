@@ -33,7 +33,7 @@ Patterns = str | Sequence[Any]  # shell wildcards; lists may be nested
 TRANSFORMS = {
     tag: tag
     for tag in (
-        *("hadamard", "smoothing", "smoothing_search", "low_rank"),
+        *("hadamard", "regular_hadamard", "smoothing", "smoothing_search", "low_rank"),
         *("smoothing_search_power_of_two", "low_rank_bf16"),
     )
 }

@@ -10,7 +10,7 @@ makes it, such as `Hadamard`; give the dataclass a tag in `fp4dit/registry.py`; 
 """
 
 from fp4dit.transforms.base import Transform, TransformSpec
-from fp4dit.transforms.hadamard import Hadamard
+from fp4dit.transforms.hadamard import Hadamard, RegularHadamard
 from fp4dit.transforms.low_rank import LowRank, LowRankBF16
 from fp4dit.transforms.smoothing import (
     ChannelMax,
@@ -28,6 +28,7 @@ __all__ = [
     "LowRankBF16",
     "MovingAverageMax",
     "PowerOfTwoSmoothingSearch",
+    "RegularHadamard",
     "SalienceWeightedMax",
     "Smoothing",
     "SmoothingSearch",

@@ -14,7 +14,7 @@ from torch import Tensor
 from fp4dit.numerics.formats import floating
 from fp4dit.numerics.quantizer import PerChannel, Quantizer
 from fp4dit.transforms.base import Transform, TransformSpec, squared_output_error
-from fp4dit.transforms.hadamard import Hadamard
+from fp4dit.transforms.hadamard import Hadamard, RegularHadamard
 from fp4dit.transforms.low_rank import LowRank, LowRankBF16, factor_low_rank
 from fp4dit.transforms.smoothing import (
     MovingAverageMax,
@@ -35,6 +35,7 @@ SPECS = [
     Hadamard(),
     Hadamard(12, seed=1),
     Hadamard(4, signs=False),
+    RegularHadamard(),
     LowRank(),
     LowRank(3, iterations=4),
     LowRank(99),
