@@ -66,6 +66,9 @@ CHECKPOINT_KINDS: dict[str, str] = {
     "salience": "fp4dit.transforms.SalienceWeightedMax",
     "low_rank": "fp4dit.transforms.LowRank",
     "low_rank_bf16": "fp4dit.transforms.LowRankBF16",
+    "low_rank_refined": "fp4dit.transforms.RefinedLowRank",
+    "low_rank_quantized": "fp4dit.transforms.QuantizedLowRank",
+    "principal_components": "fp4dit.transforms.PrincipalComponents",
     "smoothing_search_power_of_two": "fp4dit.transforms.PowerOfTwoSmoothingSearch",
     # Rules and observers
     "rule": "fp4dit.quantization.Rule",

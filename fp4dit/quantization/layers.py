@@ -149,10 +149,12 @@ class QuantLayer(QuantLinearBase):
         x = None if x is None else self.to_tokens(x)
         for transform in self.transform_chain:
             weight = self.weight_matrix.float()
-            if transform.needs_inputs:
-                assert x is not None, f"{type(transform).__name__} is fitted to inputs"
+            if transform.needs_inputs or transform.needs_weight:
                 quantizer = self.weight_fake_quant.quantizer.resolve_format(weight)
-                transform.fit(weight, x.float(), quantizer, self.fake_quantize_input)
+                transform.fit_weight(weight, quantizer)
+                if transform.needs_inputs:
+                    assert x is not None, f"{type(transform).__name__} is fitted to inputs"
+                    transform.fit(weight, x.float(), quantizer, self.fake_quantize_input)
             self.write_weight(transform.transform_weight(weight))
             x = None if x is None else transform.transform_input(x)
         self.weight_fake_quant.calibrate(self.weight_matrix)

@@ -12,6 +12,8 @@ makes it, such as `Hadamard`; give the dataclass a tag in `fp4dit/registry.py`; 
 from fp4dit.transforms.base import Transform, TransformSpec
 from fp4dit.transforms.hadamard import Hadamard, RegularHadamard
 from fp4dit.transforms.low_rank import LowRank, LowRankBF16
+from fp4dit.transforms.principal_components import PrincipalComponents
+from fp4dit.transforms.refined_low_rank import QuantizedLowRank, RefinedLowRank
 from fp4dit.transforms.smoothing import (
     ChannelMax,
     MovingAverageMax,
@@ -28,6 +30,9 @@ __all__ = [
     "LowRankBF16",
     "MovingAverageMax",
     "PowerOfTwoSmoothingSearch",
+    "PrincipalComponents",
+    "QuantizedLowRank",
+    "RefinedLowRank",
     "RegularHadamard",
     "SalienceWeightedMax",
     "Smoothing",

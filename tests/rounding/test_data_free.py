@@ -31,6 +31,7 @@ DATA_FREE = {
     "ams_fp4_25",
     "ams_fp5_33",
     "convrot_int4",
+    "loraq_int4",
     "mxfp4_rtn",
     "mxfp4_rtn_floor",
     "mxfp6_rtn",
@@ -42,6 +43,7 @@ DATA_FREE = {
     "nvint4_hadamard",
     "rtn",
     "rtn_fp4",
+    "svd_refined_int4",
 }
 
 
