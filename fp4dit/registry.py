@@ -69,6 +69,7 @@ CHECKPOINT_KINDS: dict[str, str] = {
     "low_rank_refined": "fp4dit.transforms.RefinedLowRank",
     "low_rank_quantized": "fp4dit.transforms.QuantizedLowRank",
     "principal_components": "fp4dit.transforms.PrincipalComponents",
+    "token_clip": "fp4dit.transforms.TokenClipSearch",
     "smoothing_search_power_of_two": "fp4dit.transforms.PowerOfTwoSmoothingSearch",
     # Rules and observers
     "rule": "fp4dit.quantization.Rule",

@@ -12,6 +12,7 @@ from fp4dit.numerics.rounding import RoundingFunction, round_to_nearest
 from fp4dit.quantization.convolution import ConvolutionMixin
 from fp4dit.quantization.fake_quant import FakeQuantize
 from fp4dit.quantization.learnable_rounding import LearnableRounding, RoundingFactory
+from fp4dit.quantization.timestep import TimestepContext
 from fp4dit.transforms.base import Transform, TransformSpec
 
 
@@ -36,6 +37,12 @@ class QuantLinearBase(nn.Module):
     def transform_chain(self) -> list[Transform]:
         """The transforms as a list with a type for its elements."""
         return list(self.transforms)  # pyright: ignore[reportReturnType]
+
+    def share_context(self, context: TimestepContext) -> None:
+        """Give the context of the model to the transforms that read the timestep."""
+        for transform in self.transform_chain:
+            if transform.needs_timestep:
+                transform.context = context  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def reduction_size(self) -> int:

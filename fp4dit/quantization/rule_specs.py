@@ -35,7 +35,7 @@ TRANSFORMS = {
     for tag in (
         *("hadamard", "regular_hadamard", "smoothing", "smoothing_search", "low_rank"),
         *("smoothing_search_power_of_two", "low_rank_bf16", "low_rank_refined"),
-        *("low_rank_quantized", "principal_components"),
+        *("low_rank_quantized", "principal_components", "token_clip"),
     )
 }
 

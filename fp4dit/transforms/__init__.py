@@ -22,6 +22,7 @@ from fp4dit.transforms.smoothing import (
     Smoothing,
     SmoothingSearch,
 )
+from fp4dit.transforms.token_clip import TokenClipSearch
 
 __all__ = [
     "ChannelMax",
@@ -37,6 +38,7 @@ __all__ = [
     "SalienceWeightedMax",
     "Smoothing",
     "SmoothingSearch",
+    "TokenClipSearch",
     "Transform",
     "TransformSpec",
 ]

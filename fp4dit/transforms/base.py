@@ -1,7 +1,7 @@
 """Base classes of transforms."""
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -32,6 +32,9 @@ class Transform(DtypePreservingModule):
         ...     def transform_weight(self, w):
         ...         return -w
     """
+
+    # A transform that reads the timestep has a `context`, which the layer's model sets.
+    needs_timestep: ClassVar[bool] = False
 
     @property
     def needs_inputs(self) -> bool:
