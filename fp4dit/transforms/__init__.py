@@ -1,7 +1,8 @@
 """Transforms of a layer's weight and input that leave their product unchanged.
 
 Smoothing moves outliers from inputs to weights, Hadamard rotations spread them over all channels,
-and a low-rank branch keeps the largest part of the weight in 16 bits.
+a low-rank branch keeps the largest part of the weight in 16 bits or in few, and principal
+components keep the largest part of the input. Only clips of tokens change the product.
 
 To add a transform: write a `Transform`, and a dataclass with the members of `TransformSpec` that
 makes it, such as `Hadamard`; give the dataclass a tag in `fp4dit/registry.py`; and list the tag in
