@@ -102,6 +102,7 @@ OTHER_KINDS: dict[str, str] = {
     "learned_rounding": "fp4dit.rounding.LearnedRounding",
     "layerwise_reconstruction": "fp4dit.rounding.LayerwiseReconstruction",
     "relative_mse": "fp4dit.rounding.RelativeMSE",
+    "timestep_weights": "fp4dit.rounding.TimestepWeights",
     "adam": "fp4dit.rounding.fused_adam",
     # `fp4dit.rounding.adaround` is the module, which shadows the function of its name.
     "adaround": "fp4dit.rounding.adaround.adaround",

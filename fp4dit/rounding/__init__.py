@@ -30,6 +30,7 @@ from fp4dit.rounding.signround import (
     round_scale_to_tensor_units,
     shift_in_ulp,
 )
+from fp4dit.rounding.timestep_weights import TimestepWeights
 
 __all__ = [
     "GPTQ",
@@ -47,6 +48,7 @@ __all__ = [
     "RoundingMethod",
     "SignRound",
     "SignSGD",
+    "TimestepWeights",
     "WholeModel",
     "activation_order",
     "adaround_scale_aware",
