@@ -43,6 +43,7 @@ CHECKPOINT_KINDS: dict[str, str] = {
     "standard_deviations": "fp4dit.numerics.StandardDeviations",
     "root_mean_squares": "fp4dit.numerics.RootMeanSquares",
     "percentile": "fp4dit.numerics.Percentile",
+    "quantile": "fp4dit.numerics.Quantile",
     "min_error": "fp4dit.numerics.MinError",
     "best_of": "fp4dit.numerics.BestOf",
     "pre_shift": "fp4dit.numerics.PreShift",
@@ -95,6 +96,9 @@ OTHER_KINDS: dict[str, str] = {
     "stochastic": "fp4dit.numerics.StochasticRounding",
     "learned_rounding": "fp4dit.rounding.LearnedRounding",
     "layerwise_reconstruction": "fp4dit.rounding.LayerwiseReconstruction",
+    "staged_reconstruction": "fp4dit.rounding.StagedReconstruction",
+    "fixed_weight": "fp4dit.rounding.FixedWeight",
+    "input_steps": "fp4dit.rounding.InputSteps",
     "relative_mse": "fp4dit.rounding.RelativeMSE",
     "adam": "fp4dit.rounding.fused_adam",
     # `fp4dit.rounding.adaround` is the module, which shadows the function of its name.

@@ -46,7 +46,7 @@ from fp4dit.numerics.scale_rules import (
     StandardDeviations,
     TwoSidedAbsMax,
 )
-from fp4dit.numerics.scale_search import BestOf, MinError, Percentile, PreShift
+from fp4dit.numerics.scale_search import BestOf, MinError, Percentile, PreShift, Quantile
 from fp4dit.numerics.shared_mantissa import SharedMantissa
 from fp4dit.numerics.specs import parse_format
 
@@ -78,6 +78,7 @@ __all__ = [
     "PowerOfTwoNVFP4Scale",
     "PreShift",
     "QParams",
+    "Quantile",
     "Quantizer",
     "RangeRatio",
     "RootMeanSquares",
