@@ -63,12 +63,14 @@ class LearnedStep(nn.Module):
 
     @property
     def qparams(self) -> QParams:
-        """The qparams with the learned scale."""
-        return from_tensors({name: getattr(self, name) for name in ("scale", *self.fixed)})
+        """The qparams with the learned scale.
+
+        The gradient passes the bound of the scale, so that a scale at its bound can return.
+        """
+        scale = straight_through(self.scale, torch.maximum(self.scale.detach(), self.smallest))
+        return from_tensors({"scale": scale} | {name: getattr(self, name) for name in self.fixed})
 
     def forward(self, x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-        with torch.no_grad():
-            self.scale.clamp_(min=self.smallest)
         fmt, qparams = self.format, self.qparams
         grid = clip_to_range(qparams.to_grid(self.granularity.split(x).float()), fmt)
         rounded = straight_through(grid, fmt.nearest(grid.detach()))
