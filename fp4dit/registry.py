@@ -33,6 +33,7 @@ CHECKPOINT_KINDS: dict[str, str] = {
     "per_tensor": "fp4dit.numerics.PerTensor",
     "per_channel": "fp4dit.numerics.PerChannel",
     "per_token": "fp4dit.numerics.PerToken",
+    "per_head": "fp4dit.numerics.PerHead",
     "per_group": "fp4dit.numerics.PerGroup",
     "per_split": "fp4dit.numerics.PerSplit",
     "per_input_channel": "fp4dit.numerics.PerInputChannel",

@@ -40,6 +40,7 @@ GRANULARITIES = {
     "tensor": "per_tensor",
     "channel": "per_channel",
     "token": "per_token",
+    "head": "per_head",
     "group": "per_group",
     "split": "per_split",
     "input_channel": "per_input_channel",

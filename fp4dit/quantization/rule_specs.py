@@ -44,7 +44,7 @@ OBSERVERS = {tag: tag for tag in ("sample", "moving_range", "channel_range")}
 
 WEIGHT_GRANULARITIES = ("tensor", "channel", "group", "split")
 
-ACTIVATION_GRANULARITIES = ("tensor", "token", "group", "split", "input_channel")
+ACTIVATION_GRANULARITIES = ("tensor", "token", "head", "group", "split", "input_channel")
 
 WEIGHT_OPTIONS = ("format", "granularity", "scale", "transforms", "timestep_boundaries")
 

@@ -15,7 +15,8 @@ To add a method: write a module like `rtn.py` with a subclass of `RoundingMethod
 from fp4dit.rounding.adaround import adaround_scale_aware, adaround_scale_aware_normalized
 from fp4dit.rounding.base import RoundingMethod
 from fp4dit.rounding.finetune import Finetuning, LatentWeight, WholeModel
-from fp4dit.rounding.gptq import GPTQ, activation_order
+from fp4dit.rounding.gptq import GPTQ
+from fp4dit.rounding.gptq_columns import activation_order
 from fp4dit.rounding.imatrix import ImportanceMatrix
 from fp4dit.rounding.input_steps import FixedWeight, InputSteps
 from fp4dit.rounding.layerwise import LayerwiseReconstruction

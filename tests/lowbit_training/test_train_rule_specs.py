@@ -25,7 +25,7 @@ def test_words_stand_for_operand_quantizers():
 
 
 def test_the_preset_of_quartet_is_its_released_forward_pass(composed: Compose):
-    """Its kernel: s = 2^floor(log2(2.92 std / 6 + 1e-8)), nearest E2M1, and a mask of |x / s| < 6."""
+    """In its kernel s = 2^floor(log2(2.92 std / 6 + 1e-8)), and the mask is |x / s| < 6."""
     options = OmegaConf.to_container(composed("lowbit_linear=quartet").lowbit_linear)
     [rule] = instantiate(options)
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
