@@ -64,6 +64,7 @@ CHECKPOINT_KINDS: dict[str, str] = {
     "smoothing_search": "fp4dit.transforms.SmoothingSearch",
     "channel_max": "fp4dit.transforms.ChannelMax",
     "moving_max": "fp4dit.transforms.MovingAverageMax",
+    "moving_batch_max": "fp4dit.transforms.MovingAverageBatchMax",
     "salience": "fp4dit.transforms.SalienceWeightedMax",
     "low_rank": "fp4dit.transforms.LowRank",
     "low_rank_bf16": "fp4dit.transforms.LowRankBF16",

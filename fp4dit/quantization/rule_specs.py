@@ -38,7 +38,7 @@ TRANSFORMS = {
     )
 }
 
-STATISTICS = {tag: tag for tag in ("channel_max", "moving_max", "salience")}
+STATISTICS = {tag: tag for tag in ("channel_max", "moving_max", "moving_batch_max", "salience")}
 
 OBSERVERS = {tag: tag for tag in ("sample", "moving_range", "channel_range")}
 

@@ -14,6 +14,7 @@ from fp4dit.transforms.hadamard import Hadamard
 from fp4dit.transforms.low_rank import LowRank, LowRankBF16
 from fp4dit.transforms.smoothing import (
     ChannelMax,
+    MovingAverageBatchMax,
     MovingAverageMax,
     PowerOfTwoSmoothingSearch,
     SalienceWeightedMax,
@@ -26,6 +27,7 @@ __all__ = [
     "Hadamard",
     "LowRank",
     "LowRankBF16",
+    "MovingAverageBatchMax",
     "MovingAverageMax",
     "PowerOfTwoSmoothingSearch",
     "SalienceWeightedMax",
