@@ -74,6 +74,7 @@ CHECKPOINT_KINDS: dict[str, str] = {
     "sample": "fp4dit.quantization.SampleObserver",
     "moving_range": "fp4dit.quantization.MovingAverageMinMaxObserver",
     "channel_range": "fp4dit.quantization.PerChannelMinMaxObserver",
+    "sage": "fp4dit.quantization.SageAttention",
     # The packed checkpoint
     "packed_layout": "fp4dit.packed.encoding.layout.Layout",
     "packed_weights": "fp4dit.packed.model.WeightGroup",

@@ -196,7 +196,7 @@ def install_input_quantizers_(
                     f"{name} is not an activation of {type(model).__name__} that can be quantized"
                 )
             fake_quant = shared or rule.make_fake_quantize(context)
-            slot.install(fake_quant, rule.before_norm)
+            slot.install(fake_quant, rule)
 
 
 def install_attention_processors_(model: nn.Module, inputs: Sequence[InputGroup]) -> None:

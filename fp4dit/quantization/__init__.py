@@ -10,6 +10,7 @@ To add an observer: write a dataclass with the members of `Observer`; give it a 
 
 from fp4dit.quantization.apply import ActivationSlot
 from fp4dit.quantization.attention import QuantProcessor
+from fp4dit.quantization.attention_products import SageAttention
 from fp4dit.quantization.audit import LayerAudit
 from fp4dit.quantization.convolution import ConvGeometry, ConvolutionMixin
 from fp4dit.quantization.fake_quant import FakeQuantize, TimestepFakeQuantize
@@ -38,6 +39,7 @@ __all__ = [
     "QuantLinearBase",
     "QuantProcessor",
     "Rule",
+    "SageAttention",
     "SampleObserver",
     "TimestepContext",
     "TimestepFakeQuantize",
