@@ -42,7 +42,7 @@ class QuantLinearBase(nn.Module):
         """Give the context of the model to the transforms that read the timestep."""
         for transform in self.transform_chain:
             if transform.needs_timestep:
-                transform.context = context  # pyright: ignore[reportAttributeAccessIssue]
+                transform.context = context  # pyright: ignore[reportArgumentType]
 
     @property
     def reduction_size(self) -> int:
