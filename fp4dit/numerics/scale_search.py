@@ -61,6 +61,35 @@ class Percentile:
 
 
 @dataclass(frozen=True)
+class Quantile(Percentile):
+    """`Percentile` whose ends lie between two values, as the quantiles of torch and NumPy do.
+
+    It matters for short blocks: in a row of 1152 values, a share of 1 / 10,000 is less than one
+    value, which `Percentile` does not clip.
+
+    Attributes:
+        inner: The other rule.
+        keep: The share of values between the two quantiles (1 - keep) / 2 and (1 + keep) / 2.
+
+    Example:
+        >>> blocks = torch.tensor([[-4.0, 1.0, 2.0, 3.0, 4.0]])
+        >>> Quantile(AbsMax(), keep=0.75)(blocks, floating(2, 1)).scale  # from -1.5 to 3.5
+        tensor([[0.5833]])
+    """
+
+    def clip_outliers(self, blocks: Blocks) -> Blocks:
+        width = blocks.shape[1]
+        place = (width - 1) * (1 - self.keep) / 2
+        whole = int(place)
+        ends = []
+        for largest in (False, True):  # torch.quantile refuses more than 2^24 values
+            values = blocks.topk(min(whole + 2, width), largest=largest).values
+            ends.append(torch.lerp(values[:, whole, None], values[:, -1:], place - whole))
+        low, high = ends
+        return blocks.clamp(low, high)
+
+
+@dataclass(frozen=True)
 class MinError:
     """The least error among a rule's answers to shrunken and stretched blocks, block by block.
 

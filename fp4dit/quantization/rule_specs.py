@@ -40,13 +40,13 @@ TRANSFORMS = {
     )
 }
 
-STATISTICS = {tag: tag for tag in ("channel_max", "moving_max", "salience")}
+STATISTICS = {tag: tag for tag in ("channel_max", "moving_max", "moving_batch_max", "salience")}
 
 OBSERVERS = {tag: tag for tag in ("sample", "moving_range", "channel_range")}
 
 WEIGHT_GRANULARITIES = ("tensor", "channel", "group", "split")
 
-ACTIVATION_GRANULARITIES = ("tensor", "token", "group", "split", "input_channel")
+ACTIVATION_GRANULARITIES = ("tensor", "token", "head", "group", "split", "input_channel")
 
 WEIGHT_OPTIONS = ("format", "granularity", "scale", "transforms", "timestep_boundaries")
 

@@ -17,6 +17,7 @@ from fp4dit.transforms.principal_components import PrincipalComponents
 from fp4dit.transforms.refined_low_rank import QuantizedLowRank, RefinedLowRank
 from fp4dit.transforms.smoothing import (
     ChannelMax,
+    MovingAverageBatchMax,
     MovingAverageMax,
     PowerOfTwoSmoothingSearch,
     SalienceWeightedMax,
@@ -30,6 +31,7 @@ __all__ = [
     "Hadamard",
     "LowRank",
     "LowRankBF16",
+    "MovingAverageBatchMax",
     "MovingAverageMax",
     "PowerOfTwoSmoothingSearch",
     "PrincipalComponents",

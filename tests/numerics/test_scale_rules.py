@@ -29,7 +29,7 @@ from fp4dit.numerics.scale_rules import (
     quantization_error,
     round_scale,
 )
-from fp4dit.numerics.scale_search import BestOf, MinError, Percentile, PreShift
+from fp4dit.numerics.scale_search import BestOf, MinError, Percentile, PreShift, Quantile
 
 SYMMETRIC = [floating(2, 1), floating(3, 0), floating(3, 4), integer(4), integer(8)]
 UNSIGNED = [integer(4, signed=False), integer(8, signed=False)]
@@ -250,6 +250,17 @@ def test_percentile_clips_the_order_statistics_that_numpy_finds(keep: float, wid
     low, high = np.sort(x.numpy(), axis=1)[:, [cut, width - 1 - cut]].T[..., None]
     expected = AbsMax()(torch.from_numpy(np.clip(x.numpy(), low, high)), integer(8)).scale
     assert torch.equal(Percentile(AbsMax(), keep)(x, integer(8)).scale, expected)
+
+
+@pytest.mark.parametrize("keep", [0.998, 0.9998, 0.5, 1.0])
+@pytest.mark.parametrize("width", [1, 5, 256, 1152])
+def test_quantile_clips_where_numpy_does(keep: float, width: int):
+    """PTQ4DiT's code clips a row between its quantiles 1 - q and q, linearly interpolated."""
+    x = blocks(rows=6, width=width)
+    q = (1 + keep) / 2
+    low, high = torch.from_numpy(np.quantile(x.numpy(), [1 - q, q], axis=1))[..., None]
+    expected = x.double().clamp(low, high).float()
+    torch.testing.assert_close(Quantile(AbsMax(), keep).clip_outliers(x), expected)
 
 
 def test_percentile_takes_more_values_than_torch_quantile_does():

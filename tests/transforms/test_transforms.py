@@ -18,6 +18,7 @@ from fp4dit.transforms.hadamard import Hadamard, RegularHadamard
 from fp4dit.transforms.low_rank import LowRank, LowRankBF16, factor_low_rank
 from fp4dit.transforms.refined_low_rank import QuantizedLowRank, RefinedLowRank
 from fp4dit.transforms.smoothing import (
+    MovingAverageBatchMax,
     MovingAverageMax,
     PowerOfTwoSmoothingSearch,
     SalienceWeightedMax,
@@ -207,6 +208,16 @@ def test_moving_max_is_a_filter_that_starts_settled():
     torch.testing.assert_close(
         MovingAverageMax(0.8)(x, weight).double(), torch.from_numpy(expected[-1]), rtol=1e-5, atol=0
     )
+
+
+def test_maxima_are_averaged_over_a_batch_before_the_moving_average():
+    """The loop of ViDiT-Q's code: maxima over tokens, the mean over images, then the average."""
+    weight, x = weight_and_inputs(calls=10)
+    average = None
+    for batch in (x[:4], x[4:8], x[8:]):
+        largest = batch.abs().max(1).values.mean(0)
+        average = largest if average is None else 0.8 * average + (1 - 0.8) * largest
+    torch.testing.assert_close(MovingAverageBatchMax(0.8, batch=4)(x, weight), average)
 
 
 @settings(max_examples=40)
