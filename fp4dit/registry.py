@@ -61,6 +61,7 @@ CHECKPOINT_KINDS: dict[str, str] = {
     "round_nearest": "fp4dit.numerics.nearest_ratio_exponent",
     # Transforms
     "hadamard": "fp4dit.transforms.Hadamard",
+    "regular_hadamard": "fp4dit.transforms.RegularHadamard",
     "smoothing": "fp4dit.transforms.Smoothing",
     "smoothing_search": "fp4dit.transforms.SmoothingSearch",
     "channel_max": "fp4dit.transforms.ChannelMax",
@@ -69,6 +70,10 @@ CHECKPOINT_KINDS: dict[str, str] = {
     "salience": "fp4dit.transforms.SalienceWeightedMax",
     "low_rank": "fp4dit.transforms.LowRank",
     "low_rank_bf16": "fp4dit.transforms.LowRankBF16",
+    "low_rank_refined": "fp4dit.transforms.RefinedLowRank",
+    "low_rank_quantized": "fp4dit.transforms.QuantizedLowRank",
+    "principal_components": "fp4dit.transforms.PrincipalComponents",
+    "token_clip": "fp4dit.transforms.TokenClipSearch",
     "smoothing_search_power_of_two": "fp4dit.transforms.PowerOfTwoSmoothingSearch",
     # Rules and observers
     "rule": "fp4dit.quantization.Rule",
@@ -105,6 +110,7 @@ OTHER_KINDS: dict[str, str] = {
     "fixed_weight": "fp4dit.rounding.FixedWeight",
     "input_steps": "fp4dit.rounding.InputSteps",
     "relative_mse": "fp4dit.rounding.RelativeMSE",
+    "timestep_weights": "fp4dit.rounding.TimestepWeights",
     "adam": "fp4dit.rounding.fused_adam",
     # `fp4dit.rounding.adaround` is the module, which shadows the function of its name.
     "adaround": "fp4dit.rounding.adaround.adaround",

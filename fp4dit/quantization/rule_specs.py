@@ -34,8 +34,9 @@ Patterns = str | Sequence[Any]  # shell wildcards; lists may be nested
 TRANSFORMS = {
     tag: tag
     for tag in (
-        *("hadamard", "smoothing", "smoothing_search", "low_rank"),
-        *("smoothing_search_power_of_two", "low_rank_bf16"),
+        *("hadamard", "regular_hadamard", "smoothing", "smoothing_search", "low_rank"),
+        *("smoothing_search_power_of_two", "low_rank_bf16", "low_rank_refined"),
+        *("low_rank_quantized", "principal_components", "token_clip"),
     )
 }
 

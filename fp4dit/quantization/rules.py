@@ -166,9 +166,11 @@ def make_layer_by_rule(
     assert rule.quantizer is not None
     with naming_layer_errors(name, rule.match):
         quantized = make_quant_layer(layer, rule.quantizer, rule.transforms)
+    quantized.share_context(context or TimestepContext())
     if not rule.timestep_boundaries:
         return quantized
     copies = [quantized]
     for _ in rule.timestep_boundaries:
         copies.append(make_quant_layer(copy.deepcopy(layer), rule.quantizer, rule.transforms))
+        copies[-1].share_context(context or TimestepContext())
     return TimestepRangeLinear(copies, rule.timestep_boundaries, context or TimestepContext())

@@ -34,6 +34,7 @@ from fp4dit.rounding.signround import (
     shift_in_ulp,
 )
 from fp4dit.rounding.staged import StagedReconstruction
+from fp4dit.rounding.timestep_weights import TimestepWeights
 
 __all__ = [
     "GPTQ",
@@ -54,6 +55,7 @@ __all__ = [
     "SignRound",
     "SignSGD",
     "StagedReconstruction",
+    "TimestepWeights",
     "WholeModel",
     "activation_order",
     "adaround_scale_aware",

@@ -24,6 +24,7 @@ from fp4dit.quantization.learnable_rounding import LearnableRounding, RoundingFa
 from fp4dit.rounding.base import Curve, RoundingMethod, iter_blank_blocks
 from fp4dit.rounding.input_steps import InputSteps, StepAttachment
 from fp4dit.rounding.objectives import ReconstructionObjective
+from fp4dit.rounding.timestep_weights import WeightRows
 from fp4dit.utils.resumable import ResumableTrainers
 
 
@@ -49,6 +50,7 @@ class LearnedRounding(RoundingMethod):
         keep_best: Whether to end with the parameters of the step with the least error. This suits
             roundings whose soft weights are hard, such as SignRound's. As in AutoRound, the error
             of a step is that of its batch alone, so an easy batch may decide the step.
+        weigh_rows: The weight of each row's squared error, by its timestep; None for equal weights.
         inputs: Learns the steps of static inputs together with the roundings; None keeps them as
             they were calibrated.
 
@@ -69,6 +71,7 @@ class LearnedRounding(RoundingMethod):
     warmup: float = 0.2
     schedule: Callable[[Optimizer], LRScheduler] | None = None
     keep_best: bool = False
+    weigh_rows: WeightRows | None = None
     inputs: InputSteps | None = None
 
     def check(self, layers: Sequence[QuantLayer]) -> None:
@@ -172,8 +175,12 @@ class ReconstructionTask(L.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             unit = self.dataset.unit
             call = unit.make_call(batch.rows)
+        output = unit.read_outputs(call(self.module), len(batch.target[0]))
+        if self.method.weigh_rows is None:
+            return self.method.objective.error(output, batch.target)
+        factors = self.method.weigh_rows(batch.rows["timestep"]).sqrt()
         return self.method.objective.error(
-            unit.read_outputs(call(self.module), len(batch.target[0])), batch.target
+            scale_rows(output, factors), scale_rows(batch.target, factors)
         )
 
     def record_point(self, error: Tensor, rounding_loss: Any) -> None:
@@ -255,6 +262,13 @@ class ReconstructionTask(L.LightningModule):
         start, end = self.method.beta
         warmup = self.method.warmup
         return start + (end - start) * max(0.0, (self.progress - warmup) / (1 - warmup))
+
+
+def scale_rows(
+    outputs: tuple[Tensor, ...], factors: Float[Tensor, "n"]
+) -> tuple[Float[Tensor, "n ..."], ...]:
+    """Multiply each row of some tensors by its factor, in fp32."""
+    return tuple(y.float() * factors.view(-1, *[1] * (y.ndim - 1)) for y in outputs)
 
 
 @contextmanager

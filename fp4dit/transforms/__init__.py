@@ -1,7 +1,8 @@
 """Transforms of a layer's weight and input that leave their product unchanged.
 
 Smoothing moves outliers from inputs to weights, Hadamard rotations spread them over all channels,
-and a low-rank branch keeps the largest part of the weight in 16 bits.
+a low-rank branch keeps the largest part of the weight in 16 bits or in few, and principal
+components keep the largest part of the input. Only clips of tokens change the product.
 
 To add a transform: write a `Transform`, and a dataclass with the members of `TransformSpec` that
 makes it, such as `Hadamard`; give the dataclass a tag in `fp4dit/registry.py`; and list the tag in
@@ -10,8 +11,10 @@ makes it, such as `Hadamard`; give the dataclass a tag in `fp4dit/registry.py`; 
 """
 
 from fp4dit.transforms.base import Transform, TransformSpec
-from fp4dit.transforms.hadamard import Hadamard
+from fp4dit.transforms.hadamard import Hadamard, RegularHadamard
 from fp4dit.transforms.low_rank import LowRank, LowRankBF16
+from fp4dit.transforms.principal_components import PrincipalComponents
+from fp4dit.transforms.refined_low_rank import QuantizedLowRank, RefinedLowRank
 from fp4dit.transforms.smoothing import (
     ChannelMax,
     MovingAverageBatchMax,
@@ -21,6 +24,7 @@ from fp4dit.transforms.smoothing import (
     Smoothing,
     SmoothingSearch,
 )
+from fp4dit.transforms.token_clip import TokenClipSearch
 
 __all__ = [
     "ChannelMax",
@@ -30,9 +34,14 @@ __all__ = [
     "MovingAverageBatchMax",
     "MovingAverageMax",
     "PowerOfTwoSmoothingSearch",
+    "PrincipalComponents",
+    "QuantizedLowRank",
+    "RefinedLowRank",
+    "RegularHadamard",
     "SalienceWeightedMax",
     "Smoothing",
     "SmoothingSearch",
+    "TokenClipSearch",
     "Transform",
     "TransformSpec",
 ]

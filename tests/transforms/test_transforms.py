@@ -14,8 +14,9 @@ from torch import Tensor
 from fp4dit.numerics.formats import floating
 from fp4dit.numerics.quantizer import PerChannel, Quantizer
 from fp4dit.transforms.base import Transform, TransformSpec, squared_output_error
-from fp4dit.transforms.hadamard import Hadamard
+from fp4dit.transforms.hadamard import Hadamard, RegularHadamard
 from fp4dit.transforms.low_rank import LowRank, LowRankBF16, factor_low_rank
+from fp4dit.transforms.refined_low_rank import QuantizedLowRank, RefinedLowRank
 from fp4dit.transforms.smoothing import (
     MovingAverageBatchMax,
     MovingAverageMax,
@@ -36,11 +37,14 @@ SPECS = [
     Hadamard(),
     Hadamard(12, seed=1),
     Hadamard(4, signs=False),
+    RegularHadamard(),
     LowRank(),
     LowRank(3, iterations=4),
     LowRank(99),
     LowRankBF16(3, iterations=2),
     PowerOfTwoSmoothingSearch(4),
+    RefinedLowRank(3),
+    QuantizedLowRank(3, bits=5, input_bits=None),
 ]
 OUT, K = 20, 24
 specs = pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -74,6 +78,7 @@ def fit_chain(
 ) -> list[Transform]:
     transforms = [spec(*weight.shape) for spec in chain]
     for transform in transforms:
+        transform.fit_weight(weight, quantizer)
         transform.fit(weight, x, quantizer, quantizer)
         weight, x = transform.transform_weight(weight), transform.transform_input(x)
     return transforms
