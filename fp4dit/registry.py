@@ -47,6 +47,7 @@ CHECKPOINT_KINDS: dict[str, str] = {
     "quantile": "fp4dit.numerics.Quantile",
     "min_error": "fp4dit.numerics.MinError",
     "best_of": "fp4dit.numerics.BestOf",
+    "part_scales": "fp4dit.numerics.PartScales",
     "pre_shift": "fp4dit.numerics.PreShift",
     "largest_value": "fp4dit.numerics.max_magnitude",
     "e8m0": "fp4dit.numerics.E8M0Scale",
@@ -78,6 +79,7 @@ CHECKPOINT_KINDS: dict[str, str] = {
     "rule": "fp4dit.quantization.Rule",
     "sample": "fp4dit.quantization.SampleObserver",
     "moving_range": "fp4dit.quantization.MovingAverageMinMaxObserver",
+    "moving_part_range": "fp4dit.quantization.MovingAveragePartsObserver",
     "channel_range": "fp4dit.quantization.PerChannelMinMaxObserver",
     "sage": "fp4dit.quantization.SageAttention",
     # The packed checkpoint

@@ -47,7 +47,14 @@ from fp4dit.numerics.scale_rules import (
     StandardDeviations,
     TwoSidedAbsMax,
 )
-from fp4dit.numerics.scale_search import BestOf, MinError, Percentile, PreShift, Quantile
+from fp4dit.numerics.scale_search import (
+    BestOf,
+    MinError,
+    PartScales,
+    Percentile,
+    PreShift,
+    Quantile,
+)
 from fp4dit.numerics.shared_mantissa import SharedMantissa
 from fp4dit.numerics.specs import parse_format
 
@@ -67,6 +74,7 @@ __all__ = [
     "NVFP4Scale",
     "NumberFormat",
     "OffsetRange",
+    "PartScales",
     "PerBlockFormat",
     "PerChannel",
     "PerGroup",

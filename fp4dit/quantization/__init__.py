@@ -18,6 +18,7 @@ from fp4dit.quantization.layers import QuantLayer, QuantLinearBase
 from fp4dit.quantization.learnable_rounding import LearnableRounding
 from fp4dit.quantization.observers import (
     MovingAverageMinMaxObserver,
+    MovingAveragePartsObserver,
     PerChannelMinMaxObserver,
     SampleObserver,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "LayerAudit",
     "LearnableRounding",
     "MovingAverageMinMaxObserver",
+    "MovingAveragePartsObserver",
     "PerChannelMinMaxObserver",
     "QuantLayer",
     "QuantLinearBase",

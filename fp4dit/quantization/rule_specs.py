@@ -42,7 +42,7 @@ TRANSFORMS = {
 
 STATISTICS = {tag: tag for tag in ("channel_max", "moving_max", "moving_batch_max", "salience")}
 
-OBSERVERS = {tag: tag for tag in ("sample", "moving_range", "channel_range")}
+OBSERVERS = {tag: tag for tag in ("sample", "moving_range", "moving_part_range", "channel_range")}
 
 WEIGHT_GRANULARITIES = ("tensor", "channel", "group", "split")
 

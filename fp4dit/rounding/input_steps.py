@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fp4dit.numerics.formats import Format
 from fp4dit.numerics.qparams import Blocks, QParams, as_tensors, from_tensors
-from fp4dit.numerics.quantizer import Granularity, PerTensor
+from fp4dit.numerics.quantizer import Granularity, PerInputChannel, PerTensor
+from fp4dit.numerics.scale_search import PreShift
 from fp4dit.quantization.fake_quant import FakeQuantize
 from fp4dit.quantization.layers import QuantLayer
 from fp4dit.quantization.learnable_rounding import LearnableRounding
@@ -29,7 +30,7 @@ SMALLEST_SHARE = 2.0**-10  # of the calibrated step, so that a step stays positi
 
 
 class LearnedStep(nn.Module):
-    """Fake quantization with one scale that is a parameter (LSQ, arXiv:1902.08153).
+    """Fake quantization whose scale is a parameter (LSQ, arXiv:1902.08153).
 
     The gradient passes the rounding straight through and stops where a value is clipped. With
     v = x / s + z, the gradient of the output with respect to the scale s is therefore
@@ -39,8 +40,9 @@ class LearnedStep(nn.Module):
 
     Args:
         fmt: Number format.
-        granularity: One scale for the tensor.
-        qparams: Calibrated qparams, whose `scale` is learned.
+        granularity: One scale for the tensor, or a row of scales.
+        qparams: Calibrated qparams, whose `scale` is learned. Places of a row with the same scale
+            share the learned one.
 
     Example:
         >>> step = LearnedStep(integer(8, signed=False), PerTensor(), qparams)
@@ -48,15 +50,17 @@ class LearnedStep(nn.Module):
         >>> step.scale.grad
     """
 
+    places: Tensor
     smallest: Tensor
 
     def __init__(self, fmt: Format, granularity: Granularity, qparams: QParams) -> None:
         super().__init__()
         self.format, self.granularity = fmt, granularity
         fixed = as_tensors(qparams)
-        scale = fixed.pop("scale")
-        self.scale = nn.Parameter(scale.clone())
-        self.register_buffer("smallest", scale * SMALLEST_SHARE, persistent=False)
+        scales, places = fixed.pop("scale").unique(return_inverse=True)
+        self.scale = nn.Parameter(scales)
+        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("smallest", scales * SMALLEST_SHARE, persistent=False)
         self.fixed = tuple(fixed)
         for name, value in fixed.items():
             self.register_buffer(name, value, persistent=False)
@@ -68,7 +72,8 @@ class LearnedStep(nn.Module):
         The gradient passes the bound of the scale, so that a scale at its bound can return.
         """
         scale = straight_through(self.scale, torch.maximum(self.scale.detach(), self.smallest))
-        return from_tensors({"scale": scale} | {name: getattr(self, name) for name in self.fixed})
+        fixed = {name: getattr(self, name) for name in self.fixed}
+        return from_tensors({"scale": scale[self.places], **fixed})
 
     def forward(self, x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
         fmt, qparams = self.format, self.qparams
@@ -106,10 +111,13 @@ class InputSteps:
                 "quantize_inputs_while_rounding='${activation}', or another rounding"
             )
         for fake_quant in filter(None, static):
-            if not isinstance(fake_quant.quantizer.granularity, PerTensor):
+            quantizer = fake_quant.quantizer
+            if not isinstance(quantizer.granularity, PerTensor | PerInputChannel) or isinstance(
+                quantizer.scale, PreShift
+            ):
                 raise UserError(
-                    "the steps of inputs are learned for one static scale per tensor: choose "
-                    "activation.granularity=tensor, or another rounding"
+                    "the steps of inputs are learned for one static scale per tensor or part: "
+                    "choose activation.granularity=tensor, or another rounding"
                 )
 
     def make_schedule(self, optimizer: Optimizer, steps: int) -> LambdaLR:

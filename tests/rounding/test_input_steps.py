@@ -11,8 +11,9 @@ from torch import Tensor
 from fp4dit.calibration.dataset import UnitDataset
 from fp4dit.numerics.formats import floating, integer
 from fp4dit.numerics.qparams import Affine, Scale
-from fp4dit.numerics.quantizer import PerTensor, PerToken, Quantizer
+from fp4dit.numerics.quantizer import PerInputChannel, PerTensor, PerToken, Quantizer
 from fp4dit.numerics.scale_rules import AbsMax, MinMax
+from fp4dit.numerics.scale_search import PartScales
 from fp4dit.quantization.fake_quant import FakeQuantize
 from fp4dit.quantization.layers import QuantLayer, make_quant_layer
 from fp4dit.rounding.adaround import adaround
@@ -75,6 +76,25 @@ def test_a_step_begins_as_calibrated_and_stays_positive():
     assert (step.qparams.scale > 0).all()  # pyright: ignore
     (step(x) + step(2 * x)).sum().backward()  # a layer may be called several times
     assert step.scale.grad.isfinite().all()  # pyright: ignore
+
+
+def test_two_halves_learn_two_steps():
+    quantizer = Quantizer(INT4, PerInputChannel(), PartScales(MinMax()))
+    x = make_inputs() * torch.tensor([1.0] * 16 + [5.0] * 16)
+    qparams = quantizer.compute_qparams(x)
+    step = LearnedStep(INT4, PerInputChannel(), qparams)
+    assert torch.equal(step(x), quantizer(x, qparams))
+    step(x).square().sum().backward()
+    for half, columns in enumerate((slice(0, 16), slice(16, 32))):
+        alone = Affine(qparams.scale[:, columns][:, :1], qparams.zero[:, columns][:, :1])  # pyright: ignore
+        single = LearnedStep(INT4, PerTensor(), alone)
+        single(x[..., columns]).square().sum().backward()
+        torch.testing.assert_close(  # the sums have other orders
+            step.scale.grad[half],  # pyright: ignore
+            single.scale.grad[0],  # pyright: ignore
+            rtol=1e-4,
+            atol=1e-4,
+        )
 
 
 def make_static_layer() -> tuple[QuantLayer, UnitDataset]:
