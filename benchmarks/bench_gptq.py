@@ -12,7 +12,7 @@ import torch
 
 from fp4dit.numerics.formats import floating
 from fp4dit.numerics.quantizer import PerGroup, Quantizer
-from fp4dit.rounding.gptq import activation_order, natural_order, quantize_with_gptq
+from fp4dit.rounding.gptq_columns import activation_order, natural_order, quantize_with_gptq
 
 OUT, IN, TOKENS = 1152, 4608, 8192
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -68,8 +69,9 @@ def methods() -> MethodList:
     presets = MethodList()
     for name in list_options("method"):
         path = CONF / "method" / f"{name}.yaml"
-        differs = OmegaConf.load(path).get("differs", ())
-        presets[name] = MethodInfo(name, read_description(path), path, tuple(differs))
+        config: Any = OmegaConf.load(path)
+        differs = tuple(config.get("differs", ()))
+        presets[name] = MethodInfo(name, read_description(path), path, differs)
     return presets
 
 

@@ -17,6 +17,7 @@ from fp4dit.rounding.imatrix import ImportanceMatrix
 from fp4dit.rounding.layerwise import LayerwiseReconstruction
 from fp4dit.rounding.learned import LearnedRounding
 from fp4dit.rounding.output_search import OutputSearch
+from fp4dit.rounding.staged import StagedReconstruction
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,16 @@ def estimate_learned_cost(method: LearnedRounding, unit: UnitFootprint, num_rows
     weights = sum(layer.weight_matrix.numel() for layer in unit.layers)
     flops = 3 * method.steps * method.batch_size * unit.flops
     return UnitCost(flops, method.batch_size * unit.saved_bytes + 40 * weights)
+
+
+@estimate_unit_cost.register
+def estimate_staged_cost(
+    method: StagedReconstruction, unit: UnitFootprint, num_rows: int
+) -> UnitCost:
+    """Add the operations of both stages, of which one needs its memory at a time."""
+    first = estimate_unit_cost(method.weights, unit, num_rows)
+    second = estimate_unit_cost(method.inputs, unit, num_rows)
+    return UnitCost(first.flops + second.flops, max(first.bytes, second.bytes))
 
 
 @estimate_unit_cost.register

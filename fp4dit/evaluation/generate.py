@@ -1,5 +1,6 @@
 """Generation of one image or video per prompt."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import lightning as L
 from torch import nn
 
 from fp4dit.calibration.capture import PromptBatch
+from fp4dit.evaluation.step_cache import StepCache, start_caches
 from fp4dit.models.base import Pipeline
 from fp4dit.models.hub_files import find_transformers
 from fp4dit.models.nan_guard import nan_guard
@@ -39,6 +41,8 @@ class GenerateTask(L.LightningModule):
         out: The folder of the images.
         steps: The number of sampling steps.
         guidance: The scale of classifier-free guidance.
+        cache: What is reused of earlier steps; None for nothing. A killed run then begins its
+            unfinished batch again.
         in_integers: Whether quantized layers compute in whole numbers where that is exact. They do
             on a CPU for which the kernels were compiled.
 
@@ -53,22 +57,31 @@ class GenerateTask(L.LightningModule):
         out: Path,
         steps: int,
         guidance: float,
+        cache: StepCache | None = None,
         in_integers: bool = False,
     ) -> None:
         super().__init__()
-        self.in_integers = in_integers
+        self.cache, self.in_integers = cache, in_integers
         self.pipeline, self.out, self.steps, self.guidance = pipeline, out, steps, guidance
 
     def on_predict_start(self) -> None:
-        if self.in_integers and self.device.type == "cpu":
-            for model in list_drawing_models(self.pipeline):
+        for model in list_drawing_models(self.pipeline):
+            if self.in_integers and self.device.type == "cpu":
                 use_integer_arithmetic_(model)
+            if self.cache is not None:
+                self.cache.apply_(model)
 
     def predict_step(self, batch: PromptBatch) -> None:
         self.pipeline.to(self.device)
         model = self.pipeline.transformer
         resume_path = self.out / f"{batch.first:05}.resume"
-        with resume_calls(model, resume_path, self.device), nan_guard(model):
+        with ExitStack() as stack:
+            if self.cache is None:
+                stack.enter_context(resume_calls(model, resume_path, self.device))
+            else:
+                models = list_drawing_models(self.pipeline)
+                stack.enter_context(start_caches(models, self.steps))
+            stack.enter_context(nan_guard(model))
             images = self.pipeline.sample(batch.prompts, batch.seeds, self.steps, self.guidance)
         for path, image in zip(list_image_files(self.out, batch), images, strict=True):
             with atomic_write_checksummed(path) as part:

@@ -154,7 +154,8 @@ def quest_quantizer(
     """Return MXFP4 that clips a block at 2.92 root mean squares (QuEST, arXiv:2502.05003).
 
     With the nearest power of two as scale, the squared error of Gaussian values is the 0.013 of
-    Quartet's table 2. Quartet's code differs twice. It rounds the exponent down, which doubles the
+    Quartet's table 2. Quartet's released code, which is `floor_ratio_exponent` with
+    `StandardDeviations`, differs twice. It rounds the exponent down, which doubles the
     error and clips 7 % of the values. It measures standard deviations, which are too small if the
     mean of a block is not 0, as after the rotation of a block whose first channel is an outlier.
 

@@ -13,6 +13,7 @@ from fp4dit.lowbit_training.linear import TrainRule
 from fp4dit.lowbit_training.matmul import MatmulRecipe
 from fp4dit.lowbit_training.operand_quant import OperandQuantizer
 from fp4dit.numerics.spec_parser import check_options, suggest_words
+from fp4dit.numerics.specs import parse_exponent_rule, parse_reach
 from fp4dit.registry import import_kind
 from fp4dit.utils.errors import UserError
 
@@ -21,6 +22,12 @@ OPERAND_QUANTIZERS = {
     "absmax": "operand_absmax",
     "mxfp8": "operand_mxfp8",
     "quest": "operand_quest",
+}
+
+# Options of operand quantizers that are specs themselves.
+OPTION_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "exponent": parse_exponent_rule,
+    "reach": parse_reach,
 }
 
 
@@ -64,4 +71,7 @@ def parse_operand_quantizer(spec: Any) -> OperandQuantizer:
         raise UserError(f"operand quantizer {word!r} is not known; {advice}")
     make_quantizer: Callable[..., OperandQuantizer] = import_kind(OPERAND_QUANTIZERS[word])
     check_options(options, signature(make_quantizer).parameters, f"operand quantizer {word!r}")
-    return make_quantizer(**options)
+    values = {}
+    for name, value in options.items():
+        values[name] = OPTION_PARSERS[name](value) if name in OPTION_PARSERS else value
+    return make_quantizer(**values)

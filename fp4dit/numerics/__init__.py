@@ -29,6 +29,7 @@ from fp4dit.numerics.quantizer import (
     Granularity,
     PerChannel,
     PerGroup,
+    PerHead,
     PerInputChannel,
     PerRow,
     PerSplit,
@@ -46,7 +47,14 @@ from fp4dit.numerics.scale_rules import (
     StandardDeviations,
     TwoSidedAbsMax,
 )
-from fp4dit.numerics.scale_search import BestOf, MinError, Percentile, PreShift
+from fp4dit.numerics.scale_search import (
+    BestOf,
+    MinError,
+    PartScales,
+    Percentile,
+    PreShift,
+    Quantile,
+)
 from fp4dit.numerics.shared_mantissa import SharedMantissa
 from fp4dit.numerics.specs import parse_format
 
@@ -66,9 +74,11 @@ __all__ = [
     "NVFP4Scale",
     "NumberFormat",
     "OffsetRange",
+    "PartScales",
     "PerBlockFormat",
     "PerChannel",
     "PerGroup",
+    "PerHead",
     "PerInputChannel",
     "PerRow",
     "PerSplit",
@@ -78,6 +88,7 @@ __all__ = [
     "PowerOfTwoNVFP4Scale",
     "PreShift",
     "QParams",
+    "Quantile",
     "Quantizer",
     "RangeRatio",
     "RootMeanSquares",

@@ -68,8 +68,9 @@ class Affine:
     """The map x / scale + zero, with an integer zero point, for ranges that are off center.
 
     Attributes:
-        scale: The size of a step of the grid, in units of the tensor.
-        zero: The grid point that stands for 0.
+        scale: The size of a step of the grid, in units of the tensor: for each block, or one row
+            with a number for each place in a block.
+        zero: The grid point that stands for 0, of the same shape.
 
     Example:
         >>> half, three = torch.tensor([[0.5]]), torch.tensor([[3.0]])
@@ -77,8 +78,8 @@ class Affine:
         tensor([[5., 0.]])
     """
 
-    scale: PerBlock
-    zero: PerBlock
+    scale: BroadcastScale
+    zero: BroadcastScale
 
     def to_grid(self, x: Blocks) -> Blocks:
         return x / self.scale + self.zero

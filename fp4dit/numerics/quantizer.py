@@ -92,6 +92,19 @@ class PerToken(PerRow):
 
 
 @dataclass(frozen=True)
+class PerHead(Granularity):
+    """Granularity with one scale for all tokens of a sample and head of q, k or v.
+
+    Example:
+        >>> PerHead().split(torch.zeros(2, 4, 5, 64)).shape  # samples, heads, tokens, channels
+        torch.Size([8, 320])
+    """
+
+    def width(self, shape: torch.Size) -> int:
+        return shape[-2:].numel()
+
+
+@dataclass(frozen=True)
 class PerInputChannel(Granularity):
     """Granularity with one scale for each place in a row, the same in all rows.
 

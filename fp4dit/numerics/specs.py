@@ -40,6 +40,7 @@ GRANULARITIES = {
     "tensor": "per_tensor",
     "channel": "per_channel",
     "token": "per_token",
+    "head": "per_head",
     "group": "per_group",
     "split": "per_split",
     "input_channel": "per_input_channel",
@@ -48,8 +49,9 @@ GRANULARITIES = {
 SCALE_RULES = {
     tag: tag
     for tag in (
-        *("absmax", "absmax_two_sided", "minmax", "offset_range", "percentile", "min_error"),
-        *("best_of", "pre_shift", "e8m0", "nvfp4", "nvfp4_power_of_two"),
+        *("absmax", "absmax_two_sided", "minmax", "offset_range", "percentile", "quantile"),
+        *("min_error", "part_scales", "best_of", "pre_shift"),
+        *("e8m0", "nvfp4", "nvfp4_power_of_two"),
     )
 }
 

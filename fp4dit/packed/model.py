@@ -3,7 +3,7 @@
 With it an empty model is prepared so that the tensors of a checkpoint can be loaded into it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,13 +111,13 @@ def insert_packed_layers_(
         UserError: if the model has no such layers.
     """
     context, packed = TimestepContext(), {}
-    has_ranges = any(group.timestep_boundaries for group in description.weights)
-    if has_ranges or any(group.rule.per_timestep for group in description.inputs):
-        context.attach(model)
     for group in description.weights:
         for name in group.layers:
             packed[name] = make_described_layer(model, name, group)
             packed[name].dtype = dtype
+            packed[name].share_context(context)
+    if needs_timestep(packed.values(), description):
+        context.attach(model)
     for group in description.weights:
         for name in dict.fromkeys(map(base_layer_name, group.layers)):
             if group.timestep_boundaries:
@@ -126,6 +126,15 @@ def insert_packed_layers_(
                 model.set_submodule(name, packed[name])
     install_input_quantizers_(model, description.inputs, context)
     return packed
+
+
+def needs_timestep(layers: Iterable[PackedLinear], description: ModelDescription) -> bool:
+    """Return whether anything in a packed model depends on the timestep."""
+    return (
+        any(group.timestep_boundaries for group in description.weights)
+        or any(group.rule.per_timestep for group in description.inputs)
+        or any(transform.needs_timestep for layer in layers for transform in layer.transform_chain)
+    )
 
 
 def make_described_layer(model: nn.Module, name: str, group: WeightGroup) -> PackedLinear:
@@ -196,7 +205,7 @@ def install_input_quantizers_(
                     f"{name} is not an activation of {type(model).__name__} that can be quantized"
                 )
             fake_quant = shared or rule.make_fake_quantize(context)
-            slot.install(fake_quant, rule.before_norm)
+            slot.install(fake_quant, rule)
 
 
 def install_attention_processors_(model: nn.Module, inputs: Sequence[InputGroup]) -> None:

@@ -10,6 +10,7 @@ To add an observer: write a dataclass with the members of `Observer`; give it a 
 
 from fp4dit.quantization.apply import ActivationSlot
 from fp4dit.quantization.attention import QuantProcessor
+from fp4dit.quantization.attention_products import SageAttention
 from fp4dit.quantization.audit import LayerAudit
 from fp4dit.quantization.convolution import ConvGeometry, ConvolutionMixin
 from fp4dit.quantization.fake_quant import FakeQuantize, TimestepFakeQuantize
@@ -17,6 +18,7 @@ from fp4dit.quantization.layers import QuantLayer, QuantLinearBase
 from fp4dit.quantization.learnable_rounding import LearnableRounding
 from fp4dit.quantization.observers import (
     MovingAverageMinMaxObserver,
+    MovingAveragePartsObserver,
     PerChannelMinMaxObserver,
     SampleObserver,
 )
@@ -33,11 +35,13 @@ __all__ = [
     "LayerAudit",
     "LearnableRounding",
     "MovingAverageMinMaxObserver",
+    "MovingAveragePartsObserver",
     "PerChannelMinMaxObserver",
     "QuantLayer",
     "QuantLinearBase",
     "QuantProcessor",
     "Rule",
+    "SageAttention",
     "SampleObserver",
     "TimestepContext",
     "TimestepFakeQuantize",

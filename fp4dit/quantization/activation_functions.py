@@ -63,7 +63,9 @@ def find_activation_neighbours(model: nn.Module) -> ActivationNeighbours:
         for found, inner_names in zip(neighbours, known[key], strict=True):
             found |= {f"{name}.{inner}" if inner else name for inner in inner_names}
     names = list(find_layers(model))
-    return ActivationNeighbours(*([name for name in names if name in found] for found in neighbours))
+    return ActivationNeighbours(
+        *([name for name in names if name in found] for found in neighbours)
+    )
 
 
 def compare_order(module: nn.Module) -> ActivationNeighbours:

@@ -66,7 +66,8 @@ class ActivationSlot:
 
     Example:
         >>> slot = find_activation_slots(model)["transformer_blocks.0.attn1.q"]
-        >>> slot.install(FakeQuantize(Quantizer(integer(8), PerToken())), before_norm=False)
+        >>> rule = Rule("*", Quantizer(integer(8), PerToken()))
+        >>> slot.install(FakeQuantize(rule.quantizer), rule)
     """
 
     owner: nn.Module
@@ -74,14 +75,16 @@ class ActivationSlot:
     width: int
     attention: nn.Module | None = None
 
-    def install(self, quantizer: FakeQuantize, before_norm: bool) -> None:
-        """Put a quantizer here, or before the normalization of q or k if `before_norm` is true."""
+    def install(self, quantizer: FakeQuantize, rule: Rule) -> None:
+        """Put the quantizer of a rule here, or before the norm of q or k if the rule says so."""
         norm_name = f"norm_{self.attribute}"
         norm = getattr(self.attention, norm_name, None)
-        if before_norm and norm is not None:
+        if rule.before_norm and norm is not None:
             setattr(self.attention, norm_name, nn.Sequential(quantizer, norm))
         else:
             setattr(self.owner, self.attribute, quantizer)
+        if self.attention is not None and rule.attention is not None:
+            self.owner.products = rule.attention  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
 
 def find_activation_slots(model: nn.Module) -> dict[str, ActivationSlot]:
@@ -182,7 +185,7 @@ def attach_activation_quantizer(
         check_channel_scales(rule, rule.observer, slot.width)
     check_bits(name, rule.match, rule.quantizer, torch.Size([1, slot.width]))
     quantizer = rule.make_fake_quantize(context)
-    slot.install(quantizer, rule.before_norm)
+    slot.install(quantizer, rule)
     return quantizer
 
 

@@ -8,13 +8,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fp4dit.quantization.attention_products import AttentionProducts
+
 
 class _QuantizeAttentionOperands(TorchFunctionMode):
     """Context manager: fake-quantize the operands of each scaled dot-product attention."""
 
-    def __init__(self, operands: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, operands: Mapping[str, nn.Module], products: AttentionProducts | None
+    ) -> None:
         super().__init__()
-        self.operands = operands
+        self.operands, self.products = operands, products
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
@@ -22,9 +26,13 @@ class _QuantizeAttentionOperands(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             arguments: dict[str, Any] = dict(kwargs or {})
             arguments |= zip(("query", "key", "value"), args, strict=False)
-            query = self.operands["q"](arguments.pop("query"))
-            key = self.operands["k"](arguments.pop("key"))
-            value = self.operands["v"](arguments.pop("value"))
+            query, key, value = (arguments.pop(name) for name in ("query", "key", "value"))
+            if self.products is not None:
+                arguments |= zip(("attn_mask", "dropout_p", "is_causal"), args[3:], strict=False)
+                return self.products(query, key, value, self.operands, **arguments)
+            query = self.operands["q"](query)
+            key = self.operands["k"](key)
+            value = self.operands["v"](value)
             return func(query, key, value, *args[3:], **arguments)
         return func(*args, **(kwargs or {}))
 
@@ -38,6 +46,8 @@ class QuantProcessor(nn.Module):
 
     Attributes:
         q, k, v: `FakeQuantize` of each operand, or the identity.
+        products: What computes attention from the operands and their quantizers; None for
+            `F.scaled_dot_product_attention`.
 
     Example:
         >>> attention.set_processor(QuantProcessor(attention.processor))
@@ -47,16 +57,19 @@ class QuantProcessor(nn.Module):
     def __new__(cls, inner: Any) -> "QuantProcessor":
         return make_blank_processor(type(inner))
 
+    products: AttentionProducts | None
+
     def __init__(self, inner: Any) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.products = inner, None
         self.q, self.k, self.v = nn.Identity(), nn.Identity(), nn.Identity()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return make_blank_processor, (type(self.inner),), self.__dict__
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _QuantizeAttentionOperands({"q": self.q, "k": self.k, "v": self.v}):
+        operands = {"q": self.q, "k": self.k, "v": self.v}
+        with _QuantizeAttentionOperands(operands, self.products):
             return self.inner(*args, **kwargs)
 
 

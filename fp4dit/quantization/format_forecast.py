@@ -111,10 +111,11 @@ def count_rows(quantizer: Quantizer, shape: torch.Size) -> int:
 
 
 def apply_known_transforms(rule: Rule, rows: Rows, shape: torch.Size) -> Rows:
-    """Return rows of a weight after those transforms of a rule that need no inputs."""
+    """Return rows of a weight after those transforms of a rule that are not fitted to a layer."""
     for spec in rule.transforms:
-        if not getattr(spec, "needs_inputs", True):
-            rows = spec(*shape).transform_weight(rows)
+        transform = spec(*shape)
+        if not transform.needs_inputs and not transform.needs_weight:
+            rows = transform.transform_weight(rows)
     return rows
 
 

@@ -12,6 +12,7 @@ from fp4dit.numerics.rounding import RoundingFunction, round_to_nearest
 from fp4dit.quantization.convolution import ConvolutionMixin
 from fp4dit.quantization.fake_quant import FakeQuantize
 from fp4dit.quantization.learnable_rounding import LearnableRounding, RoundingFactory
+from fp4dit.quantization.timestep import TimestepContext
 from fp4dit.transforms.base import Transform, TransformSpec
 
 
@@ -36,6 +37,12 @@ class QuantLinearBase(nn.Module):
     def transform_chain(self) -> list[Transform]:
         """The transforms as a list with a type for its elements."""
         return list(self.transforms)  # pyright: ignore[reportReturnType]
+
+    def share_context(self, context: TimestepContext) -> None:
+        """Give the context of the model to the transforms that read the timestep."""
+        for transform in self.transform_chain:
+            if transform.needs_timestep:
+                transform.context = context  # pyright: ignore[reportArgumentType]
 
     @property
     def reduction_size(self) -> int:
@@ -149,10 +156,12 @@ class QuantLayer(QuantLinearBase):
         x = None if x is None else self.to_tokens(x)
         for transform in self.transform_chain:
             weight = self.weight_matrix.float()
-            if transform.needs_inputs:
-                assert x is not None, f"{type(transform).__name__} is fitted to inputs"
+            if transform.needs_inputs or transform.needs_weight:
                 quantizer = self.weight_fake_quant.quantizer.resolve_format(weight)
-                transform.fit(weight, x.float(), quantizer, self.fake_quantize_input)
+                transform.fit_weight(weight, quantizer)
+                if transform.needs_inputs:
+                    assert x is not None, f"{type(transform).__name__} is fitted to inputs"
+                    transform.fit(weight, x.float(), quantizer, self.fake_quantize_input)
             self.write_weight(transform.transform_weight(weight))
             x = None if x is None else transform.transform_input(x)
         self.weight_fake_quant.calibrate(self.weight_matrix)

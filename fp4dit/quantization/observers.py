@@ -88,14 +88,36 @@ class MovingAverageMinMaxObserver:
 
     momentum: float = 0.95
 
-    def summarize(self, x: Float[Tensor, "..."]) -> Float[Tensor, "2"]:
+    def summarize(self, x: Float[Tensor, "..."]) -> Float[Tensor, "2 ..."]:
         return torch.stack([x.min(), x.max()]).float().cpu()
 
-    def merge(self, summaries: Sequence[Tensor]) -> Float[Tensor, "2"]:
+    def merge(self, summaries: Sequence[Tensor]) -> Float[Tensor, "2 ..."]:
         average = summaries[0]
         for summary in summaries[1:]:
             average = self.momentum * average + (1 - self.momentum) * summary
         return average
+
+
+@dataclass(frozen=True)
+class MovingAveragePartsObserver(MovingAverageMinMaxObserver):
+    """`MovingAverageMinMaxObserver` of each of several equal parts of a row, for `PartScales`.
+
+    Args:
+        momentum: Weight of the average so far. The average starts at the first call.
+        parts: Number of parts, which divides the length of a row.
+
+    Example:
+        >>> observer = MovingAveragePartsObserver(parts=2)
+        >>> observer.merge([observer.summarize(torch.randn(2, 16, 64))]).shape
+        torch.Size([2, 64])
+    """
+
+    parts: int = 2
+
+    def summarize(self, x: Float[Tensor, "..."]) -> Float[Tensor, "2 ..."]:
+        rows = x.reshape(-1, self.parts, x.shape[-1] // self.parts)
+        ends = torch.stack([rows.amin((0, 2)), rows.amax((0, 2))])
+        return ends.repeat_interleave(rows.shape[2], 1).float().cpu()
 
 
 @dataclass(frozen=True)

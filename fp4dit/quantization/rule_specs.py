@@ -22,6 +22,7 @@ from fp4dit.numerics.quantizer import Granularity, PerChannel, PerToken, Quantiz
 from fp4dit.numerics.scale_rules import ScaleRule
 from fp4dit.numerics.spec_parser import Spec, check_options, parse_spec
 from fp4dit.numerics.specs import parse_format, parse_granularity, parse_scale
+from fp4dit.quantization.attention_products import AttentionProducts
 from fp4dit.quantization.observers import Observer
 from fp4dit.quantization.rules import Rule
 from fp4dit.transforms.base import TransformSpec
@@ -33,22 +34,27 @@ Patterns = str | Sequence[Any]  # shell wildcards; lists may be nested
 TRANSFORMS = {
     tag: tag
     for tag in (
-        *("hadamard", "smoothing", "smoothing_search", "low_rank", "shift"),
-        *("smoothing_search_power_of_two", "low_rank_bf16"),
+        *("hadamard", "regular_hadamard", "smoothing", "smoothing_search", "low_rank"),
+        *("smoothing_search_power_of_two", "low_rank_bf16", "low_rank_refined"),
+        *("low_rank_quantized", "principal_components", "token_clip", "shift"),
     )
 }
 
-STATISTICS = {tag: tag for tag in ("channel_max", "moving_max", "salience")}
+STATISTICS = {tag: tag for tag in ("channel_max", "moving_max", "moving_batch_max", "salience")}
 
-OBSERVERS = {tag: tag for tag in ("sample", "moving_range", "channel_range")}
+OBSERVERS = {tag: tag for tag in ("sample", "moving_range", "moving_part_range", "channel_range")}
 
 WEIGHT_GRANULARITIES = ("tensor", "channel", "group", "split")
 
-ACTIVATION_GRANULARITIES = ("tensor", "token", "group", "split", "input_channel")
+ACTIVATION_GRANULARITIES = ("tensor", "token", "head", "group", "split", "input_channel")
 
 WEIGHT_OPTIONS = ("format", "granularity", "scale", "transforms", "timestep_boundaries")
 
-ACTIVATION_OPTIONS = ("format", "granularity", "scale", "observer", "per_timestep", "before_norm")
+ATTENTIONS = {tag: tag for tag in ("sage",)}
+
+ACTIVATION_OPTIONS = (
+    *("format", "granularity", "scale", "observer", "per_timestep", "before_norm", "attention"),
+)
 
 SELECTION_OPTIONS = ("layers", "ignore", "match")
 
@@ -126,6 +132,7 @@ def activation_rules(
     observer: Spec | Observer | None = None,
     per_timestep: bool = False,
     before_norm: bool = False,
+    attention: Spec | AttentionProducts | None = None,
     **unknown: Any,
 ) -> list[Rule]:
     """Return the rules that quantize activations: exceptions first, then the rule for all.
@@ -139,14 +146,17 @@ def activation_rules(
         per_head_operands: Patterns of attention's operands (q, k, v) with one scale per token and
             head instead. A model may lack them.
         layers: Exceptions by name. Each has `match`, one or several patterns, and what differs:
-            any of `format`, `granularity`, `scale`, `observer`, `per_timestep`, `before_norm`. With
-            `optional: true`, a model may lack the layer.
+            any of `format`, `granularity`, `scale`, `observer`, `per_timestep`, `before_norm`,
+            `attention`. With `optional: true`, a model may lack the layer.
         ignore: Patterns of activations that stay in 16 bits.
         match: Patterns of the activations that are quantized: layers, and q, k, v of attention.
         observer: What calibration records for static scales, such as
             {"kind": "sample", "count": 1024}; None for dynamic scales.
         per_timestep: Whether static scales are calibrated for each timestep.
         before_norm: Whether q and k are quantized before the model normalizes them.
+        attention: How attention multiplies q, k and v, such as {"kind": "sage", "probabilities":
+            {"format": "e2m1", "granularity": {"per": "group", "size": 16}, "scale": "nvfp4"}}; None
+            for unquantized probabilities.
 
     Raises:
         UserError: if a word or an option is unknown.
@@ -164,6 +174,7 @@ def activation_rules(
         "observer": observer,
         "per_timestep": per_timestep,
         "before_norm": before_norm,
+        "attention": attention,
     }
     per_token_options = {**options, "granularity": PerToken()}
     return [
@@ -207,20 +218,18 @@ def make_activation_rule(
     observer: Any,
     per_timestep: bool,
     before_norm: bool,
+    attention: Any,
     optional: bool = False,
 ) -> Rule:
     """Parse the options of a rule for activations."""
-    quantizer = Quantizer(
-        parse_format(format),
-        parse_granularity(granularity, ACTIVATION_GRANULARITIES),
-        parse_scale(scale),
-    )
+    spec = {"format": format, "granularity": granularity, "scale": scale}
     return Rule(
         match,
-        quantizer,
+        parse_quantizer(spec),
         observer=parse_observer(observer),
         per_timestep=per_timestep,
         before_norm=before_norm,
+        attention=parse_attention(attention),
         optional=optional,
     )
 
@@ -301,3 +310,31 @@ def parse_observer(spec: Any) -> Observer | None:
         UserError: if the kind or an option is unknown.
     """
     return None if spec is None else parse_spec(spec, OBSERVERS, "kind", "observer")
+
+
+def parse_attention(spec: Any) -> AttentionProducts | None:
+    """Return the products of attention that a spec stands for, such as {"kind": "sage", ...}.
+
+    Raises:
+        UserError: if the kind or an option is unknown.
+    """
+    if spec is None:
+        return None
+    parsers = {"probabilities": parse_quantizer}
+    return parse_spec(spec, ATTENTIONS, "kind", "attention", parsers)
+
+
+def parse_quantizer(spec: Any) -> Quantizer:
+    """Return the quantizer of an activation, from its format, granularity and scale.
+
+    Raises:
+        UserError: if a word or an option is unknown.
+    """
+    if isinstance(spec, Quantizer):
+        return spec
+    check_options(spec, ("format", "granularity", "scale"), "a quantizer")
+    return Quantizer(
+        parse_format(spec["format"]),
+        parse_granularity(spec["granularity"], ACTIVATION_GRANULARITIES),
+        parse_scale(spec.get("scale", "absmax")),
+    )

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fp4dit.numerics.quantizer import Quantizer
+from fp4dit.quantization.attention_products import AttentionProducts
 from fp4dit.quantization.fake_quant import FakeQuantize, TimestepFakeQuantize
 from fp4dit.quantization.layers import make_quant_layer
 from fp4dit.quantization.observers import Observer
@@ -37,6 +38,8 @@ class Rule:
             rotates them, as in FP4DiT's released code, or only as they enter the attention product.
             For activations only.
         optional: Whether a model may have no layer with such a name.
+        attention: How an attention multiplies its operands, if one of them has this rule; None for
+            `F.scaled_dot_product_attention`. For activations only.
 
     Example:
         >>> Rule("*.ff.net.0.proj", Quantizer(floating(3, 0), PerGroup(128)))
@@ -50,6 +53,7 @@ class Rule:
     per_timestep: bool = False
     optional: bool = False
     before_norm: bool = False
+    attention: AttentionProducts | None = None
 
     def make_fake_quantize(self, context: TimestepContext) -> FakeQuantize:
         """Return the module that quantizes one activation."""
@@ -162,9 +166,11 @@ def make_layer_by_rule(
     assert rule.quantizer is not None
     with naming_layer_errors(name, rule.match):
         quantized = make_quant_layer(layer, rule.quantizer, rule.transforms)
+    quantized.share_context(context or TimestepContext())
     if not rule.timestep_boundaries:
         return quantized
     copies = [quantized]
     for _ in rule.timestep_boundaries:
         copies.append(make_quant_layer(copy.deepcopy(layer), rule.quantizer, rule.transforms))
+        copies[-1].share_context(context or TimestepContext())
     return TimestepRangeLinear(copies, rule.timestep_boundaries, context or TimestepContext())

@@ -3,7 +3,8 @@
 The methods are round-to-nearest (`rtn`), AdaRound and its scale-aware form (`adaround`), SignRound
 (`signround`), GPTQ (`gptq`), scales weighted by an importance matrix (`imatrix`), and the search of
 LLM-FP4 (`output_search`). `learned` learns all roundings of a unit together, and `layerwise`
-applies another method to one layer after another. The files of `conf/rounding` configure these
+applies another method to one layer after another. `input_steps` has the learning of static inputs'
+steps, and `staged` does it after the weights. The files of `conf/rounding` configure these
 methods. `reconstruction` applies a method to all units of a model, and `finetune` trains all
 weights of a model together.
 
@@ -14,8 +15,10 @@ To add a method: write a module like `rtn.py` with a subclass of `RoundingMethod
 from fp4dit.rounding.adaround import adaround_scale_aware, adaround_scale_aware_normalized
 from fp4dit.rounding.base import RoundingMethod
 from fp4dit.rounding.finetune import Finetuning, LatentWeight, WholeModel
-from fp4dit.rounding.gptq import GPTQ, activation_order
+from fp4dit.rounding.gptq import GPTQ
+from fp4dit.rounding.gptq_columns import activation_order
 from fp4dit.rounding.imatrix import ImportanceMatrix
+from fp4dit.rounding.input_steps import FixedWeight, InputSteps
 from fp4dit.rounding.layerwise import LayerwiseReconstruction
 from fp4dit.rounding.learned import LearnedRounding, fused_adam
 from fp4dit.rounding.objectives import RelativeMSE
@@ -30,12 +33,16 @@ from fp4dit.rounding.signround import (
     round_scale_to_tensor_units,
     shift_in_ulp,
 )
+from fp4dit.rounding.staged import StagedReconstruction
+from fp4dit.rounding.timestep_weights import TimestepWeights
 
 __all__ = [
     "GPTQ",
     "BiasMultiples",
     "Finetuning",
+    "FixedWeight",
     "ImportanceMatrix",
+    "InputSteps",
     "LatentWeight",
     "LayerwiseReconstruction",
     "LearnedRounding",
@@ -47,6 +54,8 @@ __all__ = [
     "RoundingMethod",
     "SignRound",
     "SignSGD",
+    "StagedReconstruction",
+    "TimestepWeights",
     "WholeModel",
     "activation_order",
     "adaround_scale_aware",

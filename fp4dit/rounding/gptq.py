@@ -1,181 +1,27 @@
-"""GPTQ (arXiv:2210.17323) for arbitrary grids.
+"""GPTQ (arXiv:2210.17323): rounding of a unit's layers with the second moments of their inputs."""
 
-GPTQ rounds the columns of a weight one by one, and changes the remaining columns to compensate for
-the error of each, so that (W - W') H (W - W')^T stays small. H is the sum of x x^T over the layer's
-inputs.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from fp4dit.calibration.dataset import UnitDataset
 from fp4dit.calibration.layer_inputs import iter_sampled_inputs
-from fp4dit.numerics.format_selection import PerBlockFormat
-from fp4dit.numerics.formats import Format
-from fp4dit.numerics.qparams import QParams, as_tensors, from_tensors
+from fp4dit.numerics.format_selection import FormatSelection
 from fp4dit.quantization.layers import QuantLayer
 from fp4dit.rounding.base import Curve, RoundingMethod, iter_blank_blocks
+from fp4dit.rounding.gptq_columns import (
+    ColumnOrder,
+    Hessian,
+    natural_order,
+    quantize_with_gptq,
+    quantize_with_rescaled_groups,
+)
 from fp4dit.rounding.resume import iter_unfinished_layers
+from fp4dit.utils.errors import UserError
 from fp4dit.utils.resumable import ResumableTrainers
-
-Hessian = Float[Tensor, "k k"]
-
-ColumnOrder = Callable[[Hessian], Int[Tensor, "k"]]
-
-
-def natural_order(hessian: Hessian) -> Int[Tensor, "k"]:
-    """Return the input channels in the order of the layer."""
-    return torch.arange(len(hessian), device=hessian.device)
-
-
-def activation_order(hessian: Hessian) -> Int[Tensor, "k"]:
-    """Return the input channels with the largest activations first (GPTQ's act-order).
-
-    The errors of the first columns can be compensated best, because most columns still follow.
-    """
-    return hessian.diagonal().argsort(descending=True, stable=True)
-
-
-@torch.no_grad()
-def quantize_with_gptq(
-    weight: Float[Tensor, "o k"],
-    hessian: Hessian,
-    qparams: QParams,
-    fmt: Format,
-    block_size: int = 128,
-    damping: float = 0.01,
-    order: ColumnOrder = natural_order,
-) -> Float[Tensor, "o k"]:
-    """Return hard weights W' on the grid with a small error (W - W') H (W - W')^T.
-
-    The original algorithm updates all later columns after it rounds a column, with a row of the
-    Cholesky factor of H^-1. Here the updates of a column are summed only before it is rounded, with
-    a row of a factor of H itself. The result is the same (arXiv:2507.18553), but H is not inverted,
-    and the weight is written less often.
-
-    Args:
-        weight: Weight W in full precision.
-        hessian: Sum of x x^T over the inputs, up to a factor. The weights of an input channel that
-            is always 0 are rounded to nearest.
-        qparams: Qparams of the weight. They stay fixed ("static groups"), so that a column keeps
-            the scales of its group in every order.
-        fmt: Number format.
-        block_size: Columns that are updated together. This only changes the speed.
-        damping: Share of the mean diagonal of H that is added to the diagonal.
-        order: Order of the columns.
-
-    Raises:
-        ValueError: If `hessian` is not finite, or not a sum of x x^T.
-    """
-    rows, width = weight.shape
-    groups = qparams_per_column_group(qparams, fmt, rows, width)
-    columns = order(hessian)
-    group_index = (columns * len(groups) // width).tolist()
-    feedback = error_feedback_matrix(hessian, columns, damping)
-    original = weight.T[columns].to(hessian.dtype)  # [k, o], so that a column is contiguous
-    hard, error = torch.empty_like(original), torch.empty_like(original)
-    for start in range(0, width, block_size):
-        stop = min(start + block_size, width)
-        tile = torch.addmm(original[start:stop], feedback[start:stop, :start], error[:start])
-        for j in range(start, stop):
-            target = torch.addmv(tile[j - start], error[start:j].T, feedback[j, start:j])
-            column_qparams, column_format = groups[group_index[j]]
-            grid = column_qparams.to_grid(target[:, None])
-            hard[j] = column_qparams.from_grid(column_format.nearest(grid))[:, 0]
-            torch.sub(original[j], hard[j], out=error[j])
-    result = torch.empty_like(weight)
-    result[:, columns] = hard.T.to(weight.dtype)
-    return result
-
-
-def qparams_per_column_group(
-    qparams: QParams, fmt: Format, rows: int, width: int
-) -> list[tuple[QParams, Format]]:
-    """Return the qparams and the format of a single column of each group of columns."""
-    by_group = {}
-    for name, tensor in as_tensors(qparams).items():
-        by_group[name] = expand_to_groups(tensor, rows, width)
-    if isinstance(fmt, PerBlockFormat):
-        by_group["format_index"] = expand_to_groups(fmt.format_index, rows, width)
-    num_groups = max(len(tensor) for tensor in by_group.values())
-    groups: list[tuple[QParams, Format]] = []
-    for i in range(num_groups):
-        column_tensors = {}
-        for name, tensor in by_group.items():
-            column_tensors[name] = tensor[i * len(tensor) // num_groups, :, None]
-        column_format = fmt
-        if isinstance(fmt, PerBlockFormat):
-            column_format = replace(fmt, format_index=column_tensors.pop("format_index"))
-        groups.append((from_tensors(column_tensors), column_format))
-    return groups
-
-
-def expand_to_groups(
-    part: Shaped[Tensor, "blocks place"], rows: int, width: int
-) -> Shaped[Tensor, "groups o"]:
-    """Expand a tensor of qparams to one number for each group of columns and each row.
-
-    Args:
-        part: Either one number per block, where a block is a part of a row, a row, several rows or
-            the whole weight; or one number per position in a block, the same for all blocks. In the
-            second case each column is a group.
-        rows: Rows of the weight.
-        width: Columns of the weight.
-    """
-    if part.shape[1] > 1:
-        return part.expand(rows * width // part.shape[1], -1).reshape(rows, width).T.contiguous()
-    if len(part) < rows:
-        part = part.repeat_interleave(rows // len(part), 0)
-    return part.view(rows, -1).T.contiguous()
-
-
-def error_feedback_matrix(hessian: Hessian, order: Int[Tensor, "k"], damping: float) -> Hessian:
-    """Return the matrix F by which the errors of earlier columns change each column.
-
-    Let d be a row of the error W - W', and H = R R^T with an upper triangular R. The error
-    d H d^T is |d R|^2. (d R)_j depends on d_i for i <= j only, and is 0 for
-    d_j = -sum_{i<j} d_i R_ij / R_jj. Column j is therefore rounded from w_j + sum_{i<j} F_ji d_i,
-    with F_ji = R_ij / R_jj. F is strictly lower triangular in the order of the columns.
-
-    Raises:
-        ValueError: If `hessian` is not finite, or not a sum of x x^T.
-    """
-    if not hessian.isfinite().all():
-        raise ValueError(
-            "the inputs of a layer hold NaN or infinity, or overflow when squared: look at what "
-            "the calibration calls hold, or round this layer to nearest"
-        )
-    diagonal = hessian.diagonal()
-    is_used = diagonal > 0  # False for an input channel that is always 0
-    mean = diagonal[is_used].mean() if is_used.any() else diagonal.new_ones(())
-    backwards = order.flip(0)
-    # `cholesky_ex` factors a matrix as U^T U. If the matrix is H in the opposite order, then U with
-    # both axes flipped is R^T.
-    matrix = hessian[backwards[:, None], backwards]
-    matrix.diagonal().add_(torch.where(is_used, 0, mean)[backwards])
-    # If the factorization fails, for example by rounding errors, it is repeated in fp64 and then
-    # with more damping.
-    attempts = (
-        (0, hessian.dtype),
-        (0, torch.float64),
-        (0.01, torch.float64),
-        (0.1, torch.float64),
-    )
-    for extra_damping, dtype in attempts:
-        damped = matrix.to(dtype, copy=True)
-        damped.diagonal().add_((damping + extra_damping) * mean)
-        factor, failed = torch.linalg.cholesky_ex(damped, upper=True)
-        if not failed:
-            factor = factor.flip(0, 1).to(hessian.dtype)
-            return factor.div_(factor.diagonal()[:, None].clone()).tril_(-1)
-    raise ValueError(
-        f"the Hessian is indefinite even with a damping of {damping + 0.1:g}, so it is no sum of "
-        "x x^T: give gptq the symmetric second moment of the layer's inputs"
-    )
 
 
 @dataclass(frozen=True)
@@ -190,6 +36,8 @@ class GPTQ(RoundingMethod):
         block_size: Number of columns computed together. It changes the speed only.
         order: Order in which the columns are rounded.
         batch_size: Number of calibration rows of a forward pass.
+        rescale: Whether the scales of a group are chosen again when its first column is reached,
+            which needs the natural order. See `quantize_with_rescaled_groups`.
 
     Example:
         >>> GPTQ(damping=0.01, order=activation_order)
@@ -199,15 +47,31 @@ class GPTQ(RoundingMethod):
     block_size: int = 128
     order: ColumnOrder = natural_order
     batch_size: int = 16
+    rescale: bool = False
 
     def check(self, layers: Sequence[QuantLayer]) -> None:
         """Raise an error if values of a format share bits, because columns are rounded one by one.
 
         Raises:
-            UserError: if a layer has such a format.
+            UserError: if a layer has such a format, or if groups are measured again in an order or
+                with formats for which that is not defined.
         """
         for block, fmt, _ in iter_blank_blocks(layers):
             fmt.bracket(block)  # raises the error for such a format
+        if not self.rescale:
+            return
+        if self.order is not natural_order:
+            raise UserError(
+                "the columns of a group follow one another only in the natural order: "
+                "rounding.rescale=false keeps the scales of groups in any order"
+            )
+        for layer in layers:
+            fmt = layer.weight_fake_quant.quantizer.format
+            if isinstance(fmt, FormatSelection) and fmt.per == "block":
+                raise UserError(
+                    "formats are selected per block before the scales of groups are measured "
+                    "again: choose a format per layer, or rounding.rescale=false"
+                )
 
     def round_unit(
         self,
@@ -220,21 +84,28 @@ class GPTQ(RoundingMethod):
         for number, layer in iter_unfinished_layers(module, layers, trainers):
             # Each Hessian is freed once its layer is rounded.
             hessian, hessians[number] = hessians[number], None
-            qparams = layer.weight_fake_quant.qparams
-            assert qparams is not None, "prepare the layer first"
             if hessian is not None:
-                weight = quantize_with_gptq(
-                    layer.weight_matrix,
-                    hessian,
-                    qparams,
-                    layer.weight_fake_quant.format,
-                    self.block_size,
-                    self.damping,
-                    self.order,
-                )
-                layer.write_weight(weight)
+                self.round_layer(layer, hessian)
             layer.commit_weight()
         return []
+
+    def round_layer(self, layer: QuantLayer, hessian: Hessian) -> None:
+        """Write the hard weight of a layer, and its qparams if they are chosen again."""
+        fake_quant = layer.weight_fake_quant
+        qparams, fmt = fake_quant.qparams, fake_quant.format
+        assert qparams is not None, "prepare the layer first"
+        if self.rescale:
+            quantizer = replace(fake_quant.quantizer, format=fmt)
+            weight, qparams = quantize_with_rescaled_groups(
+                layer.weight_matrix, hessian, quantizer, self.damping
+            )
+            fake_quant.set_qparams(qparams)
+        else:
+            weight = quantize_with_gptq(
+                *(layer.weight_matrix, hessian, qparams, fmt),
+                *(self.block_size, self.damping, self.order),
+            )
+        layer.write_weight(weight)
 
 
 @torch.no_grad()

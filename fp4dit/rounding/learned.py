@@ -7,6 +7,7 @@ the outputs of the unit and those of the original unit. The inputs are those of 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -21,7 +22,9 @@ from fp4dit.calibration.dataset import UnitBatch, UnitBatches, UnitDataset
 from fp4dit.quantization.layers import QuantLayer
 from fp4dit.quantization.learnable_rounding import LearnableRounding, RoundingFactory
 from fp4dit.rounding.base import Curve, RoundingMethod, iter_blank_blocks
+from fp4dit.rounding.input_steps import InputSteps, StepAttachment
 from fp4dit.rounding.objectives import ReconstructionObjective
+from fp4dit.rounding.timestep_weights import WeightRows
 from fp4dit.utils.resumable import ResumableTrainers
 
 
@@ -35,7 +38,7 @@ class LearnedRounding(RoundingMethod):
 
     Args:
         learner: Makes the learnable rounding of a layer, such as AdaRound's.
-        optimizer: Makes the optimizer of the roundings' parameters.
+        optimizer: Makes the optimizer from parameters, or from groups of them as torch has them.
         objective: Combines the output error with the rounding loss.
         steps: The number of steps.
         batch_size: The number of rows of a step.
@@ -47,6 +50,9 @@ class LearnedRounding(RoundingMethod):
         keep_best: Whether to end with the parameters of the step with the least error. This suits
             roundings whose soft weights are hard, such as SignRound's. As in AutoRound, the error
             of a step is that of its batch alone, so an easy batch may decide the step.
+        weigh_rows: The weight of each row's squared error, by its timestep; None for equal weights.
+        inputs: Learns the steps of static inputs together with the roundings; None keeps them as
+            they were calibrated.
 
     Example:
         >>> method = LearnedRounding(
@@ -55,7 +61,7 @@ class LearnedRounding(RoundingMethod):
     """
 
     learner: RoundingFactory
-    optimizer: Callable[[Iterator[nn.Parameter]], Optimizer]
+    optimizer: Callable[[Any], Optimizer]
     objective: ReconstructionObjective
     steps: int
     batch_size: int
@@ -65,8 +71,12 @@ class LearnedRounding(RoundingMethod):
     warmup: float = 0.2
     schedule: Callable[[Optimizer], LRScheduler] | None = None
     keep_best: bool = False
+    weigh_rows: WeightRows | None = None
+    inputs: InputSteps | None = None
 
     def check(self, layers: Sequence[QuantLayer]) -> None:
+        if self.inputs is not None:
+            self.inputs.check(layers)
         for block, fmt, qparams in iter_blank_blocks(layers):
             self.learner(block, fmt, qparams).soft_weight()
 
@@ -81,9 +91,10 @@ class LearnedRounding(RoundingMethod):
         trainers.fit(task, max_steps=self.steps, precision=self.precision, devices=1)
         state = task.final_state
         if state is not None:
-            task.roundings.load_state_dict(state)
+            task.learned.load_state_dict(state)
         for layer in layers:
             layer.commit_weight()
+        task.inputs.commit()
         return task.curve
 
     def make_task(
@@ -121,8 +132,11 @@ class ReconstructionTask(L.LightningModule):
         super().__init__()
         self.method, self.layers, self.dataset = method, layers, dataset
         self.roundings = nn.ModuleList(layer.start_learning(method.learner) for layer in layers)
+        self.inputs = StepAttachment(layers if method.inputs else ())
+        self.learned = nn.ModuleList([*self.roundings, *self.inputs.steps])
         self.module = module
-        self.count = sum(rounding.num_roundings for rounding in self.learnable_roundings)
+        # At least 1, because there may be nothing to learn but the steps of inputs.
+        self.count = max(1, sum(rounding.num_roundings for rounding in self.learnable_roundings))
         self.curve: Curve = []
         self.best_state: dict[str, Tensor] | None = None
         self.register_buffer("least_error", torch.tensor(torch.inf), persistent=False)
@@ -161,8 +175,12 @@ class ReconstructionTask(L.LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             unit = self.dataset.unit
             call = unit.make_call(batch.rows)
+        output = unit.read_outputs(call(self.module), len(batch.target[0]))
+        if self.method.weigh_rows is None:
+            return self.method.objective.error(output, batch.target)
+        factors = self.method.weigh_rows(batch.rows["timestep"]).sqrt()
         return self.method.objective.error(
-            unit.read_outputs(call(self.module), len(batch.target[0])), batch.target
+            scale_rows(output, factors), scale_rows(batch.target, factors)
         )
 
     def record_point(self, error: Tensor, rounding_loss: Any) -> None:
@@ -184,23 +202,35 @@ class ReconstructionTask(L.LightningModule):
         if better.is_cpu and not better:
             return
         self.least_error = torch.where(better, error, self.least_error)
-        state = self.roundings.state_dict()
+        state = self.learned.state_dict()
         if self.best_state is None:
             self.best_state = {name: p.clone() for name, p in state.items()}
         for name, best in self.best_state.items():
             torch.where(better, state[name], best, out=best)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.method.optimizer(self.roundings.parameters())
-        if self.method.schedule is None:
+        method, steps = self.method, list(self.inputs.steps.parameters())
+        if not steps:
+            optimizer = method.optimizer(self.roundings.parameters())
+            schedule = method.schedule and method.schedule(optimizer)
+        else:
+            assert method.inputs is not None
+            roundings = list(self.roundings.parameters())
+            groups = [{"params": roundings}] if roundings else []
+            optimizer = method.optimizer([*groups, {"params": steps, "lr": method.inputs.lr}])
+            make_schedule = method.schedule or partial(
+                method.inputs.make_schedule, steps=method.steps
+            )
+            schedule = make_schedule(optimizer)
+        if schedule is None:
             return optimizer
-        return [optimizer], [{"scheduler": self.method.schedule(optimizer), "interval": "step"}]
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def state_dict(self, *args: Any, **kw: Any) -> dict[str, Any]:
-        return self.roundings.state_dict(*args, **kw)
+        return self.learned.state_dict(*args, **kw)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kw: Any) -> Any:
-        return self.roundings.load_state_dict(state_dict, *args, **kw)
+        return self.learned.load_state_dict(state_dict, *args, **kw)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["progress"] = {
@@ -234,6 +264,13 @@ class ReconstructionTask(L.LightningModule):
         return start + (end - start) * max(0.0, (self.progress - warmup) / (1 - warmup))
 
 
+def scale_rows(
+    outputs: tuple[Tensor, ...], factors: Float[Tensor, "n"]
+) -> tuple[Float[Tensor, "n ..."], ...]:
+    """Multiply each row of some tensors by its factor, in fp32."""
+    return tuple(y.float() * factors.view(-1, *[1] * (y.ndim - 1)) for y in outputs)
+
+
 @contextmanager
 def use_soft_weights(
     layers: Sequence[QuantLayer], beta: float | None
@@ -251,6 +288,6 @@ def use_soft_weights(
             layer.soft_weight = None
 
 
-def fused_adam(parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
+def fused_adam(parameters: Iterable[Any], lr: float) -> Optimizer:
     """Return torch's fused Adam."""
     return torch.optim.Adam(parameters, lr, fused=True)

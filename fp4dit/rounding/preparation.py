@@ -15,6 +15,7 @@ from fp4dit.models.blocks import Unit
 from fp4dit.quantization.layers import QuantLayer
 from fp4dit.quantization.observers import spread_indices
 from fp4dit.quantization.rules import Rule
+from fp4dit.quantization.timestep import set_timestep
 from fp4dit.quantization.timestep_ranges import base_layer_name, rows_per_range
 from fp4dit.utils.calls import remove_hooks
 from fp4dit.utils.errors import UserError
@@ -76,6 +77,7 @@ def prepare_layers(
             )
         layer_or_ranges = model.get_submodule(name)
         for layer, layer_rows in rows_per_range(layer_or_ranges, timesteps):
+            set_timestep(layer, timesteps[layer_rows])
             if x is None or layer_rows.all():
                 layer.prepare(x)  # an expert reads a number of tokens that no row divides
             else:

@@ -1,7 +1,7 @@
 """Base classes of transforms."""
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,9 @@ class Transform(DtypePreservingModule):
         ...         return -w
     """
 
+    # A transform that reads the timestep has a `context`, which the layer's model sets.
+    needs_timestep: ClassVar[bool] = False
+
     @property
     def needs_inputs(self) -> bool:
         """Whether the transform is fitted to a sample of inputs."""
@@ -45,7 +48,7 @@ class Transform(DtypePreservingModule):
         quantizer: Quantizer,
         fake_quantize_input: FakeQuantizeFn,
     ) -> None:
-        """Fit the transform to a layer. By default there is nothing to fit.
+        """Fit the transform to the inputs of a layer. By default there is nothing to fit.
 
         Args:
             weight: Weight of the layer after the previous transforms of the chain.
@@ -53,6 +56,19 @@ class Transform(DtypePreservingModule):
             quantizer: Quantizer of the weight.
             fake_quantize_input: Function that fake-quantizes an input; the identity if inputs are
                 not quantized.
+        """
+
+    @property
+    def needs_weight(self) -> bool:
+        """Whether the transform is fitted to the weight alone."""
+        return type(self).fit_weight is not Transform.fit_weight
+
+    def fit_weight(self, weight: WeightMatrix, quantizer: Quantizer) -> None:
+        """Fit the transform to the weight of a layer. By default there is nothing to fit.
+
+        Args:
+            weight: Weight of the layer after the previous transforms of the chain.
+            quantizer: Quantizer of the weight.
         """
 
     def transform_input(self, x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k"]:
@@ -72,8 +88,8 @@ class Transform(DtypePreservingModule):
         return None
 
     def storage_bits(self) -> float:
-        """Return the size of all saved buffers in bits, at 16 bits per value."""
-        return 16.0 * sum(buffer.numel() for buffer in self.state_dict().values())
+        """Return the size of all saved buffers in bits."""
+        return 8.0 * sum(buffer.nbytes for buffer in self.state_dict().values())
 
 
 @runtime_checkable

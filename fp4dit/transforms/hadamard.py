@@ -124,6 +124,28 @@ def hadamard_matrix(n: int) -> Square:
     return torch.kron(*hadamard_factors(n))
 
 
+def regular_matrix(n: int) -> Square:
+    """Return the regular Hadamard matrix of order n, a power of four.
+
+    All of its rows and columns have the sum sqrt(n). It is a Kronecker power of the one of order 4
+    (ConvRot, arXiv:2512.03673, section 3).
+    """
+    of_order_4 = 1 - 2 * torch.eye(4, dtype=torch.int8, device="cpu").flip(1)
+    h = torch.ones(1, 1, dtype=torch.int8, device="cpu")
+    while len(h) < n:
+        h = torch.kron(h, of_order_4)
+    return h
+
+
+def regular_factors(n: int) -> tuple[Left, Right]:
+    """Return two matrices whose Kronecker product is `regular_matrix(n)`.
+
+    As in `hadamard_factors`, up to n = 128 the left one is 1 x 1.
+    """
+    left = 1 if n <= 128 else 4 ** (n.bit_length() // 4)
+    return regular_matrix(left), regular_matrix(n // left)
+
+
 def rotate_blocks(x: Float[Tensor, "*b k"], left: Left, right: Right) -> Float[Tensor, "*b k"]:
     """Return x H / sqrt(n) for each block of n values, where H = kron(left, right).
 
@@ -137,10 +159,41 @@ def rotate_blocks(x: Float[Tensor, "*b k"], left: Left, right: Right) -> Float[T
     return blocks.mul(n**-0.5).flatten(-3)
 
 
-class HadamardRotation(Transform):
-    """Random signs, then a Hadamard rotation of each block of channels, of input and weight.
+class BlockRotation(Transform):
+    """Rotation of each block of channels, of input and weight, by an orthogonal matrix.
 
-    The buffers are not saved, because the seed determines them.
+    The buffers are not saved, because the spec determines them.
+
+    Args:
+        left: Left factor of a Hadamard matrix H = kron(left, right).
+        right: Right factor.
+
+    Example:
+        >>> rotation = BlockRotation(*regular_factors(64))
+        >>> rotated = rotation.transform_input(torch.randn(8, 128))
+    """
+
+    left: Left
+    right: Right
+
+    def __init__(self, left: Left, right: Right) -> None:
+        super().__init__()
+        self.register_buffer("left", left, persistent=False)
+        self.register_buffer("right", right, persistent=False)
+
+    def rotate(self, x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k"]:
+        """Return x H / sqrt(n) for each block of n values, in the dtype of `x`."""
+        return rotate_blocks(x, self.left, self.right)
+
+    def transform_input(self, x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k"]:
+        return apply_in_fp32(self.rotate, x)
+
+    def transform_weight(self, w: Float[Tensor, "o k"]) -> Float[Tensor, "o k"]:
+        return self.transform_input(w)
+
+
+class HadamardRotation(BlockRotation):
+    """Random signs, then a Hadamard rotation of each block of channels, of input and weight.
 
     Args:
         signs: 1 or -1 for each input channel.
@@ -152,24 +205,13 @@ class HadamardRotation(Transform):
     """
 
     signs: Int8[Tensor, "k"]
-    left: Left
-    right: Right
 
     def __init__(self, signs: Int8[Tensor, "k"], size: int) -> None:
-        super().__init__()
-        left, right = hadamard_factors(size)
+        super().__init__(*hadamard_factors(size))
         self.register_buffer("signs", signs, persistent=False)
-        self.register_buffer("left", left, persistent=False)
-        self.register_buffer("right", right, persistent=False)
 
-    def transform_input(self, x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k"]:
-        def rotate(x: Tensor) -> Tensor:
-            return rotate_blocks(x * self.signs, self.left, self.right)
-
-        return apply_in_fp32(rotate, x)
-
-    def transform_weight(self, w: Float[Tensor, "o k"]) -> Float[Tensor, "o k"]:
-        return self.transform_input(w)
+    def rotate(self, x: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k"]:
+        return super().rotate(x * self.signs)
 
 
 @dataclass(frozen=True)
@@ -210,3 +252,41 @@ def random_signs(seed: int, k: int) -> Int8[Tensor, "k"]:
     # torch's CPU generator uses only the lower 32 bits of its seed.
     generator = torch.Generator("cpu").manual_seed((1_000_003 * seed + k) % 2**32)
     return torch.randint(2, (k,), generator=generator, device="cpu", dtype=torch.int8) * 2 - 1
+
+
+@dataclass(frozen=True)
+class RegularHadamard:
+    """Rotation of blocks of channels by a regular Hadamard matrix (ConvRot, arXiv:2512.03673).
+
+    Sylvester's matrix has a row of ones, so it gathers channels that are alike in one value, the
+    sqrt(n)-fold of each. The rows of a regular matrix have equal sums, so such channels stay as
+    they are, and a single outlier is spread as evenly. There are no random signs.
+
+    Args:
+        size: Channels per block, a power of four. A layer whose width it does not divide has blocks
+            of the largest power of four that does.
+
+    Example:
+        >>> RegularHadamard()(out=32, k=1152).transform_input(torch.ones(1, 1152)).unique()
+        tensor([1.])
+    """
+
+    needs_inputs: ClassVar[bool] = False
+
+    size: int = 256
+
+    def __call__(self, out: int, k: int) -> BlockRotation:
+        if not is_power_of_four(self.size) or k % 4:
+            raise ValueError(
+                f"no regular Hadamard rotation of size {self.size} fits rows of {k} values: the "
+                "size is 4, 16, 64, 256 and so on, and 4 has to divide the row."
+            )
+        size = self.size
+        while k % size:
+            size //= 4
+        return BlockRotation(*regular_factors(size))
+
+
+def is_power_of_four(n: int) -> bool:
+    """Return whether n is 4, 16, 64 and so on."""
+    return n >= 4 and n.bit_count() == 1 and n.bit_length() % 2 == 1

@@ -100,6 +100,21 @@ def factor_low_rank(
     return up, up.mT @ weight_fp64
 
 
+def choose_rank(rank: int | None, out: int, k: int, iterations: int) -> int:
+    """Return the rank of a branch beside a weight; None asks for K / 32.
+
+    Raises:
+        ValueError: if nothing would be kept.
+    """
+    rank = max(1, k // 32) if rank is None else rank
+    if rank < 1 or iterations < 1:
+        raise ValueError(
+            f"a low-rank branch of rank {rank} after {iterations} iterations keeps nothing: give "
+            "both at least 1, or leave it out."
+        )
+    return min(rank, out, k)
+
+
 @dataclass(frozen=True)
 class LowRank:
     """Low-rank branch of the largest singular directions (SVDQuant, arXiv:2411.05007).
@@ -124,22 +139,13 @@ class LowRank:
     iterations: int = 1
 
     def __call__(self, out: int, k: int) -> LowRankBranch:
-        rank = self.choose_rank(out, k)
-        if rank < 1 or self.iterations < 1:
-            raise ValueError(
-                f"a low-rank branch of rank {rank} after {self.iterations} iterations keeps "
-                "nothing: give both at least 1, or leave it out."
-            )
+        rank = choose_rank(self.rank, out, k, self.iterations)
         return LowRankBranch(out, k, rank, self.iterations, self.dtype)
-
-    def choose_rank(self, out: int, k: int) -> int:
-        """Return the rank of the branch of a weight of `out` output and `k` input channels."""
-        rank = max(1, k // 32) if self.rank is None else self.rank
-        return min(rank, out, k)
 
     def subtract_from(self, weight: WeightMatrix) -> WeightMatrix:
         """Return what a branch of the weight's largest singular directions leaves of it."""
-        up, down = factor_low_rank(weight, self.choose_rank(*weight.shape))
+        rank = choose_rank(self.rank, *weight.shape, self.iterations)
+        up, down = factor_low_rank(weight, rank)
         return weight - up.to(self.dtype).float() @ down.to(self.dtype).float()
 
 

@@ -54,7 +54,7 @@ class ChannelMax:
 
 @dataclass(frozen=True)
 class MovingAverageMax:
-    """Moving average of the calls' channel maxima, as in the code of ViDiT-Q (arXiv:2406.02540).
+    """Moving average of the calls' channel maxima.
 
     Args:
         momentum: Weight of the average so far. The average starts at the first call.
@@ -71,6 +71,25 @@ class MovingAverageMax:
         for largest in rest:
             average = torch.lerp(largest, average, self.momentum)
         return average
+
+
+@dataclass(frozen=True)
+class MovingAverageBatchMax(MovingAverageMax):
+    """Moving average of the mean channel maxima of batches, as in ViDiT-Q's code (2406.02540).
+
+    Args:
+        momentum: Weight of the average so far. The average starts at the first batch.
+        batch: Number of calls whose maxima are averaged first. The last batch may have fewer.
+
+    Example:
+        >>> size = MovingAverageBatchMax(momentum=0.95, batch=4)(x, weight)
+    """
+
+    batch: int = 4
+
+    def __call__(self, x: InputSample, weight: WeightMatrix) -> Float[Tensor, "k"]:
+        means = torch.stack([part.mean(0) for part in x.abs().amax(1).split(self.batch)])
+        return super().__call__(means[:, None], weight)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from fp4dit.estimate.footprint import count_bit_operations
 from fp4dit.estimate.stages import Estimator, StageCost
 from fp4dit.evaluation import generate
 from fp4dit.evaluation.generate import GenerateTask
+from fp4dit.evaluation.step_cache import StepCache
 from fp4dit.lowbit_training.linear import TrainRule, load_trained_
 from fp4dit.models.base import PipelineSource
 from fp4dit.quantization.audit import checkpoint_bytes
@@ -37,6 +38,7 @@ class Generation:
         guidance: The scale of classifier-free guidance.
         batch_size: The number of images that are generated together.
         seed: The seed of the first image's noise; each image has its own.
+        cache: What is reused of earlier steps; None for nothing.
 
     Raises:
         UserError: if a number is out of range.
@@ -49,6 +51,7 @@ class Generation:
     guidance: float
     batch_size: int
     seed: int
+    cache: StepCache | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
@@ -129,6 +132,7 @@ class Generate(ShardedStage):
             folder,
             self.generation.steps,
             self.generation.guidance,
+            self.generation.cache,
             in_integers=self.arithmetic == "integer",
         )
 

@@ -54,7 +54,7 @@ def test_what_is_said():
     assert "128 values share a scale" in said["bfl"]
     for fit in fp4dit.targets(["svdquant_int4"]):
         holds = "smooth_low_rank_bf16" if fit.target == "nunchaku_lite" else "none"
-        assert f"use transform={holds}" in str(fit)
+        assert f"transform={holds}" in str(fit)
     overrides = ["transform=smooth_low_rank_bf16", "weight=int4_g64", "activation=int4_g64"]
     overrides += ["weight.scale.dtype=bf16", "+weight.ignore=[proj_out]"]
     fits = fp4dit.targets(["svdquant_int4"], overrides)

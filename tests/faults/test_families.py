@@ -18,9 +18,7 @@ MODELS = {
 }
 MODELS |= {name: [FAMILIES[name].overrides[0]] for name in ("hunyuan", "hunyuan_v1_2", "dit")}
 METHODS = [name for name in list_options("method") if name != "fp16"]
-# Only the blocks of these models are quantized, so they have no layer of the time embedding.
-UNSUPPORTED = {("hunyuan", "tfmq_dm"), ("hunyuan_v1_2", "tfmq_dm")}
-PAIRS = [pair for pair in product(MODELS, METHODS) if pair not in UNSUPPORTED]
+PAIRS = list(product(MODELS, METHODS))
 FEW_PAIRS = [
     ("alpha", "smoothquant"),
     ("alpha", "vidit_q_ranges"),  # a layer reads two vectors per sample: height and width
@@ -30,7 +28,10 @@ FEW_PAIRS = [
     ("dit", "tfmq_dm"),
     ("sigma", "mr_gptq"),
 ]
-FEW_STEPS = ["iterations.adaround=2", "iterations.adaround_scale_aware=2", "iterations.signround=2"]
+FEW_STEPS = [
+    f"iterations.{name}=2"
+    for name in ("adaround", "adaround_scale_aware", "input_steps", "signround")
+]
 METHOD_OPTIONS = {
     "llmfp4_baseline": SEARCH,
     "llmfp4_fpq": SEARCH,

@@ -5,7 +5,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from benchmarks.published import PUBLISHED, build_random_transformer, is_traced
-from fp4dit.numerics.quantizer import PerSplit, PerToken
+from fp4dit.numerics.quantizer import PerHead, PerSplit, PerToken
 from fp4dit.quantization import apply, audit, rules
 from pipelines.config.resolvers import list_options
 from pipelines.planning.plan import make_plan
@@ -73,6 +73,7 @@ def test_halves_joined_by_a_long_skip_have_own_scales(composed: Compose, activat
     granularities = {name: type(q.quantizer.granularity) for name, q in quantizers.items()}
     split = [name for name, granularity in granularities.items() if granularity is PerSplit]
     assert split == ["blocks.3.skip_linear"]
-    assert set(granularities.values()) == {PerToken, PerSplit}
+    heads = {PerHead} if "before_norm" in activation else set()  # of q, k and v
+    assert set(granularities.values()) == {PerToken, PerSplit} | heads
     norm = model.blocks[0].attn1.norm_q
     assert isinstance(norm, nn.Sequential) == ("before_norm" in activation)

@@ -12,6 +12,7 @@ from fp4dit.numerics.quantizer import (
     Granularity,
     PerChannel,
     PerGroup,
+    PerHead,
     PerSplit,
     PerTensor,
     PerToken,
@@ -132,6 +133,16 @@ def test_memory_layout_does_not_matter(shape: list[int], seed: int):
             assert torch.equal(quantizer(view), quantizer(x))
         expanded = x[:1].expand(3, *x.shape[1:])
         assert torch.equal(quantizer(expanded), quantizer(expanded.contiguous()))
+
+
+def test_a_scale_per_head_is_that_of_all_its_tokens():
+    """FP4DiT's code reshapes 4-D q, k and v to (samples * heads, tokens * channels)."""
+    x = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+    x[:, :, 1] *= 9  # tokens that share a scale with others
+    rows = x.reshape(2 * 3, 5 * 8)
+    scale = rows.abs().amax(1, keepdim=True) / 127
+    expected = ((rows / scale).round() * scale).view(x.shape)
+    assert torch.equal(Quantizer(INT8, PerHead())(x), expected)
 
 
 @pytest.mark.parametrize(

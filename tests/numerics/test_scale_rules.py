@@ -29,7 +29,14 @@ from fp4dit.numerics.scale_rules import (
     quantization_error,
     round_scale,
 )
-from fp4dit.numerics.scale_search import BestOf, MinError, Percentile, PreShift
+from fp4dit.numerics.scale_search import (
+    BestOf,
+    MinError,
+    PartScales,
+    Percentile,
+    PreShift,
+    Quantile,
+)
 
 SYMMETRIC = [floating(2, 1), floating(3, 0), floating(3, 4), integer(4), integer(8)]
 UNSIGNED = [integer(4, signed=False), integer(8, signed=False)]
@@ -252,6 +259,17 @@ def test_percentile_clips_the_order_statistics_that_numpy_finds(keep: float, wid
     assert torch.equal(Percentile(AbsMax(), keep)(x, integer(8)).scale, expected)
 
 
+@pytest.mark.parametrize("keep", [0.998, 0.9998, 0.5, 1.0])
+@pytest.mark.parametrize("width", [1, 5, 256, 1152])
+def test_quantile_clips_where_numpy_does(keep: float, width: int):
+    """PTQ4DiT's code clips a row between its quantiles 1 - q and q, linearly interpolated."""
+    x = blocks(rows=6, width=width)
+    q = (1 + keep) / 2
+    low, high = torch.from_numpy(np.quantile(x.numpy(), [1 - q, q], axis=1))[..., None]
+    expected = x.double().clamp(low, high).float()
+    torch.testing.assert_close(Quantile(AbsMax(), keep).clip_outliers(x), expected)
+
+
 def test_percentile_takes_more_values_than_torch_quantile_does():
     x = torch.arange(2**24 + 5, dtype=torch.float32).flip(0)[None]
     assert Percentile(AbsMax(), 0.5)(x, integer(8)).scale.item() == pytest.approx(
@@ -263,6 +281,21 @@ def test_percentile_takes_more_values_than_torch_quantile_does():
 def test_percentile_keeps_a_share(keep: float):
     with pytest.raises(ValueError, match="a share of the values above 0 and up to 1"):
         Percentile(AbsMax(), keep)
+
+
+def test_part_scales_are_those_of_two_quantizers():
+    """Q-Diffusion's code splits a concatenation and quantizes either part with its own range."""
+    x = channels()
+    fmt = integer(8, signed=False)
+    qparams = PartScales(MinMax())(x, fmt)
+    halves = []
+    for half in x.chunk(2, 1):
+        flat = half.reshape(1, -1)
+        halves.append(rounded(flat, MinMax()(flat, fmt), fmt).view_as(half))
+    expected = torch.cat(halves, 1)
+    assert torch.equal(rounded(x, qparams, fmt), expected)
+    with pytest.raises(ValueError, match="does not split into 5 equal parts"):
+        PartScales(MinMax(), parts=5)(x, fmt)
 
 
 def channels(seed: int = 0) -> Tensor:

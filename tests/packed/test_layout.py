@@ -16,7 +16,6 @@ from fp4dit.numerics.formats import Format, floating, fp16, integer, nf4
 from fp4dit.numerics.quantizer import PerChannel, PerGroup, PerTensor, PerToken, Quantizer
 from fp4dit.numerics.scale_rules import AbsMax, MinMax, OffsetRange, TwoSidedAbsMax
 from fp4dit.numerics.shared_mantissa import SharedMantissa
-from fp4dit.packed.encoding import bitpack
 from fp4dit.packed.encoding.codes import encode_values, list_code_values
 from fp4dit.packed.encoding.packing import pack_weight
 from fp4dit.packed.encoding.qparams import (
@@ -36,6 +35,7 @@ from fp4dit.quantization.rules import Rule
 from fp4dit.transforms.hadamard import Hadamard
 from fp4dit.transforms.low_rank import LowRank
 from fp4dit.transforms.smoothing import Smoothing
+from fp4dit.utils import bitpack
 from fp4dit.utils.errors import UserError
 from tests.helpers import tiny
 from tests.helpers.tiny import transformer

@@ -1,16 +1,22 @@
 """Quantized attention against diffusers' own processor and a hand-written product."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from fp4dit.numerics.block_scales import NVFP4Scale
 from fp4dit.numerics.formats import floating, integer
-from fp4dit.numerics.quantizer import PerToken, Quantizer
+from fp4dit.numerics.quantizer import PerGroup, PerToken, Quantizer
+from fp4dit.quantization.apply import quantize_activations_
 from fp4dit.quantization.attention import QuantProcessor
+from fp4dit.quantization.attention_products import SageAttention
 from fp4dit.quantization.fake_quant import FakeQuantize
+from fp4dit.quantization.rules import Rule
 
 E2M1_TOKEN = Quantizer(floating(2, 1), PerToken())
 INT8_TOKEN = Quantizer(integer(8), PerToken())
@@ -114,3 +120,68 @@ def test_other_products_are_left_alone():
     processor.q = FakeQuantize(E2M1_TOKEN)
     assert not torch.equal(processor(), expected)
     assert torch.equal(torch.nn.functional.scaled_dot_product_attention(q, q, q), expected)
+
+
+def by_hand_sage(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """SageAttention 3 for one head of float64, with scales of two levels, block by block."""
+
+    def nvfp4(x: Tensor, tensor_scale: Tensor | float) -> Tensor:
+        """Quantize blocks of 16 along the last dimension."""
+        grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+        blocks = x.unflatten(-1, (-1, 16))
+        scale = (blocks.abs().amax(-1, keepdim=True) / 6 / tensor_scale).float()
+        scale = scale.to(torch.float8_e4m3fn).double() * tensor_scale
+        ratio = torch.where(scale > 0, blocks / scale, 0.0)
+        nearest = (ratio.abs()[..., None] - grid).abs().argmin(-1)
+        return (grid[nearest] * ratio.sign() * scale).flatten(-2)
+
+    def with_tensor_scale(x: Tensor) -> Tensor:
+        return nvfp4(x, x.abs().max() / (6 * 448))
+
+    mean, k = q.mean(0), k - k.mean(0)
+    scores = with_tensor_scale(q - mean) @ with_tensor_scale(k).T + mean @ k.T
+    scores = scores / q.shape[1] ** 0.5 + mask
+    p = (scores - scores.amax(1, keepdim=True)).exp()
+    first = p.amax(1, keepdim=True) / (448 * 6)  # the paper's scale of a row
+    return nvfp4(p / first, 1.0) * first @ with_tensor_scale(v.T).T / p.sum(1, keepdim=True)
+
+
+def test_quantized_probabilities_equal_a_plain_computation():
+    nvfp4 = Quantizer(floating(2, 1), PerGroup(16), NVFP4Scale())
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(48, 32, generator=generator).double() for _ in "qkv")
+    k = k + 3.0
+    mask = torch.zeros(48, 48).double().masked_fill(torch.arange(48) >= 40, -torch.inf)
+    operands = {"q": nvfp4, "k": nvfp4, "v": nvfp4}
+    y = SageAttention(nvfp4)(q, k, v, operands, attn_mask=mask)
+    torch.testing.assert_close(y, by_hand_sage(q, k, v, mask), rtol=1e-6, atol=1e-7)
+    plain = F.scaled_dot_product_attention(q[None], k[None], v[None], mask)[0]
+    rough = SageAttention(nvfp4, False, False)(q, k, v, operands, attn_mask=mask)
+    assert 1e-3 < (y - plain).norm() < 0.7 * (rough - plain).norm()  # smoothing helps
+
+
+@pytest.mark.parametrize("masking", ["none", "bool", "causal"])
+def test_with_exact_operands_it_is_torchs_attention(masking: str):
+    """Quantize probabilities to 16 bits, and nothing else."""
+    exact = Quantizer(integer(16), PerToken())
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, n, 8, generator=generator) for n in (9, 9, 9))
+    arguments: dict[str, Any] = {"is_causal": masking == "causal"}
+    if masking == "bool":
+        arguments["attn_mask"] = torch.arange(9).view(1, 1, 1, 9).expand(2, 1, 1, 9) < 7
+    operands = {name: lambda x: x for name in "qkv"}
+    y = SageAttention(exact, block=4)(q, k, v, operands, **arguments)
+    expected = F.scaled_dot_product_attention(q, k, v, **arguments)
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_rule_installs_the_products(attention_case: tuple[Attention, dict[str, Tensor]]):
+    attention, arguments = attention_case
+    products = SageAttention(INT8_TOKEN)
+    model = nn.ModuleDict({"attn": attention})
+    quantize_activations_(model, [Rule("attn.?", INT8_TOKEN, attention=products)])
+    quantized = attention(**arguments)
+    attention.processor.products = None
+    assert not quantized.equal(attention(**arguments))
+    torch.testing.assert_close(quantized, attention(**arguments), rtol=0.1, atol=0.02)

@@ -13,6 +13,7 @@ from fp4dit.numerics.scale_rules import AbsMax
 from fp4dit.numerics.scale_search import Percentile
 from fp4dit.quantization.observers import (
     MovingAverageMinMaxObserver,
+    MovingAveragePartsObserver,
     Observer,
     PerChannelMinMaxObserver,
     SampleObserver,
@@ -105,3 +106,12 @@ def test_notes_are_kept_in_full_precision_off_the_model():
     for observer in (SampleObserver(4), MovingAverageMinMaxObserver(), PerChannelMinMaxObserver()):
         note = observer.summarize(make_calls()[0].bfloat16())
         assert (note.dtype, note.device.type) == (torch.float32, "cpu")
+
+
+def test_ranges_of_parts_are_those_of_the_parts():
+    calls = [torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    both, single = MovingAveragePartsObserver(0.8, parts=2), MovingAverageMinMaxObserver(0.8)
+    merged = both.merge([both.summarize(x) for x in calls])
+    for part, columns in zip((0, 1), (slice(0, 4), slice(4, 8)), strict=True):
+        expected = single.merge([single.summarize(x.chunk(2, -1)[part]) for x in calls])
+        assert torch.equal(merged[:, columns], expected[:, None].expand(-1, 4))

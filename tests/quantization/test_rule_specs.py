@@ -10,7 +10,7 @@ from fp4dit.numerics.scale_rules import AbsMax, MinMax
 from fp4dit.quantization.observers import SampleObserver
 from fp4dit.quantization.rule_specs import (
     activation_rules,
-    flatten_patterns,
+    flatten_lists,
     parse_transform,
     weight_rules,
 )
@@ -74,7 +74,7 @@ def test_per_token_layers_come_before_per_head_operands():
 def test_no_pattern_makes_no_rule():
     rules = weight_rules("e2m1", GROUP, layers={"pre_gelu": {"match": [], "format": "e3m0"}})
     assert [rule.match for rule in rules] == ["*"]
-    assert flatten_patterns(["a", ["b", []], ""]) == ["a", "b"]
+    assert flatten_lists(["a", ["b", []], ""]) == ["a", "b"]
 
 
 def test_objects_may_stand_for_words():

@@ -30,6 +30,8 @@ DATA_FREE = {
     "afpq",
     "ams_fp4_25",
     "ams_fp5_33",
+    "convrot_int4",
+    "loraq_int4",
     "mxfp4_rtn",
     "mxfp4_rtn_floor",
     "mxfp6_rtn",
@@ -38,8 +40,10 @@ DATA_FREE = {
     "mxfp8_rtn_floor",
     "nvfp4_4over6",
     "nvfp4_rtn",
+    "nvint4_hadamard",
     "rtn",
     "rtn_fp4",
+    "svd_refined_int4",
 }
 
 

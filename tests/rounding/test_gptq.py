@@ -16,13 +16,13 @@ from fp4dit.numerics.quantizer import PerChannel, PerGroup, PerSplit, PerTensor,
 from fp4dit.numerics.scale_rules import AbsMax, MinMax, OffsetRange, TwoSidedAbsMax
 from fp4dit.numerics.shared_mantissa import SharedMantissa
 from fp4dit.quantization.layers import QuantLayer, make_quant_layer
-from fp4dit.rounding.gptq import (
-    GPTQ,
+from fp4dit.rounding.gptq import GPTQ, compute_hessians
+from fp4dit.rounding.gptq_columns import (
     ColumnOrder,
     activation_order,
-    compute_hessians,
     natural_order,
     quantize_with_gptq,
+    quantize_with_rescaled_groups,
 )
 from fp4dit.rounding.rtn import RoundToNearest
 from fp4dit.utils.calls import Call
@@ -65,6 +65,36 @@ def make_problem(seed: int = 0, o: int = 8, k: int = 64, n: int = 256) -> tuple[
 def output_error(hard: Tensor, weight: Tensor, x: Tensor) -> float:
     target = x @ weight.double().T
     return ((x @ hard.double().T - target).square().sum() / target.square().sum()).item()
+
+
+def round_as_q_dit(
+    weight: Tensor, hessian: Tensor, group: int, damping: float, quantizer: Quantizer
+) -> Tensor:
+    """Return what the loop of GPTQ and Q-DiT does, with the inverse of H and scales on the way."""
+    w, hessian = weight.double().clone(), hessian.double().clone()
+    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    inverse = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    hard = torch.zeros_like(w)
+    for j in range(w.shape[1]):
+        if j % group == 0:
+            qparams = quantizer.compute_qparams(w[:, j : j + group].float())
+        column = w[:, j : j + 1].float()
+        hard[:, j : j + 1] = qparams.from_grid(quantizer.format.nearest(qparams.to_grid(column)))
+        error = (w[:, j] - hard[:, j]) / inverse[j, j]
+        w[:, j:] -= error[:, None] * inverse[j, j:]
+    return hard.float()
+
+
+@pytest.mark.parametrize("name", ["group", "affine", "two-sided", "row"])
+def test_rescaled_groups_are_those_of_the_original_loop(name: str):
+    quantizer, (w, x) = GRIDS[name], make_problem()
+    hessian = (x.T @ x).float()
+    size = quantizer.granularity.width(w[:1].shape)
+    hard, qparams = quantize_with_rescaled_groups(w, hessian, quantizer, 0.01)
+    torch.testing.assert_close(hard, round_as_q_dit(w, hessian, size, 0.01, quantizer))
+    assert torch.equal(quantizer(hard, qparams), hard)
+    fixed = quantize_with_gptq(w, hessian, quantizer.compute_qparams(w), quantizer.format)
+    assert torch.equal(hard, fixed) == (size == w.shape[1])
 
 
 @grids
@@ -292,7 +322,7 @@ def test_hessians_are_sums_over_the_training_rows():
 def test_gptq_beats_nearest_on_validation_rows():
     errors = []
     ordered_gptq = GPTQ(order=activation_order, block_size=8, batch_size=9)
-    for method in (RoundToNearest(), GPTQ(), ordered_gptq):
+    for method in (RoundToNearest(), GPTQ(), ordered_gptq, GPTQ(rescale=True)):
         module, layers, dataset = make_unit()
         idle = layers[-1].weight_fake_quant(layers[-1].weight_matrix)
         assert method.round_unit(module, layers, dataset, tiny.trainer()) == []
@@ -307,8 +337,8 @@ def test_gptq_beats_nearest_on_validation_rows():
             before = layer.weight_matrix.clone()
             layer.commit_weight()
             assert torch.equal(layer.weight_matrix, before)
-    nearest, plain, ordered = errors
-    for better in (plain, ordered):
+    nearest, *others = errors
+    for better in others:
         assert better[0] < 0.5 * nearest[0]
         assert better[1] < nearest[1]
 
@@ -321,3 +351,12 @@ def test_formats_with_shared_bits_are_refused():
         UserError, match="e2m2_share4 shares a bit between 4: choose rounding=nearest"
     ):
         GPTQ().check([layer])
+
+
+def test_groups_are_rescaled_in_the_natural_order_only():
+    with pytest.raises(UserError, match="only in the natural order"):
+        GPTQ(order=activation_order, rescale=True).check([])
+    selection = FormatSelection([E2M1, integer(4)], LeastError(), "block")
+    layer = QuantLayer(nn.Linear(16, 4), Quantizer(selection, GROUP))
+    with pytest.raises(UserError, match="choose a format per layer"):
+        GPTQ(rescale=True).check([layer])

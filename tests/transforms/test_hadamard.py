@@ -9,14 +9,23 @@ from scipy.linalg import hadamard
 
 from fp4dit.transforms.hadamard import (
     Hadamard,
+    RegularHadamard,
     hadamard_factors,
     hadamard_matrix,
     has_hadamard_matrix,
     random_signs,
+    regular_factors,
+    regular_matrix,
     rotate_blocks,
 )
 
 SIZES = [1, 2, 12, 20, 28, 32, 36, 40, 44, 72, 128, 144, 256, 400, 432, 1024, 1152, 2240]
+
+COMFY_KITCHEN_CODES = """
+    -7 -3 1 5 -5 -1 2 6 3 -7 -3 1 4 -5 -2 2 6 3 -7 4 0 -3
+    1 -2 2 -1 3 0 -4 7 -3 -6 -2 2 5 -4 -1 3 7 -3 -6 -2 1 5
+    -5 -1 3 7 4 -6 -3 1 5 -5 -1 3 0 3 -7 -3 1 5 -5 -1
+"""
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -149,3 +158,43 @@ def test_nothing_is_saved_and_nothing_is_lost():
 def test_a_size_that_does_not_fit_says_which_would(size: int | None, k: int, message: str):
     with pytest.raises(ValueError, match=message):
         Hadamard(size)(8, k)
+
+
+@pytest.mark.parametrize("n", [4, 16, 64, 256, 1024])
+def test_regular_matrices_are_orthogonal_and_have_equal_sums(n: int):
+    h = regular_matrix(n).numpy().astype(np.float64)
+    assert np.array_equal(np.abs(h), np.ones_like(h))
+    assert np.array_equal(h @ h.T, n * np.eye(n))
+    assert np.array_equal(h.sum(0), np.full(n, n**0.5))
+    assert np.array_equal(h.sum(1), np.full(n, n**0.5))
+    assert torch.kron(*regular_factors(n)).equal(regular_matrix(n))
+
+
+def test_equal_channels_stay_where_sylvesters_matrix_gathers_them():
+    """The largest value of a constant row is 1 instead of sqrt(n), and an outlier is spread."""
+    regular, sylvester = RegularHadamard(256)(1, 512), Hadamard(256, signs=False)(1, 512)
+    ones, outlier = torch.ones(1, 512), torch.zeros(1, 512)
+    outlier[0, 77] = 16.0
+    assert torch.equal(regular.transform_input(ones), ones)
+    assert sylvester.transform_input(ones).max() == 16
+    assert torch.equal(regular.transform_input(outlier)[:, :256].abs(), ones[:, :256])
+
+
+def test_regular_rotation_gives_the_codes_of_comfy_kitchen():
+    """They come from `quantize_convrot_w4a4_weight(weight, 16)` of comfy-kitchen 0.2.40."""
+    weight = ((torch.arange(64) * 37) % 29 - 14).view(1, 64).float() / 8
+    rotated = RegularHadamard(16)(1, 64).transform_weight(weight)
+    codes = (rotated / rotated.abs().max() * 7).round().int().flatten().tolist()
+    assert codes == [int(code) for code in COMFY_KITCHEN_CODES.split()]
+
+
+@pytest.mark.parametrize(("k", "block"), [(768, 256), (1152, 64), (4608, 256), (36, 4)])
+def test_a_width_has_blocks_of_the_largest_power_of_four(k: int, block: int):
+    rotation = RegularHadamard()(1, k)
+    assert len(rotation.left) * len(rotation.right) == block
+
+
+@pytest.mark.parametrize(("size", "k"), [(256, 77), (32, 64), (1, 64), (0, 64), (-4, 64)])
+def test_a_regular_size_that_does_not_fit_is_refused(size: int, k: int):
+    with pytest.raises(ValueError, match=rf"size {size} fits rows of {k} values: the size is 4"):
+        RegularHadamard(size)(8, k)

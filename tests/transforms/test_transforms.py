@@ -15,10 +15,12 @@ from torch.nn import functional as F
 from fp4dit.numerics.formats import floating
 from fp4dit.numerics.quantizer import PerChannel, Quantizer
 from fp4dit.transforms.base import Transform, TransformSpec, squared_output_error
-from fp4dit.transforms.hadamard import Hadamard
+from fp4dit.transforms.hadamard import Hadamard, RegularHadamard
 from fp4dit.transforms.low_rank import LowRank, LowRankBF16, factor_low_rank
+from fp4dit.transforms.refined_low_rank import QuantizedLowRank, RefinedLowRank
 from fp4dit.transforms.shift import Shift
 from fp4dit.transforms.smoothing import (
+    MovingAverageBatchMax,
     MovingAverageMax,
     PowerOfTwoSmoothingSearch,
     SalienceWeightedMax,
@@ -38,11 +40,14 @@ SPECS = [
     Hadamard(),
     Hadamard(12, seed=1),
     Hadamard(4, signs=False),
+    RegularHadamard(),
     LowRank(),
     LowRank(3, iterations=4),
     LowRank(99),
     LowRankBF16(3, iterations=2),
     PowerOfTwoSmoothingSearch(4),
+    RefinedLowRank(3),
+    QuantizedLowRank(3, bits=5, input_bits=None),
 ]
 OUT, K = 20, 24
 specs = pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -76,6 +81,7 @@ def fit_chain(
 ) -> list[Transform]:
     transforms = [spec(*weight.shape) for spec in chain]
     for transform in transforms:
+        transform.fit_weight(weight, quantizer)
         transform.fit(weight, x, quantizer, quantizer)
         weight, x = transform.transform_weight(weight), transform.transform_input(x)
     return transforms
@@ -205,6 +211,16 @@ def test_moving_max_is_a_filter_that_starts_settled():
     torch.testing.assert_close(
         MovingAverageMax(0.8)(x, weight).double(), torch.from_numpy(expected[-1]), rtol=1e-5, atol=0
     )
+
+
+def test_maxima_are_averaged_over_a_batch_before_the_moving_average():
+    """The loop of ViDiT-Q's code: maxima over tokens, the mean over images, then the average."""
+    weight, x = weight_and_inputs(calls=10)
+    average = None
+    for batch in (x[:4], x[4:8], x[8:]):
+        largest = batch.abs().max(1).values.mean(0)
+        average = largest if average is None else 0.8 * average + (1 - 0.8) * largest
+    torch.testing.assert_close(MovingAverageBatchMax(0.8, batch=4)(x, weight), average)
 
 
 @settings(max_examples=40)

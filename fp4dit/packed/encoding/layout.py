@@ -18,13 +18,13 @@ from fp4dit.numerics.formats import Format
 from fp4dit.numerics.qparams import QParams, Scale, as_tensors, from_tensors
 from fp4dit.numerics.quantizer import Granularity
 from fp4dit.numerics.shared_mantissa import SharedMantissa
-from fp4dit.packed.encoding.bitpack import packed_size, unpack_bits
 from fp4dit.packed.encoding.codes import (
     build_byte_table,
     count_code_bits,
     list_code_values,
 )
 from fp4dit.packed.encoding.qparams import FormatIndices, QParamEncoding
+from fp4dit.utils.bitpack import packed_size, unpack_bits
 
 WeightMatrix = Float[Tensor, "o k"]
 

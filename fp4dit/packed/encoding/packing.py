@@ -10,11 +10,11 @@ from fp4dit.numerics.format_selection import FormatSelection
 from fp4dit.numerics.formats import Format
 from fp4dit.numerics.qparams import Blocks, QParams, as_tensors
 from fp4dit.numerics.quantizer import Granularity
-from fp4dit.packed.encoding.bitpack import pack_bits
 from fp4dit.packed.encoding.codes import encode_values, list_code_values
 from fp4dit.packed.encoding.layout import Layout, WeightMatrix, buffer_name
 from fp4dit.packed.encoding.qparams import FormatIndices, smallest_encoding
 from fp4dit.quantization.fake_quant import FakeQuantize
+from fp4dit.utils.bitpack import pack_bits
 from fp4dit.utils.errors import UserError
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fp4dit.numerics.block_scales import E4M3
-from fp4dit.packed.encoding.bitpack import pack_bits, packed_size, unpack_bits
+from fp4dit.utils.bitpack import pack_bits, packed_size, unpack_bits
 
 Vector = Float[Tensor, "n"]
 

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fp4dit.packed.encoding.bitpack import pack_bits, unpack_bits
 from fp4dit.packed.nn.linear import PackedLinear
 from fp4dit.packed.targets.base import StoredLayer, StoredModel
 from fp4dit.packed.targets.config_files import ConfigTarget
@@ -27,6 +26,7 @@ from fp4dit.packed.targets.grid import (
     read_integers,
     require_width,
 )
+from fp4dit.utils.bitpack import pack_bits, unpack_bits
 from fp4dit.utils.errors import UserError
 
 WORD = 32  # bits; readers take layers with multiples of 32 inputs and outputs

@@ -1,4 +1,4 @@
-"""One file of ComfyUI: NVFP4, MXFP8, FP8 and INT8 weights, which it reads through comfy-kitchen.
+"""One file of ComfyUI: NVFP4, MXFP8, FP8, INT8 and rotated INT4, read through comfy-kitchen.
 
 A layer's format is JSON in its tensor `comfy_quant`, and in `_quantization_metadata` of the file
 (QUANTIZATION.md of ComfyUI). NVFP4 keeps the first of two codes in the high half of a byte, where
@@ -8,7 +8,7 @@ it has no kernels.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,9 +21,18 @@ from fp4dit.numerics.formats import integer
 from fp4dit.numerics.qparams import Scale
 from fp4dit.packed.encoding.integrity import build_metadata
 from fp4dit.packed.nn.linear import PackedLinear
-from fp4dit.packed.targets.base import StoredLayer, StoredModel, Target
+from fp4dit.packed.targets.base import FittedTransform, StoredLayer, StoredModel, Target
 from fp4dit.packed.targets.bfl import E4M3FN, encode_nvfp4
 from fp4dit.packed.targets.blocked_scales import swizzle, unswizzle
+from fp4dit.packed.targets.comfyui_rotation import (
+    INT4_ROTATED,
+    encode_rotation,
+    pack_int4,
+    read_rotation,
+    restore_rotation,
+    rotation_settings,
+    unpack_int4,
+)
 from fp4dit.packed.targets.compressed_formats import (
     E2M1,
     decode_e2m1,
@@ -50,7 +59,7 @@ FILE_NAME = "comfyui.safetensors"
 MARKER = "comfy_quant"
 
 # The multiple of rows and columns that a format has; ComfyUI fills up smaller ones.
-TILES = {"nvfp4": 16, "mxfp8": 32, "float8_e4m3fn": 1, "int8_tensorwise": 1}
+TILES = {"nvfp4": 16, "mxfp8": 32, "float8_e4m3fn": 1, "int8_tensorwise": 1, INT4_ROTATED: 1}
 
 SAME_NAMES = ("QwenImageTransformer2DModel",)  # in ComfyUI and in diffusers
 
@@ -58,6 +67,8 @@ SAME_NAMES = ("QwenImageTransformer2DModel",)  # in ComfyUI and in diffusers
 @dataclass(frozen=True)
 class ComfyUI(Target):
     """NVFP4, MXFP8, FP8 with one scale, and INT8 in rows, in one file beside config.json.
+
+    INT8 and INT4 in rows may be rotated by regular Hadamard matrices (ConvRot).
 
     Tensors have the names of diffusers. ComfyUI has others for most models, which are not known
     here: only for those of `SAME_NAMES` it finds the layers.
@@ -70,17 +81,22 @@ class ComfyUI(Target):
     name: ClassVar[str] = "comfyui"
     packages: ClassVar[str] = "comfy-kitchen"
     inputs_note: ClassVar[str] = (
-        "ComfyUI quantizes those of NVFP4, MXFP8 and INT8 layers, and those of FP8 layers if asked "
-        "to, each call with scales of its own, on GPUs with such kernels"
+        "ComfyUI quantizes those of NVFP4, MXFP8, INT8 and INT4 layers, and those of FP8 layers if "
+        "asked to, each call with scales of its own, on GPUs with such kernels"
     )
+    holds_transforms: ClassVar[bool] = True
 
     def encode(self, layer: PackedLinear, shape: tuple[int, ...]) -> StoredLayer:
         if len(shape) > 2:
             raise UserError(f"it is a convolution, and only linear layers can be: {PLAIN}")
-        fmt, tensors = encode_weight(read_grid(layer))
+        size = encode_rotation(layer.transform_chain)
+        fmt, tensors = encode_weight(read_grid(layer, with_transforms=True), size is not None)
         if any(size % TILES[fmt] for size in shape):
             raise UserError(f"its inputs and outputs are not multiples of {TILES[fmt]}: {PLAIN}")
-        return StoredLayer(shape, tensors, {"format": fmt})
+        return StoredLayer(shape, tensors, {"format": fmt, **rotation_settings(fmt, size)})
+
+    def restore_transforms(self, stored: StoredLayer) -> Sequence[FittedTransform]:
+        return restore_rotation(stored)
 
     def decode(self, stored: StoredLayer) -> GridWeight:
         fmt, (rows, k) = stored.settings["format"], matrix_shape(stored.shape)
@@ -97,12 +113,15 @@ class ComfyUI(Target):
         column = scale.reshape(-1, 1).expand(rows, 1).contiguous()
         if fmt == "float8_e4m3fn":
             return GridWeight(E4M3FN, weight.float(), Scale(column), k)
+        if fmt == INT4_ROTATED:
+            points = unpack_int4(weight, k)
+            return make_integer_grid(points + 8, column, torch.full_like(column, 8), 4)
         return make_integer_grid(weight.float() + 128, column, torch.full_like(column, 128), 8)
 
     def dequantize(self, stored: StoredLayer, dtype: torch.dtype) -> Float[Tensor, "o k"]:
         grid, fmt = self.decode(stored), stored.settings["format"]
         values, scale = grid.points.reshape(-1, grid.width), grid.qparams
-        if fmt in ("mxfp8", "int8_tensorwise") or not isinstance(scale, Scale):
+        if fmt in ("mxfp8", "int8_tensorwise", INT4_ROTATED) or not isinstance(scale, Scale):
             return grid.dequantize().to(dtype)
         if fmt == "float8_e4m3fn":
             return (values.to(dtype) * scale.scale.to(dtype)).view(grid.points.shape)
@@ -124,7 +143,8 @@ class ComfyUI(Target):
         )
 
     def describe(self, stored: StoredLayer) -> str:
-        return f"{stored.settings['format']} of ComfyUI"
+        rotated = " of rotated inputs" if "convrot_groupsize" in stored.settings else ""
+        return f"{stored.settings['format']}{rotated} of ComfyUI"
 
     def quantizes_input(self, stored: StoredLayer) -> bool:
         return True
@@ -179,18 +199,27 @@ class ComfyUI(Target):
         )
 
 
-def encode_weight(grid: GridWeight) -> tuple[str, dict[str, Tensor]]:
+def encode_weight(grid: GridWeight, is_rotated: bool) -> tuple[str, dict[str, Tensor]]:
     """Return the name of a weight's format, and its tensors.
+
+    Args:
+        grid: The weight.
+        is_rotated: Whether the layer rotates its input.
 
     Raises:
         UserError: if ComfyUI has no such format.
     """
     k = grid.points.shape[1]
+    if is_rotated and grid.fmt not in (integer(4), integer(8)):
+        raise UserError(f"ComfyUI rotates int4 and int8, and its values are {grid.fmt.name}")
     if grid.fmt == E2M1:
         codes, numbers, factor = encode_nvfp4(grid)
         tensors = {"weight": swap_halves(codes), "weight_scale": swizzle(numbers)}
         return "nvfp4", tensors | {"weight_scale_2": factor}
     scale = require_scale(grid).cpu()
+    if grid.fmt == integer(4) and is_rotated:
+        require_width(grid, (k,))
+        return INT4_ROTATED, {"weight": pack_int4(grid.points.cpu()), "weight_scale": scale[:, 0]}
     if grid.fmt == E4M3FN and grid.width == 32 != k:
         powers = swizzle(encode_powers_of_two(grid.by_row(scale)))
         weight = grid.points.cpu().to(torch.float8_e4m3fn)
@@ -227,9 +256,7 @@ def read_marker(name: str, marker: Tensor) -> dict[str, Any]:
     settings = json.loads(bytes(marker.tolist()))
     if not isinstance(settings, Mapping) or settings.get("format") not in TILES:
         raise UserError(f"{name} is {settings}, and only {', '.join(TILES)} are read")
-    if settings.get("convrot"):
-        raise UserError(f"{name} is rotated by groups (convrot), which has no counterpart here")
-    return {"format": settings["format"]}
+    return {"format": settings["format"], **read_rotation(name, settings)}
 
 
 def check_tensors(stored: StoredLayer) -> None:
@@ -240,13 +267,15 @@ def check_tensors(stored: StoredLayer) -> None:
         "mxfp8": (torch.float8_e4m3fn, torch.float8_e8m0fnu),
         "float8_e4m3fn": (torch.float8_e4m3fn, torch.float32),
         "int8_tensorwise": (torch.int8, torch.float32),
+        INT4_ROTATED: (torch.int8, torch.float32),
     }
     weight, scale = stored.tensors["weight"], stored.tensors["weight_scale"]
-    shape = (rows, k // 2) if fmt == "nvfp4" else (rows, k)
+    shape = (rows, k // 2) if fmt in ("nvfp4", INT4_ROTATED) else (rows, k)
     found = (weight.dtype, scale.dtype)
     if fmt == "mxfp8" and scale.dtype == torch.uint8:
         found = (weight.dtype, torch.float8_e8m0fnu)
-    counts = {"float8_e4m3fn": (1,), "int8_tensorwise": (1, rows)}.get(fmt, (scale.numel(),))
+    counts_by_format = {"float8_e4m3fn": (1,), "int8_tensorwise": (1, rows), INT4_ROTATED: (rows,)}
+    counts = counts_by_format.get(fmt, (scale.numel(),))
     if found != dtypes[fmt] or tuple(weight.shape) != shape or scale.numel() not in counts:
         raise UserError(
             f"its weight is {list(weight.shape)} of {weight.dtype} with {scale.numel()} scales of "

@@ -17,7 +17,6 @@ from fp4dit.numerics.block_scales import E4M3, E8M0Scale
 from fp4dit.numerics.formats import floating
 from fp4dit.numerics.qparams import Scale
 from fp4dit.numerics.quantizer import PerGroup, Quantizer
-from fp4dit.packed.encoding.bitpack import pack_bits, unpack_bits
 from fp4dit.packed.encoding.codes import encode_values, list_code_values
 from fp4dit.packed.encoding.qparams import E8M0Encoding, add_neighbours
 from fp4dit.packed.targets.grid import (
@@ -28,6 +27,7 @@ from fp4dit.packed.targets.grid import (
     require_width,
 )
 from fp4dit.quantization.fake_quant import FakeQuantize
+from fp4dit.utils.bitpack import pack_bits, unpack_bits
 from fp4dit.utils.errors import UserError
 
 E2M1 = floating(2, 1)

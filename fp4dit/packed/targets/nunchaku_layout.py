@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fp4dit.packed.encoding.bitpack import pack_bits, unpack_bits
+from fp4dit.utils.bitpack import pack_bits, unpack_bits
 
 TILE = 128  # outputs of a tile; the kernels unroll two tiles of 64 inputs
 

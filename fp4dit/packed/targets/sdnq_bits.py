@@ -11,7 +11,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from fp4dit.packed.encoding.bitpack import pack_bits, unpack_bits
+from fp4dit.utils.bitpack import pack_bits, unpack_bits
 
 Bits = Sequence[tuple[int, int]]  # the code and the bit of each bit of a byte, the lowest first
 

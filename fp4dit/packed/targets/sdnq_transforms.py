@@ -2,7 +2,8 @@
 
 Readers compute with one weight, (codes times scales + svd_up svd_down) H. Here the branch and the
 rotation of the input stay apart, so that tensors are the same, and outputs equal but for rounding.
-SDNQ's matrix H is Sylvester's unless its order is a power of four.
+SDNQ's matrix H is the regular one if its order is a power of four, and Sylvester's if it is another
+power of two.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,13 @@ from torch import Tensor
 from fp4dit.packed.targets.base import FittedTransform, StoredLayer
 from fp4dit.packed.targets.grid import matrix_shape
 from fp4dit.transforms.base import Transform
-from fp4dit.transforms.hadamard import Hadamard, HadamardRotation
+from fp4dit.transforms.hadamard import (
+    BlockRotation,
+    Hadamard,
+    HadamardRotation,
+    RegularHadamard,
+    is_power_of_four,
+)
 from fp4dit.transforms.low_rank import LowRank, LowRankBF16, LowRankBranch
 from fp4dit.utils.errors import UserError
 
@@ -33,12 +40,15 @@ def encode_transforms(
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
     for i, transform in enumerate(transforms):
-        if isinstance(transform, HadamardRotation) and i == 0:
+        if isinstance(transform, BlockRotation) and i == 0:
             size = len(transform.left) * len(transform.right)
-            if not is_sylvester(size) or (transform.signs != 1).any():
+            if isinstance(transform, HadamardRotation) and (
+                not is_sylvester(size) or (transform.signs != 1).any()
+            ):
                 raise UserError(
                     f"it rotates blocks of {size}, and those of SDNQ are only the same without "
                     "signs and if the size is 2 times a power of four: use "
+                    "transform=regular_hadamard or "
                     "transform=[{kind: hadamard, size: 32, signs: false}]"
                 )
             settings |= {"use_hadamard": True, "hadamard_group_size": size}
@@ -58,24 +68,16 @@ def encode_transforms(
 
 
 def is_sylvester(size: int) -> bool:
-    """Return whether SDNQ's Hadamard matrix of this order is Sylvester's, and not H4's powers."""
-    return size >= 8 and size.bit_count() == 1 and size.bit_length() % 2 == 0
+    """Return whether SDNQ's matrix of this order is Sylvester's, and not the regular one."""
+    return size >= 8 and size.bit_count() == 1 and not is_power_of_four(size)
 
 
 def find_block_size(k: int, size: int) -> int:
-    """Return the size of blocks that SDNQ rotates if it is asked for `size`; 0 if it does not.
-
-    Raises:
-        UserError: if its matrix of this order has no counterpart here.
-    """
+    """Return the size of blocks that SDNQ rotates if it is asked for `size`; 0 if it does not."""
     size = 1 << (min(k, size) - 1).bit_length()
     while k % size:
         size //= 2
-    if size < 4:
-        return 0
-    if not is_sylvester(size):
-        raise UserError(f"it is rotated in blocks of {size}, which has no counterpart here")
-    return size
+    return size if size >= 4 else 0
 
 
 def restore_transforms(stored: StoredLayer) -> list[FittedTransform]:
@@ -89,7 +91,8 @@ def restore_transforms(stored: StoredLayer) -> list[FittedTransform]:
     if stored.settings.get("use_hadamard"):
         size = find_block_size(k, stored.settings.get("hadamard_group_size", 256))
         if size:
-            spec = Hadamard(size, signs=False)
+            is_regular = is_power_of_four(size)
+            spec = RegularHadamard(size) if is_regular else Hadamard(size, signs=False)
             fitted.append((spec, spec(rows, k)))
     if "svd_up" in stored.tensors:
         fitted.append(restore_branch(stored.tensors["svd_up"], stored.tensors["svd_down"], k))

@@ -17,9 +17,12 @@ from fp4dit.numerics.scale_rules import AbsMax
 from fp4dit.packed.nn.linear import PackedLinear
 from fp4dit.packed.targets.base import StoredLayer
 from fp4dit.packed.targets.bfl import E4M3FN
-from fp4dit.packed.targets.comfyui import ComfyUI
+from fp4dit.packed.targets.comfyui import ComfyUI, read_marker
 from fp4dit.packed.targets.conversion import import_folder
 from fp4dit.packed.targets.grid import pack_grid
+from fp4dit.transforms.base import TransformSpec
+from fp4dit.transforms.hadamard import Hadamard, RegularHadamard
+from fp4dit.transforms.low_rank import LowRank
 from fp4dit.utils.errors import UserError
 from tests.helpers.packing import make_packed_layer
 from tests.packed.targets.cases import COMFYUI, group
@@ -93,6 +96,64 @@ def test_formats_are_exact_in_every_dtype(quantizer: Quantizer, fmt: str, dtype:
 def test_refusals_name_an_override(quantizer: Quantizer, dtype: torch.dtype, reason: str):
     with pytest.raises(UserError, match=reason):
         ComfyUI().store(make_layer_of_tiles(quantizer, (), dtype), (256, 128), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("bits", "size"), [(4, 64), (4, 16), (8, 64)])
+def test_rotated_integers_are_those_of_comfy_kitchen(bits: int, size: int, dtype: torch.dtype):
+    """Its readers make the same weight of the tensors, rotated back to the channels."""
+    quantizer = Quantizer(integer(bits), PerChannel(), AbsMax())
+    layer = make_layer_of_tiles(quantizer, [RegularHadamard(size)], dtype)
+    stored = ComfyUI().store(layer, (256, 128), dtype)
+    marker = json.dumps(stored.settings).encode()
+    assert read_marker("layer", torch.tensor(list(marker))) == stored.settings
+    layout, buffers = ComfyUI().restore(stored)
+    back = layout.dequantize(buffers, 128, layout.build_lookup_table())
+    assert back.to(dtype).equal(layer.dequantize(dtype))
+    ((spec, rotation),) = ComfyUI().restore_transforms(stored)
+    assert spec == RegularHadamard(size)
+    ours = rotation.transform_weight(layer.dequantize(torch.float32))  # its matrix is symmetric
+    kitchen: Any = pytest.importorskip("comfy_kitchen.backends.eager", reason=REASON)
+    weight, scale = stored.tensors["weight"], stored.tensors["weight_scale"]
+    if bits == 4:
+        theirs = kitchen.convrot_w4a4.dequantize_convrot_w4a4_weight(weight, scale, size)
+        assert stored.settings == {"format": "convrot_w4a4", "convrot_groupsize": size}
+    else:
+        rows = weight.float() * scale
+        h = kitchen.convrot_w4a4._build_hadamard(size)
+        theirs = kitchen.convrot_w4a4._rotate_weight(rows, h, size)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("transforms", "quantizer", "reason"),
+    [
+        ([Hadamard(64)], Quantizer(integer(4), PerChannel()), "use transform=regular_hadamard"),
+        ([LowRank(4)], Quantizer(integer(8), PerChannel()), "use transform=regular_hadamard"),
+        ([RegularHadamard()], group(E4M3FN, 32, E8M0Scale()), "rotates int4 and int8"),
+        ([RegularHadamard()], group(integer(4), 32), "32 values share a scale, and not 128"),
+        ([], Quantizer(integer(4), PerChannel()), "use weight.format of e2m1"),
+    ],
+)
+def test_other_rotated_layers_are_refused(
+    transforms: list[TransformSpec], quantizer: Quantizer, reason: str
+):
+    layer = make_layer_of_tiles(quantizer, transforms, torch.float32)
+    with pytest.raises(UserError, match=reason):
+        ComfyUI().store(layer, (256, 128), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"format": "nvfp4", "convrot": True},
+        {"format": "convrot_w4a4", "convrot_groupsize": 32},
+        {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 0},
+    ],
+)
+def test_unknown_rotations_are_not_read(settings: dict[str, Any]):
+    with pytest.raises(UserError, match="which is not read"):
+        read_marker("layer", torch.tensor(list(json.dumps(settings).encode())))
 
 
 def test_small_layers_are_refused():

@@ -18,8 +18,9 @@ from fp4dit.packed.targets.sdnq import SDNQ, matches
 from fp4dit.packed.targets.sdnq_bits import pack, unpack
 from fp4dit.packed.targets.sdnq_layout import WEIGHT_DTYPES
 from fp4dit.transforms.base import TransformSpec
-from fp4dit.transforms.hadamard import Hadamard
+from fp4dit.transforms.hadamard import Hadamard, RegularHadamard
 from fp4dit.transforms.low_rank import LowRank, LowRankBF16
+from fp4dit.transforms.refined_low_rank import RefinedLowRank
 from fp4dit.transforms.smoothing import Smoothing
 from fp4dit.utils.errors import UserError
 from tests.helpers.packing import make_packed_layer
@@ -153,7 +154,15 @@ ROTATION = Hadamard(32, signs=False)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "transforms", [[LowRank(8)], [LowRankBF16(8)], [ROTATION], [ROTATION, LowRank(8)]]
+    "transforms",
+    [
+        [LowRank(8)],
+        [LowRankBF16(8)],
+        [ROTATION],
+        [ROTATION, LowRank(8)],
+        [RegularHadamard(64), RefinedLowRank(8)],
+        [RegularHadamard(16)],
+    ],
 )
 def test_branches_and_rotations_are_the_same(
     transforms: Sequence[TransformSpec], dtype: torch.dtype
@@ -182,9 +191,27 @@ def test_other_rotations_are_refused(size: int):
         layer = make_packed_layer(quantizer, torch.float32, [spec])
         with pytest.raises(UserError, match="signs: false"):
             SDNQ().store(layer, (24, 128), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("k", "size", "spec"),
+    [
+        (512, 256, RegularHadamard(256)),  # the size of SDNQ's default
+        (192, 256, RegularHadamard(64)),
+        (128, 256, Hadamard(128, signs=False)),
+        (36, 16, RegularHadamard(4)),
+        (34, 16, None),
+    ],
+)
+def test_rotations_are_read_by_their_size(k: int, size: int, spec: TransformSpec | None):
     settings = {"weights_dtype": "fp4", "use_hadamard": True, "hadamard_group_size": size}
-    with pytest.raises(UserError, match="has no counterpart here"):
-        SDNQ().restore_transforms(StoredLayer((24, 128), {}, settings))
+    fitted = SDNQ().restore_transforms(StoredLayer((24, k), {}, settings))
+    assert [found for found, _ in fitted] == ([] if spec is None else [spec])
+    if spec is not None:
+        quant_utils = pytest.importorskip("sdnq.quant_utils", reason=REASON)
+        weight = torch.randn(24, k)
+        theirs, _, _ = quant_utils.apply_hadamard(weight, size, layer_class_name="Linear")
+        torch.testing.assert_close(spec(24, k).transform_weight(weight), theirs)
 
 
 def test_smoothing_is_refused():
