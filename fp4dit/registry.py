@@ -102,6 +102,9 @@ OTHER_KINDS: dict[str, str] = {
     "activation_rules": "fp4dit.quantization.activation_rules",
     # Calibration
     "noise_at_index": "fp4dit.calibration.noise_at_index",
+    # Generation
+    "first_block_cache": "fp4dit.evaluation.FirstBlockCache",
+    "layer_output_cache": "fp4dit.evaluation.LayerOutputCache",
     # Rounding
     "round_to_nearest": "fp4dit.rounding.RoundToNearest",
     "stochastic": "fp4dit.numerics.StochasticRounding",

@@ -42,8 +42,11 @@ METHODS = {
     "fp4dit": [GROUPS, "rounding.steps=3"],
     "fp4dit_ft": [GROUPS, "rounding.steps=3", "finetune.steps=2"],
     "gptq": [GROUPS],
-    "q_diffusion": ["rounding.steps=3"],
-    "svdquant_int4": ["weight.granularity.size=16", "activation.granularity.size=16"],
+    "q_diffusion": ["rounding.weights.steps=3", "rounding.inputs.steps=2"],
+    "svdquant_int4": [
+        *("weight.granularity.size=16", "activation.granularity.size=16"),
+        "transform=smooth_low_rank_k32",
+    ],
     "nvfp4_4over6": [],
     "rtn": [],
 }

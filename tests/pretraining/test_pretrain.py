@@ -56,7 +56,7 @@ def run_part(part, folder, steps, *overrides, batch=2, minutes=5):
         ("part=evalute", f"there is no part 'evalute': choose {', '.join(SHAPES_PARTS)} or all"),
         (
             "lowbit_linear=quartett",
-            "'lowbit_linear' has no option 'quartett'; did you mean quartet?",
+            "'lowbit_linear' has no option 'quartett'; did you mean quartet or quartet_nearest?",
         ),
     ],
 )

@@ -184,10 +184,14 @@ def import_by_tag(tag: Any, allowed: Sequence[str], path: str) -> Any:
 def parse_dataclass(json: Mapping[str, Any], path: str) -> Any:
     """Construct the dataclass of a tagged object.
 
+    A field that is None by default may be missing, because it may be younger than the checkpoint.
+
     Raises:
-        UserError: if a field is missing or unknown, or if the class refuses a value.
+        UserError: if another field is missing or unknown, or if the class refuses a value.
     """
     kind = import_by_tag(json["kind"], CLASS_TAGS, f"{path}.kind")
+    absent = {f.name: None for f in fields(kind) if f.default is None}
+    json = absent | dict(json)
     hints, names = get_type_hints(kind), [field.name for field in fields(kind)]
     if wrong := sorted(set(names) ^ (json.keys() - {"kind"})):
         problem = "missing" if wrong[0] in names else f"no field of {json['kind']}"
