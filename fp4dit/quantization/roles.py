@@ -55,7 +55,7 @@ def resolve_roles(rules: Sequence[Rule], model: nn.Module) -> list[Rule]:
         return list(rules)
     found = find_activation_neighbours(model)
     roles = (BEFORE_ACTIVATION, AFTER_ACTIVATION, AFTER_GELU)
-    neighbours = dict(zip(roles, map(list, found), strict=True))
+    neighbours: dict[str, list[str]] = dict(zip(roles, map(list, found), strict=True))
     expanded: list[Rule] = []
     for rule in rules:
         expanded += name_neighbours(rule, model, neighbours.get(rule.match), [])

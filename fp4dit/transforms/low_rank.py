@@ -144,7 +144,8 @@ class LowRank:
 
     def subtract_from(self, weight: WeightMatrix) -> WeightMatrix:
         """Return what a branch of the weight's largest singular directions leaves of it."""
-        rank = choose_rank(self.rank, *weight.shape, self.iterations)
+        out, k = weight.shape
+        rank = choose_rank(self.rank, out, k, self.iterations)
         up, down = factor_low_rank(weight, rank)
         return weight - up.to(self.dtype).float() @ down.to(self.dtype).float()
 
