@@ -8,7 +8,7 @@
 # make check   check lint, format, types, and the imports between packages
 # make docs    build the documentation site in outputs/site, and fail where a link or a name is wrong
 # make install    only set up .venv
-# make drills  run tests/faults and the fuzz of the kernels at length: kills, full disks, damaged files, 10,000 configurations
+# make drills  run at length tests of kills, full disks, damaged files, 10,000 configurations and kernels
 # make audit   check licences and known vulnerabilities (from PyPI) of all installed packages
 # make bench-gpu   measure models of published size with random weights on a GPU; writes outputs/benchmarks
 # Each sets up .venv first if needed. PYTHON=/a/python chooses the interpreter, JOBS=4 the number of parallel jobs.
@@ -65,7 +65,7 @@ test-slurm: $(STAMP)
 	PATH=$$PATH:/usr/sbin:/sbin HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -v tests/cluster
 
 drills: $(STAMP)
-	DRILLS=long HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 tests/faults tests/packed/test_integer_fuzz.py
+	DRILLS=long HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 tests/faults tests/packed/test_integer_fuzz.py tests/packed/targets/test_damage.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

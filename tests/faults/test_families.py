@@ -20,13 +20,10 @@ MODELS |= {name: [FAMILIES[name].overrides[0]] for name in ("hunyuan", "hunyuan_
 METHODS = [name for name in list_options("method") if name != "fp16"]
 PAIRS = list(product(MODELS, METHODS))
 FEW_PAIRS = [
-    ("alpha", "smoothquant"),
     ("alpha", "vidit_q_ranges"),  # a layer reads two vectors per sample: height and width
     ("hunyuan", "gptq"),
     ("hunyuan_v1_2", "hq_dit"),
-    ("dit", "q_dit"),
     ("dit", "tfmq_dm"),
-    ("sigma", "mr_gptq"),
 ]
 FEW_STEPS = [
     f"iterations.{name}=2"

@@ -128,6 +128,7 @@ def test_all_stages_and_an_export_that_diffusers_loads(
     assert pipe.transformer.config.quantization_config
 
 
+@pytest.mark.parametrize("name", ["hidream", "lumina2", "wan_2_2"], indirect=True)
 def test_inspect_estimates_all_stages(
     family: TinyFamily, family_folder: Path, run: Run, capfd: pytest.CaptureFixture[str]
 ):
