@@ -119,12 +119,14 @@ class Comparison:
         """Number of frames of the longest video; 1 for images."""
         return max(len(frames) for compared in self.methods for frames in compared.frames)
 
-    def draw_grid(self, tile: int = 160, frame: int = 0) -> Image.Image:
+    def draw_grid(self, tile: int = 160, frame: int = 0, gain: int = 0) -> Image.Image:
         """Return a picture with a row for each prompt and a column for each method.
 
         Args:
             tile: Width of an image in pixels.
             frame: Number of the frame of videos. A shorter video stays at its last frame.
+            gain: If not 0, a line below each prompt shows how images differ from those of full
+                precision, this many times as bright.
         """
         with tempfile.TemporaryDirectory() as place:
             folders = {}
@@ -135,7 +137,7 @@ class Comparison:
                 for i, frames in enumerate(compared.frames):
                     shown = frames[min(frame, len(frames) - 1)]
                     shown.save(folder / "images" / f"{i:05}.png")
-            return draw_image_grid(folders, len(self.prompts), tile)
+            return draw_image_grid(folders, range(len(self.prompts)), tile, gain=gain)
 
     def save_video(self, file: Path | str | BinaryIO, tile: int = 160) -> None:
         """Write the pictures of all frames as an animated PNG, or an image as PNG.

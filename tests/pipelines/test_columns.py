@@ -86,7 +86,7 @@ def print_toy_table(run: Run, tmp_path: Path):
         folder = tmp_path / "conf" / "table"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "toy.yaml").write_text(
-            "# @package _global_\npicture_prompts: 1\n"
+            "# @package _global_\npicture: {images: 1}\n"
             f"{show}rows: [{{label: One, overrides: [stages=toy]}}]\n"
         )
         searchpath = f"hydra.searchpath=[file://{ROOT}/tests/conf,file://{tmp_path}/conf]"

@@ -25,11 +25,16 @@ def conf(tmp_path: Path) -> str:
     """Add a table with two rows of toy stages, and return the override that finds it."""
     (tmp_path / "conf" / "table").mkdir(parents=True)
     (tmp_path / "conf" / "table" / "toy.yaml").write_text(
-        "# @package _global_\npicture_prompts: 2\nrows:\n"
+        "# @package _global_\npicture: {images: 2}\nrows:\n"
         "  - {label: One, overrides: [stages=toy]}\n"
         "  - {label: Seven, overrides: [stages=toy, generation.seed=7]}\n"
     )
     return f"hydra.searchpath=[file://{ROOT}/tests/conf,file://{tmp_path}/conf]"
+
+
+def test_a_picture_of_an_unknown_row_is_refused(run: Run, conf: str, capfd):
+    assert run("table=toy", conf, "picture.rows=[Sevn]", main=pipelines.table.main) == 1
+    assert "picture.rows has no row 'Sevn'; did you mean Seven?" in capfd.readouterr().err
 
 
 def test_a_table_prints_results_and_missing_rows(run: Run, conf: str, capfd, tmp_path: Path):
@@ -144,7 +149,7 @@ def test_a_finished_table_is_printed_to_the_same_bytes(run: Run, conf: str, tmp_
 )
 def test_an_invalid_table_gets_one_message(run: Run, conf: str, capfd, tmp_path, table, message):
     (tmp_path / "conf" / "table" / "bad.yaml").write_text(
-        f"# @package _global_\npicture_prompts: 2\n{table}\n"
+        f"# @package _global_\npicture: {{images: 2}}\n{table}\n"
     )
     assert run("table=bad", conf, main=pipelines.table.main) == 1
     error = capfd.readouterr().err
@@ -159,7 +164,7 @@ def test_an_invalid_table_gets_one_message(run: Run, conf: str, capfd, tmp_path,
 def grouped(tmp_path: Path, conf: str) -> str:
     """Add a table of three rows in one group, of which one cannot be made."""
     (tmp_path / "conf" / "table" / "grouped.yaml").write_text(
-        "# @package _global_\npicture_prompts: 2\nfinding: Any will do.\nbase: [stages=toy]\n"
+        "# @package _global_\npicture: {images: 2}\nfinding: Any will do.\nbase: [stages=toy]\n"
         "columns: {steps: {title: Steps, digits: 0}}\nshow: [psnr, steps]\nrows:\n"
         "  - {label: Five, group: Seeds, overrides: [generation.seed=5]}\n"
         "  - {label: Refused, group: Seeds, overrides: [generation.seed=-1]}\n"

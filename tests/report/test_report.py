@@ -75,7 +75,7 @@ def toy_table(tmp_path: Path) -> list[str]:
     """
     (tmp_path / "conf" / "table").mkdir(parents=True)
     (tmp_path / "conf" / "table" / "toy.yaml").write_text(
-        "# @package _global_\npicture_prompts: 2\nquestion: Which?\nrows:\n"
+        "# @package _global_\npicture: {images: 2}\nquestion: Which?\nrows:\n"
         "  - {label: One, overrides: [stages=toy]}\n"
         "  - {label: Seven, group: Seeds, overrides: [stages=toy, generation.seed=7]}\n"
         "  - {label: Gone, overrides: [model=generic, model.path=/no/such/folder]}\n"
@@ -146,7 +146,7 @@ def test_histograms_are_offered_on_request(run: Run, tmp_path: Path, capfd):
     (tmp_path / "conf" / "table").mkdir(parents=True)
     stage = "{_target_: tests.helpers.toy.Activate, version: 1, needs: {}}"
     (tmp_path / "conf" / "table" / "toy.yaml").write_text(
-        "# @package _global_\npicture_prompts: 2\nrows:\n"
+        "# @package _global_\npicture: {images: 2}\nrows:\n"
         f"  - {{label: One, overrides: [stages=toy, '+stages.histograms={stage}']}}\n"
     )
     paths = f"hydra.searchpath=[file://{ROOT}/tests/conf,file://{tmp_path}/conf]"

@@ -402,7 +402,7 @@ def image_folders(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_the_picture_has_prompts_down_and_methods_across(image_folders: dict[str, Path]):
-    picture = draw_image_grid(image_folders, prompts=2, tile=32, gap=4)
+    picture = draw_image_grid(image_folders, images=[0, 1], tile=32, gap=4)
     top = picture.height - 2 * 36
     assert picture.width == 32 + 4 + 2 * 36
     assert picture.crop((0, 0, picture.width, 4)).getcolors() == [
@@ -416,8 +416,19 @@ def test_the_picture_has_prompts_down_and_methods_across(image_folders: dict[str
 
 def test_the_picture_leaves_a_missing_image_blank(image_folders: dict[str, Path]):
     (image_folders["Red method"] / "images" / "00000.png").unlink()
-    picture = draw_image_grid(image_folders, prompts=1, tile=32, gap=4)
+    picture = draw_image_grid(image_folders, images=[0], tile=32, gap=4)
     assert picture.getpixel((32 + 4 + 16, picture.height - 20)) == (255, 255, 255)
+
+
+def test_the_picture_magnifies_differences_to_the_first_column(image_folders: dict[str, Path]):
+    Image.new("RGB", (16, 16), (250, 0, 3)).save(
+        image_folders["Blue method with a long name"] / "images" / "00002.png"
+    )
+    picture = draw_image_grid(image_folders, images=[2], tile=32, gap=4, gain=8)
+    y = picture.height - 20
+    assert picture.getpixel((32 + 4 + 16, y)) == (255, 255, 255)
+    assert picture.getpixel((32 + 4 + 36 + 16, y)) == (40, 0, 24)
+    assert picture.getpixel((32 + 4 + 36 + 16, y - 36)) == (250, 0, 3)
 
 
 def test_pictures_are_stacked_on_paper():

@@ -127,7 +127,7 @@ def test_a_run_shows_the_numbers_of_the_store(records: Records, job):
 def test_the_summary_is_the_row_of_the_table(records: Records, run: Run, tmp_path: Path):
     (tmp_path / "conf" / "table").mkdir(parents=True)
     (tmp_path / "conf" / "table" / "toy.yaml").write_text(
-        "# @package _global_\npicture_prompts: 1\nrows: [{label: One, overrides: [stages=toy]}]\n"
+        "# @package _global_\npicture: {images: 1}\nrows: [{label: One, overrides: [stages=toy]}]\n"
     )
     place = f"hydra.searchpath=[file://{ROOT}/tests/conf,file://{tmp_path}/conf]"
     assert run("table=toy", place, main=pipelines.table.main) == 0
