@@ -44,8 +44,7 @@ whose size is part of them:
 
 Powers of two as scales (MXFP4) are averaged over an octave of the standard deviation. IF4
 (arXiv:2603.28765) takes E2M1 or INT4 for each block of 16, whichever has the lesser error, and
-keeps the choice in the sign of the scale. This project stores the choice beside the scale, which
-makes 4.56 bits. IF4 is sampled; all others are integrated.
+keeps the choice in the sign of the scale. IF4 is sampled; all others are integrated.
 
 ## Where a float passes an integer
 

@@ -91,6 +91,7 @@ CHECKPOINT_KINDS: dict[str, str] = {
     "encoding_uint": "fp4dit.packed.encoding.qparams.UIntEncoding",
     "encoding_e8m0": "fp4dit.packed.encoding.qparams.E8M0Encoding",
     "encoding_e4m3": "fp4dit.packed.encoding.qparams.E4M3Encoding",
+    "encoding_signed_e4m3": "fp4dit.packed.encoding.qparams.SignedE4M3Encoding",
     "encoding_float": "fp4dit.packed.encoding.qparams.FloatEncoding",
 }
 

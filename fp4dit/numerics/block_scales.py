@@ -198,6 +198,10 @@ class NVFP4Scale:
     def with_tensor_scale_of(self, blocks: Blocks) -> ScaleRule:
         return replace(self, amax=blocks.abs().amax().item()) if self.amax is None else self
 
+    @property
+    def has_free_sign_bit(self) -> bool:
+        return True
+
     def storage_bits(self, fmt: Format, blocks: int) -> float:
         return 8.0 * blocks + 32
 

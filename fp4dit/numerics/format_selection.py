@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fp4dit.numerics.formats import Format
 from fp4dit.numerics.qparams import Blocks, PerBlock
-from fp4dit.numerics.scale_rules import ScaleRule, quantization_error
+from fp4dit.numerics.scale_rules import ScaleRule, has_free_sign_bit, quantization_error
 
 FormatCosts = Float[Tensor, "formats blocks"]
 
@@ -131,12 +131,15 @@ class FormatSelection:
     def bits(self) -> float:
         return float(self.formats[0].bits)
 
-    def index_bits(self, blocks: int) -> int:
-        """Return the bits that say which format each of so many blocks has.
+    def index_bits(self, blocks: int, rule: ScaleRule) -> int:
+        """Return the bits beside the scales that say which format each of so many blocks has.
 
-        A single index for a tensor is not counted.
+        A single index for a tensor is not counted. The sign bit of an E4M3 scale says which of two
+        formats a block has, as in IF4 (arXiv:2603.28765), and takes no bit more.
         """
-        return math.ceil(math.log2(len(self.formats))) * blocks if self.per == "block" else 0
+        if self.per != "block" or (len(self.formats) == 2 and has_free_sign_bit(rule)):
+            return 0
+        return math.ceil(math.log2(len(self.formats))) * blocks
 
     def select_formats(self, blocks: Blocks, rule: ScaleRule) -> FormatIndex:
         """Return the index into `formats` of the tensor, or of each block."""

@@ -222,6 +222,6 @@ class Quantizer:
         blocks = shape.numel() // self.granularity.width(shape)
         fmt, index_bits = self.format, 0
         if isinstance(fmt, FormatSelection):
-            index_bits = fmt.index_bits(blocks)
+            index_bits = fmt.index_bits(blocks, self.scale)
             fmt = fmt.formats[0]  # the scales of all formats of a selection cost the same
         return fmt.bits + (self.scale.storage_bits(fmt, blocks) + index_bits) / shape.numel()

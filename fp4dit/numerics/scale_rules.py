@@ -74,6 +74,26 @@ def fix_tensor_scale(rule: ScaleRule, blocks: Blocks) -> ScaleRule:
     return rule.with_tensor_scale_of(blocks) if isinstance(rule, TensorScaleRule) else rule
 
 
+@runtime_checkable
+class UnsignedScaleRule(Protocol):
+    """A scale rule that may store positive scales in a format with a sign bit.
+
+    Example:
+        >>> NVFP4Scale().has_free_sign_bit  # of the E4M3 scale of a block
+        True
+    """
+
+    @property
+    def has_free_sign_bit(self) -> bool:
+        """Whether the sign bit of a stored scale is always 0, and can say something else."""
+        ...
+
+
+def has_free_sign_bit(rule: ScaleRule) -> bool:
+    """Return whether the sign bit of each stored scale can say which of two formats a block has."""
+    return isinstance(rule, UnsignedScaleRule) and rule.has_free_sign_bit
+
+
 def round_scale(scale: PerBlock, dtype: NumberFormat | None) -> PerBlock:
     """Round scales to the format they are kept in; never to 0, so that zeros stay zeros."""
     if dtype is None:

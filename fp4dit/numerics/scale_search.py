@@ -15,6 +15,7 @@ from fp4dit.numerics.scale_rules import (
     Importance,
     ScaleRule,
     fix_tensor_scale,
+    has_free_sign_bit,
     round_scale,
     select_least_error,
 )
@@ -126,6 +127,10 @@ class MinError:
         ratios = [1.0, *(ratio for ratio in spaced if ratio != 1)]
         answers = (rule(blocks * ratio, fmt, importance) for ratio in ratios)
         return select_least_error(blocks, fmt, answers, self.p, importance)
+
+    @property
+    def has_free_sign_bit(self) -> bool:
+        return has_free_sign_bit(self.inner)
 
     def storage_bits(self, fmt: Format, blocks: int) -> float:
         return self.inner.storage_bits(fmt, blocks)

@@ -19,6 +19,7 @@ from fp4dit.numerics.quantizer import (
     Quantizer,
 )
 from fp4dit.numerics.scale_rules import AbsMax, MinMax, ScaleRule
+from fp4dit.numerics.scale_search import MinError
 
 E2M1, INT8, UINT4 = floating(2, 1), integer(8), integer(4, signed=False)
 GRANULARITIES = [
@@ -166,6 +167,14 @@ def test_a_scale_per_head_is_that_of_all_its_tokens():
                 E8M0Scale(),
             ),
             4.25 + 1 / 32,
+        ),
+        (
+            Quantizer(
+                FormatSelection([E2M1, integer(4)], LeastError(), "block"),
+                PerGroup(16),
+                MinError(NVFP4Scale()),
+            ),
+            4.5 + 32 / (512 * 64),  # as IF4 (arXiv:2603.28765), in the sign bit of the scale
         ),
         (
             Quantizer(

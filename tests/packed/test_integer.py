@@ -52,6 +52,7 @@ pytestmark = pytest.mark.skipif(
 
 E2M1, INT8, UINT8 = floating(2, 1), integer(8), integer(8, signed=False)
 ANY_FP4 = FormatSelection([floating(3, 0), E2M1, floating(1, 2)], LeastError(), per="block")
+IF4 = FormatSelection([E2M1, integer(4)], LeastError(), per="block")
 FOUR_OVER_SIX = NVFP4Scale(top=256.0, candidates=(1.0, 1.5))
 TOKEN_ROW = Quantizer(floating(2, 3), PerToken())
 
@@ -74,6 +75,7 @@ WEIGHTS = {
     "mxfp4_factor": Quantizer(E2M1, PerGroup(32), E8M0Scale(factor=4 / 3)),
     "chosen_nvfp4": Quantizer(ANY_FP4, PerGroup(16), NVFP4Scale()),
     "chosen_fp16": Quantizer(ANY_FP4, PerGroup(4), AbsMax(fp16)),
+    "if4": Quantizer(IF4, PerGroup(16), NVFP4Scale()),
 }
 TOKENS = {
     "e2m3_token": TOKEN_ROW,

@@ -17,11 +17,13 @@ from fp4dit.numerics.quantizer import PerChannel, PerGroup, PerTensor, PerToken,
 from fp4dit.numerics.scale_rules import AbsMax, MinMax, OffsetRange, TwoSidedAbsMax
 from fp4dit.numerics.shared_mantissa import SharedMantissa
 from fp4dit.packed.encoding.codes import encode_values, list_code_values
+from fp4dit.packed.encoding.layout import Layout
 from fp4dit.packed.encoding.packing import pack_weight
 from fp4dit.packed.encoding.qparams import (
     E4M3Encoding,
     E8M0Encoding,
     FloatEncoding,
+    SignedE4M3Encoding,
     UIntEncoding,
     smallest_encoding,
 )
@@ -206,6 +208,61 @@ def test_packing_is_bit_exact(name: str, dtype: torch.dtype):
         bytes_ - 8 <= quantizer.bits_per_value(weight.shape) * weight.numel() / 8 <= bytes_ + 8
         or name == "offset"
     )
+
+
+# Scales and codes of `make_if4_weight()` by the code of IF4's authors: `quantize` of their
+# PyTorch reference (github.com/mit-han-lab/fouroversix at dadfad6) with DataType.if4.
+IF4_SCALES = "e1e4e5e67dea73f6e7e6e1e378797eeae3e5e7e7eb72f87b"
+IF4_CODES = """
+e9a3501cd6924f0bc5613efab4502de7a35f1cd6924e0bc5713df9b4602ce7a3380b96f0288db460000ad1300f07b120
+0c95f0188db4600909d1300f07a1200dd5723efac4612df9a4601cd7935f0bc6723efab5612de9a4501cd7934f0bc672
+188ec350098fd1480b97f1280da570198ec3500987d1380bf590100df360000ab4602ce7a35f1bd6924e0ac5613df9b4
+501ce7a34f1cd6924e0ac5612df9b4500f06b0200ef470108eb460098fd2580a06b0100df370100cb360098fd2480a96
+"""
+
+
+def make_if4_weight() -> torch.Tensor:
+    n = torch.arange(6 * 64)
+    weight = (((n * 37 % 101 - 50).float() / 32) ** 3 * (1 + (n // 16) % 5)).view(6, 64)
+    weight[::2] = weight[::2].sign() * weight[::2].abs() ** (1 / 3)
+    return weight
+
+
+def test_e2m1_or_int4_is_stored_as_if4():
+    """The sign bit of a scale is that of the authors of IF4 (arXiv:2603.28765): 1 for INT4."""
+    weight = make_if4_weight()
+    hard, grid = round_weight(QUANTIZERS["fp4 or int4"], weight)
+    _, buffers = pack_weight(hard, grid)
+    assert bytes(buffers["scale"].tolist()).hex() == IF4_SCALES
+    assert set(buffers) == {"codes", "scale", "scale_factor"}
+    low_high = np.frombuffer(bytes.fromhex("".join(IF4_CODES.split())), np.uint8)
+    theirs = np.stack([low_high & 15, low_high >> 4], -1).reshape(24, 16)
+    scales = np.frombuffer(bytes.fromhex(IF4_SCALES), ml_dtypes.float8_e4m3fn).astype(np.float64)
+    e2m1 = theirs.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+    int4 = theirs.view(ml_dtypes.int4).astype(np.float64) * 6 / 7
+    values = np.where(np.signbit(scales)[:, None], int4, e2m1)
+    expected = values * np.abs(scales)[:, None] * float(weight.abs().max()) / (448 * 6)
+    np.testing.assert_allclose(hard.view(24, 16).numpy(), expected, rtol=1e-6)
+
+
+def test_formats_beside_their_scales_are_read():
+    """Checkpoints from before the sign bit have an E4M3 encoding and a `format_index`."""
+    hard, grid = round_weight(QUANTIZERS["fp4 or int4"], make_if4_weight())
+    layout, buffers = pack_weight(hard, grid)
+    older = Layout(layout.formats, layout.granularity, {"scale": E4M3Encoding(2)})
+    index = torch.tensor(list(bytes.fromhex(IF4_SCALES)), dtype=torch.uint8) >> 7
+    parts = {
+        **buffers,
+        "scale": buffers["scale"] & 127,
+        "format_index": bitpack.pack_bits(index, 1),
+    }
+    assert {name: tuple(part.shape) for name, part in parts.items()} == older.buffer_shapes(6, 64)
+    assert older.dequantize(parts, 64, older.build_lookup_table()).equal(hard)
+
+
+def test_a_sign_bit_says_which_of_two_formats():
+    with pytest.raises(ValueError, match="not of 3"):
+        SignedE4M3Encoding(3)
 
 
 @pytest.mark.parametrize("k", [1, 5, 9, 13])

@@ -23,7 +23,7 @@ from fp4dit.packed.encoding.codes import (
     count_code_bits,
     list_code_values,
 )
-from fp4dit.packed.encoding.qparams import FormatIndices, QParamEncoding
+from fp4dit.packed.encoding.qparams import FormatIndices, QParamEncoding, SignedE4M3Encoding
 from fp4dit.utils.bitpack import packed_size, unpack_bits
 
 WeightMatrix = Float[Tensor, "o k"]
@@ -43,7 +43,8 @@ class Layout:
     - `codes`: one row of packed codes for each row of the weight.
     - `shared_bits`: one bit for each group of values that share their last mantissa bit. Their
       codes lack this bit.
-    - `format_index`: for each block its index in `formats`, if there are several formats.
+    - `format_index`: for each block its index in `formats`, if there are several formats and no
+      scale holds the index in its sign bit.
     - one or two buffers for each tensor of the qparams, in the order of the blocks.
 
     Args:
@@ -74,8 +75,21 @@ class Layout:
 
     @property
     def format_index_bits(self) -> int:
-        """The bits of one entry of `format_index`; 0 if there is only one format."""
+        """The bits that say which format a block has; 0 if there is only one."""
         return (len(self.formats) - 1).bit_length()
+
+    @property
+    def signed_qparam(self) -> str | None:
+        """The name of the qparams whose sign bits say which format a block has, if there are."""
+        for name, encoding in self.encodings.items():
+            if isinstance(encoding, SignedE4M3Encoding):
+                return name
+        return None
+
+    @property
+    def stores_format_index(self) -> bool:
+        """True if the formats of blocks have a buffer of their own."""
+        return self.format_index_bits > 0 and self.signed_qparam is None
 
     @property
     def decodes_bytes_by_table(self) -> bool:
@@ -95,7 +109,7 @@ class Layout:
         if self.shared_group_size > 1:
             groups = blocks * self.shared_groups_per_block(width)
             shapes["shared_bits"] = (packed_size(groups, 1),)
-        if self.format_index_bits:
+        if self.stores_format_index:
             shapes["format_index"] = (packed_size(blocks, self.format_index_bits),)
         for name, encoding in self.encodings.items():
             for part, size in encoding.part_sizes(blocks).items():
@@ -155,6 +169,8 @@ class Layout:
 
     def read_format_index(self, buffers: PackedBuffers, blocks: int) -> FormatIndices:
         """Return the index of each block's format."""
+        if self.signed_qparam is not None:
+            return buffers[self.signed_qparam] >> 7
         if self.format_index_bits:
             return unpack_bits(buffers["format_index"], self.format_index_bits, blocks)
         return buffers["codes"].new_zeros(1).expand(blocks)

@@ -75,7 +75,7 @@ def pack_points(
         buffers["shared_bits"] = pack_bits(shared.flatten(), 1)
         codes >>= 1
     buffers["codes"] = pack_bits(codes.view(points.shape), layout.stored_code_bits)
-    if layout.format_index_bits:
+    if layout.stores_format_index:
         buffers["format_index"] = pack_bits(format_index, layout.format_index_bits)
     return layout, buffers
 

@@ -167,6 +167,36 @@ class E4M3Encoding:
         return {"": n, "factor": 4 * self.num_factors}
 
 
+@dataclass(frozen=True)
+class SignedE4M3Encoding(E4M3Encoding):
+    """`E4M3Encoding` for two formats, whose sign bit says which format the block has.
+
+    It is the scale of IF4 (arXiv:2603.28765), E2M1 or INT4 by block: the sign bit of a block of the
+    second format is 1, and the magnitude of the number is the scale.
+
+    Example:
+        >>> encoding, format_index = SignedE4M3Encoding(), torch.tensor([0, 1], dtype=torch.uint8)
+        >>> parts = encoding.encode(torch.tensor([448.0, 448.0]), format_index)
+        >>> parts[""].view(torch.float8_e4m3fn).float()
+        tensor([ 448., -448.])
+    """
+
+    num_factors: int = 2
+
+    def __post_init__(self) -> None:
+        if self.num_factors != 2:
+            raise ValueError(f"a sign bit says which of 2 formats, not of {self.num_factors}")
+
+    def encode(self, x: Vector, format_index: FormatIndices) -> EncodedParts | None:
+        """Return codes with the format in their sign bits, and factors, or None if none fit."""
+        parts = super().encode(x, format_index)
+        return parts and {**parts, "": parts[""] | format_index << 7}
+
+    def decode(self, parts: EncodedParts, format_index: FormatIndices) -> Vector:
+        """Return the magnitude of each E4M3 number times the factor of its block's format."""
+        return super().decode({**parts, "": parts[""] & 127}, format_index)
+
+
 def find_common_factor(x: Vector) -> Float[Tensor, ""] | None:
     """Return a factor f so that each number is fp32(f * e) for an E4M3 number e, or None.
 
@@ -249,7 +279,7 @@ def smallest_encoding(
         UIntEncoding(8),
         E8M0Encoding(False),
         E8M0Encoding(True),
-        E4M3Encoding(num_formats),
+        SignedE4M3Encoding() if num_formats == 2 else E4M3Encoding(num_formats),
         FloatEncoding(2),
         FloatEncoding(4),
     ]
