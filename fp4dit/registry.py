@@ -46,6 +46,7 @@ CHECKPOINT_KINDS: dict[str, str] = {
     "percentile": "fp4dit.numerics.Percentile",
     "quantile": "fp4dit.numerics.Quantile",
     "min_error": "fp4dit.numerics.MinError",
+    "least_error_clip": "fp4dit.numerics.LeastErrorClip",
     "best_of": "fp4dit.numerics.BestOf",
     "part_scales": "fp4dit.numerics.PartScales",
     "pre_shift": "fp4dit.numerics.PreShift",

@@ -49,6 +49,7 @@ from fp4dit.numerics.scale_rules import (
 )
 from fp4dit.numerics.scale_search import (
     BestOf,
+    LeastErrorClip,
     MinError,
     PartScales,
     Percentile,
@@ -69,6 +70,7 @@ __all__ = [
     "FormatSelection",
     "Granularity",
     "LeastError",
+    "LeastErrorClip",
     "MinError",
     "MinMax",
     "NVFP4Scale",

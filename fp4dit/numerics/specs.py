@@ -50,7 +50,7 @@ SCALE_RULES = {
     tag: tag
     for tag in (
         *("absmax", "absmax_two_sided", "minmax", "offset_range", "percentile", "quantile"),
-        *("min_error", "part_scales", "best_of", "pre_shift"),
+        *("min_error", "least_error_clip", "part_scales", "best_of", "pre_shift"),
         *("e8m0", "nvfp4", "nvfp4_power_of_two"),
     )
 }

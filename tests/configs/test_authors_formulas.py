@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from fp4dit.numerics.formats import floating
 from fp4dit.quantization import apply
 from fp4dit.quantization.rules import Rule, assign_rules, find_layers
 from tests.conftest import Compose
@@ -48,3 +50,28 @@ def test_smoothquant(composed: Compose):
     layer.prepare(x)
     layer.commit_weight()
     torch.testing.assert_close(model[0](x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["mr_gptq", "mr_gptq_nvfp4"])
+def test_scales_of_mr_gptq(composed: Compose, method: str):
+    """`Quantizer.get_quantization_params` of FP-Quant at d2e3092, with the observer `mse`."""
+    quantizer = compose_rule(composed, method, "weight").quantizer
+    assert quantizer is not None
+    w = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    w[:, ::16] *= 5
+    blocks = quantizer.granularity.split(w)
+    whole = 2 * blocks.abs().amax(1, keepdim=True) / 12
+    best, least = whole.clone(), torch.full_like(whole, torch.inf)
+    for i in range(100):
+        scale = (1 - i * 0.8 / 100) * whole
+        rounded = floating(2, 1).nearest(blocks / scale) * scale
+        error = (blocks - rounded).abs().pow(2.4).sum(1, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    if blocks.shape[1] == 32:  # MXFP4
+        expected = 2.0 ** ((6 * best).log2().floor() - 2) * 4 / 3
+    else:
+        factor = 448 * 6 / w.abs().max()
+        expected = (best * factor).clamp(max=448).to(torch.float8_e4m3fn).float() / factor
+    clipped = (best < whole).float().mean()
+    assert 0.5 < clipped < 1
+    torch.testing.assert_close(quantizer.compute_qparams(w).scale, expected, rtol=1e-6, atol=0)
