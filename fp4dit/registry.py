@@ -134,6 +134,7 @@ OTHER_KINDS: dict[str, str] = {
     "shift_in_ulp": "fp4dit.rounding.shift_in_ulp",
     "scale_in_format": "fp4dit.rounding.round_scale_to_format",
     "scale_in_format_per_tensor": "fp4dit.rounding.round_scale_to_tensor_units",
+    "scale_power_of_two": "fp4dit.rounding.round_scale_to_power_of_two",
     "finetune": "fp4dit.rounding.Finetuning",
     "latent_weight": "fp4dit.rounding.LatentWeight",
     # Training in few bits

@@ -21,6 +21,11 @@ from fp4dit.rounding.imatrix import ImportanceMatrix
 from fp4dit.rounding.input_steps import FixedWeight, InputSteps
 from fp4dit.rounding.layerwise import LayerwiseReconstruction
 from fp4dit.rounding.learned import LearnedRounding, fused_adam
+from fp4dit.rounding.learned_range import (
+    round_scale_to_format,
+    round_scale_to_power_of_two,
+    round_scale_to_tensor_units,
+)
 from fp4dit.rounding.objectives import RelativeMSE
 from fp4dit.rounding.output_search import BiasMultiples, LinearGrid, OutputSearch
 from fp4dit.rounding.reconstruction import Reconstruction
@@ -29,8 +34,6 @@ from fp4dit.rounding.signround import (
     SignRound,
     SignSGD,
     linear_decay,
-    round_scale_to_format,
-    round_scale_to_tensor_units,
     shift_in_ulp,
 )
 from fp4dit.rounding.staged import StagedReconstruction
@@ -63,6 +66,7 @@ __all__ = [
     "fused_adam",
     "linear_decay",
     "round_scale_to_format",
+    "round_scale_to_power_of_two",
     "round_scale_to_tensor_units",
     "shift_in_ulp",
 ]

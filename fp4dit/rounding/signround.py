@@ -4,9 +4,8 @@ It learns a shift of each weight before rounding, and optionally the range of ea
 gradient descent.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import singledispatch
 from typing import Any
 
 import torch
@@ -14,17 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fp4dit.numerics.block_scales import E4M3
 from fp4dit.numerics.format_selection import PerBlockFormat
-from fp4dit.numerics.formats import Format, NumberFormat
-from fp4dit.numerics.qparams import Affine, Blocks, PerBlock, QParams, Scale, TwoSided
-from fp4dit.numerics.scale_rules import round_scale
+from fp4dit.numerics.formats import Format
+from fp4dit.numerics.qparams import Blocks, QParams
 from fp4dit.quantization.learnable_rounding import LearnableRounding
+from fp4dit.rounding.learned_range import ScaleRounding, measure_qparams, shrink_range
 from fp4dit.rounding.straight_through import straight_through
 
 ShiftFunction = Callable[[Blocks, Blocks, Format], Blocks]
-
-ScaleRounding = Callable[[PerBlock, PerBlock], PerBlock]
 
 
 def clip_to_range(x: Blocks, fmt: Format) -> Blocks:
@@ -57,30 +53,6 @@ def shift_in_ulp(x: Blocks, v: Blocks, fmt: Format) -> Blocks:
     return straight_through(shifted, torch.clamp(shifted, low, high))
 
 
-def round_scale_to_format(
-    scale: PerBlock, initial: PerBlock, fmt: NumberFormat | None = None
-) -> PerBlock:
-    """Return a tuned scale in a number format.
-
-    Args:
-        scale: Tuned scale of each block.
-        initial: Calibrated scale of each block, which is ignored.
-        fmt: Format, such as fp16, or unsigned E8M0 for a power of two; None keeps fp32.
-    """
-    return round_scale(scale, fmt)
-
-
-def round_scale_to_tensor_units(
-    scale: PerBlock, initial: PerBlock, fmt: NumberFormat = E4M3
-) -> PerBlock:
-    """Return a tuned scale rounded as NVFP4 stores it: a number in `fmt` times a unit per tensor.
-
-    The unit makes the largest calibrated scale the largest value of `fmt`.
-    """
-    unit = initial.amax() / fmt.max
-    return round_scale(scale / unit, fmt) * unit
-
-
 class SignRound(LearnableRounding):
     """SignRound: round w / s + v in place of w / s, with |v| <= 1/2 (arXiv:2309.05516).
 
@@ -97,6 +69,9 @@ class SignRound(LearnableRounding):
         scale_rounding: Rounds a tuned scale to the format it is stored in. None: the range is not
             learned.
         bounds: Least and largest factor of a range.
+        whole_range: Whether the calibrated range is that of all values of a block. Its ends are
+            then measured in place of taken from a stored scale, so that a tuned scale is rounded
+            once, as in AutoRound's code.
 
     Example:
         >>> learner = partial(SignRound, shift=shift_in_ulp, scale_rounding=round_scale_to_format)
@@ -112,9 +87,11 @@ class SignRound(LearnableRounding):
         qparams: QParams,
         shift: ShiftFunction = shift_in_scale_units,
         scale_rounding: ScaleRounding | None = None,
-        bounds: tuple[float, float] = (0.5, 1.0),
+        bounds: Sequence[float] = (0.5, 1.0),
+        whole_range: bool = False,
     ) -> None:
         super().__init__()
+        self.whole_range = whole_range
         self.format, self.shift = fmt, shift
         self.scale_rounding, self.bounds = scale_rounding, bounds
         self.v = nn.Parameter(torch.zeros_like(weight))
@@ -163,12 +140,10 @@ class SignRound(LearnableRounding):
         """Return the qparams with the current ranges, with gradients to their factors."""
         if self.scale_rounding is None:
             return self.initial_qparams
+        fmt, calibrated = format_to(self.format, self.weight), self.initial_qparams
+        exact = measure_qparams(calibrated, self.weight, fmt) if self.whole_range else calibrated
         return shrink_range(
-            self.initial_qparams,
-            self.low_factor,
-            self.high_factor,
-            format_to(self.format, self.weight),
-            self.scale_rounding,
+            exact, calibrated, self.low_factor, self.high_factor, fmt, self.scale_rounding
         )
 
 
@@ -180,69 +155,6 @@ def format_to(fmt: Format, x: Tensor) -> Format:
     if isinstance(fmt, PerBlockFormat):
         return replace(fmt, format_index=fmt.format_index.to(x.device))
     return fmt
-
-
-def round_tuned_scale(
-    scale: PerBlock, initial: PerBlock, scale_rounding: ScaleRounding
-) -> PerBlock:
-    """Return the rounded scale with a straight-through gradient.
-
-    A scale that equals the calibrated one is not rounded.
-    """
-    rounded = scale_rounding(scale.detach(), initial)
-    return straight_through(scale, torch.where(scale == initial, initial, rounded))
-
-
-@singledispatch
-def shrink_range(
-    qparams, low: PerBlock, high: PerBlock, fmt: Format, scale_rounding: ScaleRounding
-) -> QParams:
-    """Return qparams with the ends of the range times `low` and `high`, with gradients to both.
-
-    Args:
-        qparams: Calibrated qparams.
-        low: Factor of the negative, or lower, end of each block's range.
-        high: Factor of the positive, or upper, end.
-        fmt: Number format of the values.
-        scale_rounding: Rounds the scales.
-
-    Raises:
-        ValueError: If this is not defined for the class of `qparams`.
-    """
-    raise ValueError(
-        f"the range of a {type(qparams).__name__} cannot be learned: set scale_rounding to null"
-    )
-
-
-@shrink_range.register
-def shrink_symmetric_range(
-    qparams: Scale, low: PerBlock, high: PerBlock, fmt: Format, scale_rounding: ScaleRounding
-) -> QParams:
-    """Return a smaller scale. Both ends of a symmetric range shrink by `high`."""
-    return Scale(round_tuned_scale(qparams.scale * high, qparams.scale, scale_rounding))
-
-
-@shrink_range.register
-def shrink_two_sided_range(
-    qparams: TwoSided, low: PerBlock, high: PerBlock, fmt: Format, scale_rounding: ScaleRounding
-) -> QParams:
-    """Return smaller scales of the positive and of the negative values."""
-    positive = round_tuned_scale(qparams.positive * high, qparams.positive, scale_rounding)
-    negative = round_tuned_scale(qparams.negative * low, qparams.negative, scale_rounding)
-    return TwoSided(positive, negative)
-
-
-@shrink_range.register
-def shrink_affine_range(
-    qparams: Affine, low: PerBlock, high: PerBlock, fmt: Format, scale_rounding: ScaleRounding
-) -> QParams:
-    """Return a smaller scale, and the zero point that belongs to the new ends of the range."""
-    # In units of the calibrated scale, the new scale is exactly 1 if the range does not shrink.
-    bottom, top = (fmt.min - qparams.zero) * low, (fmt.max - qparams.zero) * high
-    relative_scale = (top - bottom) / (fmt.max - fmt.min)
-    zero = fmt.min - bottom / relative_scale
-    scale = round_tuned_scale(qparams.scale * relative_scale, qparams.scale, scale_rounding)
-    return Affine(scale, straight_through(zero, zero.round().clamp(fmt.min, fmt.max)))
 
 
 class SignSGD(Optimizer):

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from fp4dit.numerics.formats import floating
+from fp4dit.numerics.qparams import Affine, Scale
 from fp4dit.quantization import apply
 from fp4dit.quantization.rules import Rule, assign_rules, find_layers
 from tests.conftest import Compose
@@ -74,4 +75,60 @@ def test_scales_of_mr_gptq(composed: Compose, method: str):
         expected = (best * factor).clamp(max=448).to(torch.float8_e4m3fn).float() / factor
     clipped = (best < whole).float().mean()
     assert 0.5 < clipped < 1
-    torch.testing.assert_close(quantizer.compute_qparams(w).scale, expected, rtol=1e-6, atol=0)
+    qparams = quantizer.compute_qparams(w)
+    assert isinstance(qparams, Scale)
+    torch.testing.assert_close(qparams.scale, expected, rtol=1e-6, atol=0)
+
+
+def tune_as_autoround(w: Tensor, method: str, low: Tensor, high: Tensor, v: Tensor) -> Tensor:
+    """`quant_tensor_asym`, `quant_mx` and `nv_fp4` of auto-round at b9f3d00, with min-max factors.
+
+    Args:
+        w: Weight in blocks.
+        low: `min_scale` of each block.
+        high: `max_scale` of each block.
+        v: Shift of each value.
+    """
+    largest = w.abs().amax(1, keepdim=True) * high
+    if method == "autoround_int4":
+        least, most = w.amin(1, keepdim=True).clamp(max=0) * low, w.amax(1, keepdim=True) * high
+        scale = ((most.clamp(min=0) - least) / 15).half().float()
+        zero = (-least / scale).round()
+        return scale * (((w / scale + v).round() + zero).clamp(0, 15) - zero)
+    if method == "autoround_mxfp4":
+        scale = 2.0 ** (largest.log2().floor() - 2)
+    else:
+        unit = 448 * 6 / w.abs().max()
+        scale = (unit * largest / 6).to(torch.float8_e4m3fn).float() / unit
+    return floating(2, 1).nearest((w / scale + v).clamp(-6, 6)) * scale
+
+
+@pytest.mark.parametrize("method", ["autoround_int4", "autoround_mxfp4", "autoround_nvfp4"])
+def test_tuned_ranges_of_autoround(composed: Compose, method: str):
+    """Also with factors below 1/2."""
+    quantizer = compose_rule(composed, method, "weight").quantizer
+    assert quantizer is not None
+    node: Any = OmegaConf.to_container(composed(f"method={method}").rounding.learner, resolve=True)
+    w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    w[:, ::16] += 0.5
+    blocks = quantizer.granularity.split(w)
+    learner = instantiate(node)(blocks, quantizer.format, quantizer.compute_qparams(w))
+    assert isinstance(learner.learned_qparams, Affine | Scale)
+    ones = torch.ones(len(blocks), 1)
+    start = tune_as_autoround(blocks, method, ones, ones, torch.zeros_like(blocks))
+    torch.testing.assert_close(learner.hard_weight(), start, rtol=1e-5, atol=1e-6)
+    low, high, v = (
+        torch.rand(shape, generator=torch.Generator().manual_seed(i)) * span + least
+        for i, shape, span, least in (
+            (1, ones.shape, 0.7, 0.3),
+            (2, ones.shape, 0.7, 0.3),
+            (3, blocks.shape, 1.0, -0.5),
+        )
+    )
+    with torch.no_grad():
+        learner.low_factor.copy_(low)
+        learner.high_factor.copy_(high)
+        learner.v.copy_(v)
+    expected = tune_as_autoround(blocks, method, low, high, v)
+    agree = torch.isclose(learner.hard_weight(), expected, rtol=1e-5, atol=1e-6)
+    assert agree.float().mean() > 0.999  # a value in the middle of two may go to either

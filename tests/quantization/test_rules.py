@@ -36,10 +36,11 @@ from fp4dit.rounding.adaround import adaround, adaround_scale_aware
 from fp4dit.rounding.base import RoundingMethod
 from fp4dit.rounding.imatrix import ImportanceMatrix
 from fp4dit.rounding.layerwise import LayerwiseReconstruction
+from fp4dit.rounding.learned_range import round_scale_to_format
 from fp4dit.rounding.output_search import OutputSearch
 from fp4dit.rounding.reconstruction import check_reconstruction
 from fp4dit.rounding.rtn import RoundToNearest
-from fp4dit.rounding.signround import SignRound, round_scale_to_format
+from fp4dit.rounding.signround import SignRound
 from fp4dit.transforms.base import TransformSpec
 from fp4dit.transforms.hadamard import Hadamard
 from fp4dit.transforms.low_rank import LowRank

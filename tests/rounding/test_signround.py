@@ -19,15 +19,17 @@ from fp4dit.numerics.quantizer import PerGroup, Quantizer
 from fp4dit.numerics.scale_rules import AbsMax, MinMax, OffsetRange, TwoSidedAbsMax
 from fp4dit.quantization.layers import make_quant_layer
 from fp4dit.rounding.learned import LearnedRounding
+from fp4dit.rounding.learned_range import (
+    ScaleRounding,
+    round_scale_to_format,
+    round_scale_to_tensor_units,
+)
 from fp4dit.rounding.objectives import RelativeMSE
 from fp4dit.rounding.signround import (
-    ScaleRounding,
     ShiftFunction,
     SignRound,
     SignSGD,
     linear_decay,
-    round_scale_to_format,
-    round_scale_to_tensor_units,
     shift_in_scale_units,
     shift_in_ulp,
 )

@@ -23,7 +23,8 @@ from fp4dit.rounding.adaround import adaround_scale_aware
 from fp4dit.rounding.base import Curve, RoundingMethod
 from fp4dit.rounding.layerwise import LayerwiseReconstruction
 from fp4dit.rounding.learned import LearnedRounding
-from fp4dit.rounding.signround import SignRound, SignSGD, linear_decay, round_scale_to_format
+from fp4dit.rounding.learned_range import round_scale_to_format
+from fp4dit.rounding.signround import SignRound, SignSGD, linear_decay
 from fp4dit.utils import save_timer
 from fp4dit.utils.resumable import ResumableTrainers
 from tests.helpers import tiny
