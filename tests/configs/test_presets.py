@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "fp4dit").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")])
 METHODS = list_options("method")
 OPTIONS: list[str] = []
-PARTS = ("weight", "activation", "rounding", "transform")
+PARTS = ("weight", "mixed_bits", "activation", "rounding", "transform")
 TESTED_GROUPS = ("method", *PARTS)
 for _group in PARTS:
     OPTIONS += [f"{_group}={name}" for name in list_options(_group)]
@@ -68,6 +68,8 @@ def test_an_option_fits_the_shipped_model(composed: Compose, skeleton: nn.Module
     others = []
     if option.startswith("weight"):
         others.append("rounding=nearest")  # not every format can be learned
+    if option.startswith("mixed_bits"):
+        others.append("method=q_dit")  # its exceptions are integers with a zero point
     if option.endswith("imatrix"):
         others.append("weight=fp4_channel_min_error")
     if option.endswith("input_steps"):  # of static inputs
