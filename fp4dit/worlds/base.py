@@ -113,6 +113,12 @@ class Placement:
     along: tuple[float, float]  # distance from the centre, in the direction of the relation
     across: float  # largest offset at a right angle to it
     lone: float  # largest offset of a lone object, both ways
+    grid: float | None = None  # distances are rounded to multiples of it
+
+    def draw_distance(self, rng: Random, low: float, high: float) -> float:
+        """Return a random distance between two others, on the grid if there is one."""
+        distance = rng.uniform(low, high)
+        return distance if self.grid is None else self.grid * round(distance / self.grid)
 
 
 class World(ABC):
@@ -238,13 +244,13 @@ class World(ABC):
         """Return the objects' centres in pixels: opposite each other, never overlapping."""
         middle, reach = self.image_size / 2, self.placement
         if relation is None:
-            x = middle + rng.uniform(-reach.lone, reach.lone)
-            return [(x, middle + rng.uniform(-reach.lone, reach.lone))]
+            x = middle + reach.draw_distance(rng, -reach.lone, reach.lone)
+            return [(x, middle + reach.draw_distance(rng, -reach.lone, reach.lone))]
         dx, dy = RELATIONS[relation]
         centres = []
         for side in (1, -1):
-            along = side * rng.uniform(*reach.along)
-            across = rng.uniform(-reach.across, reach.across)
+            along = side * reach.draw_distance(rng, *reach.along)
+            across = reach.draw_distance(rng, -reach.across, reach.across)
             centres.append((middle + dx * along + dy * across, middle + dy * along + dx * across))
         return centres
 

@@ -1,5 +1,7 @@
 """Published models without weights: their quantized layers, and presets that fit them."""
 
+from collections.abc import Sequence
+
 import pytest
 from accelerate import init_empty_weights
 from torch import nn
@@ -16,6 +18,11 @@ from tests.conftest import Compose
 def build_skeleton(model: str, **changed: int) -> nn.Module:
     with init_empty_weights():
         return build_random_transformer(model, **changed)
+
+
+def plan_weight(composed: Compose, *overrides: str) -> Sequence[rules.Rule]:
+    """Return the rules of the weights of a run."""
+    return make_plan(composed(*overrides))["reconstruct"].instantiate_stage().weight
 
 
 def test_every_published_model_is_here():
@@ -36,7 +43,7 @@ def test_every_published_model_is_here():
     ],
 )
 def test_the_layers_that_are_quantized(composed: Compose, model: str, count: int):
-    weight = make_plan(composed(f"model={model}"))["reconstruct"].instantiate_stage().weight
+    weight = plan_weight(composed, f"model={model}", "model_layers.sensitive=[]")
     entries = audit.audit_weights(build_skeleton(model), weight)
     quantized = [entry for entry in entries if entry.format != "fp16"]
     assert len(quantized) == count
@@ -48,6 +55,14 @@ def test_the_layers_that_are_quantized(composed: Compose, model: str, count: int
         else set()
     )
     assert outside == expected
+
+
+def test_pixart_keeps_its_most_sensitive_layers_in_16_bits(composed: Compose):
+    weight = plan_weight(composed, "model=pixart_sigma")
+    entries = audit.audit_weights(build_skeleton("pixart_sigma"), weight)
+    kept = [entry for entry in entries if entry.format == "fp16"]
+    assert {entry.name for entry in kept} == {"pos_embed.proj", "proj_out"}
+    assert sum(entry.values for entry in kept) < 0.0002 * sum(entry.values for entry in entries)
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,10 @@ def weights(tmp_path_factory, artwork):
     return folder / "weights"
 
 
-def test_latents_have_eight_channels_and_diffusers_draws(weights):
+def test_latents_have_sixteen_channels_and_diffusers_draws(weights):
     pipe = PixArtSigmaPipeline.from_pretrained(weights)
     pipe.set_progress_bar_config(disable=True)
-    assert pipe.vae.config.latent_channels == pipe.transformer.config.in_channels == 8
+    assert pipe.vae.config.latent_channels == pipe.transformer.config.in_channels == 16
     captions = ["a large otter on a blue background"] * 2
     images = draw_images(EmojiWorld(), pipe, captions, steps=2, guidance=4.5, seed=0)
     assert images.shape == (2, 3, 64, 64)

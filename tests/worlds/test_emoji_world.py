@@ -130,6 +130,7 @@ def test_objects_keep_their_relation_and_never_overlap():
         for thing in scene.things:
             assert LENGTHS[thing.size] / 2 <= min(thing.x, thing.y)
             assert max(thing.x, thing.y) <= SIZE - LENGTHS[thing.size] / 2
+            assert thing.x % 8 == thing.y % 8 == 0
         if scene.relation:
             first, second = scene.things
             dx, dy = RELATIONS[scene.relation]

@@ -145,7 +145,8 @@ class EmojiWorld(World):
     kinds = tuple(EMOJI)
     sizes = tuple(LENGTHS)
     backgrounds = tuple(BACKGROUNDS)
-    placement = Placement(along=(15.0, 17.0), across=6.0, lone=10.0)
+    # The grid is a token of the transformer. Positions off it take many times as long to learn.
+    placement = Placement(along=(16.0, 16.0), across=8.0, lone=8.0, grid=8.0)
     verdicts = ("emoji", "background", "relation", "all")
 
     def __init__(self, artwork: str | None = None, oracle_path: str | None = None) -> None:
