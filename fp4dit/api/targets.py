@@ -92,9 +92,9 @@ class TargetTable(list[TargetFit]):
 def targets(methods: Sequence[str] | None = None, overrides: Sequence[str] = ()) -> TargetTable:
     """Return which targets hold which methods exactly, or why they do not.
 
-    Random weights, with as many columns as those of the shipped model and up to 128 rows, are
-    rounded to nearest and stored. The weights of other models may differ in what happens to be
-    exact; an export checks every layer.
+    Random weights in the shapes of the shipped model are rounded to nearest and stored; 128 rows of
+    them, where they are not transformed. The weights of other models may differ in what happens to
+    be exact; an export checks every layer.
 
     Args:
         methods: Names or files of presets; None for all that come with fp4dit.
