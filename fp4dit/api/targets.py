@@ -8,7 +8,7 @@ from html import escape
 from fp4dit.api.presets import compose_preset, explain_config_errors
 from fp4dit.packed.targets.base import Target
 from fp4dit.packed.targets.grid import PLAIN
-from fp4dit.packed.targets.samples import Sample, explain_layer, make_samples
+from fp4dit.packed.targets.samples import FEW_ROWS, Sample, explain_layer, make_samples
 from fp4dit.utils.formatting import align_columns
 from pipelines.config.compose import compose_config
 from pipelines.config.resolvers import list_options, register_resolvers
@@ -65,16 +65,20 @@ class TargetTable(list[TargetFit]):
     def to_markdown(self) -> str:
         """Return a table of methods and targets in Markdown: the dtype in which each is exact.
 
-        A star stands for layers that have to be plain weights, and a dash for what is refused.
+        A star stands for layers that have to be plain weights, and a dash for what is refused. The
+        last column has the most frequent reason, without what to do about it.
         """
         targets = list(dict.fromkeys(fit.target for fit in self))
-        cells = {}
-        for fit in self:
-            star = "*" if fit.dense else ""
-            cells[fit.method, fit.target] = f"{fit.dtype}{star}" if fit.dtype else "–"
-        lines = [["method", *targets], ["---"] * (len(targets) + 1)]
+        fits = {(fit.method, fit.target): fit for fit in self}
+        lines = [["method", *targets, "refused because"], ["---"] * (len(targets) + 2)]
         for method in dict.fromkeys(fit.method for fit in self):
-            lines.append([f"`{method}`", *(cells.get((method, name), "") for name in targets)])
+            cells, reasons = [], []
+            for fit in (fits[method, target] for target in targets):
+                if fit.dtype is None:
+                    reasons.append(fit.reason.partition(": ")[0])
+                cells.append(f"{fit.dtype}{'*' if fit.dense else ''}" if fit.dtype else "–")
+            reason = max(reasons, key=reasons.count, default="")
+            lines.append([f"`{method}`", *cells, reason])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def _repr_html_(self) -> str:
@@ -88,8 +92,9 @@ class TargetTable(list[TargetFit]):
 def targets(methods: Sequence[str] | None = None, overrides: Sequence[str] = ()) -> TargetTable:
     """Return which targets hold which methods exactly, or why they do not.
 
-    Random weights of the shapes of the shipped model are rounded to nearest and stored. The weights
-    of other models may differ in what happens to be exact; an export checks every layer.
+    Random weights in the shapes of the shipped model are rounded to nearest and stored; 128 rows of
+    them, where they are not transformed. The weights of other models may differ in what happens to
+    be exact; an export checks every layer.
 
     Args:
         methods: Names or files of presets; None for all that come with fp4dit.
@@ -106,7 +111,8 @@ def targets(methods: Sequence[str] | None = None, overrides: Sequence[str] = ())
         preset = compose_preset(method, overrides, model=MODEL)
         if methods is None and preset.config.stages.get("reconstruct") is None:
             continue  # it quantizes no trained model
-        samples = make_samples(preset.source.build_on_meta().transformer, preset.weight)
+        model = preset.source.build_on_meta().transformer
+        samples = make_samples(model, preset.weight, FEW_ROWS)
         table += [explain_fit(method, target, samples) for target in formats if samples]
     return table
 
@@ -143,13 +149,15 @@ def explain_fit(method: str, target: Target, samples: Sequence[Sample]) -> Targe
             if reason := explain_layer(target, sample, dtype):
                 reasons |= dict.fromkeys(sample.names, reason)
         fits[dtype] = reasons
+        if not reasons:
+            break
     dtype = min(fits, key=lambda dtype: len(fits[dtype]))
     count = sum(len(sample.names) for sample in samples)
     names_with_transforms = {
         name for sample in samples if sample.rule.transforms for name in sample.names
     }
     if names_with_transforms & fits[dtype].keys() or len(fits[dtype]) > MOST_DENSE * count:
-        nearest = min(REASON_DTYPES, key=lambda dtype: len(fits[dtype]))
+        nearest = min(REASON_DTYPES, key=lambda dtype: len(fits[dtype]))  # all were tried
         return TargetFit(method, target.name, None, (), find_common_reason(fits[nearest]))
     return TargetFit(
         method, target.name, dtype, tuple(fits[dtype]), find_common_reason(fits[dtype])

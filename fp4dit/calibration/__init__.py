@@ -6,7 +6,7 @@ of its layers. `activations` calibrates static quantizers, and `histograms` coun
 grids.
 """
 
-from fp4dit.calibration.activations import MeasureTask, ObserveTask
+from fp4dit.calibration.activations import MeasureTask, ObserveTask, PredictTask
 from fp4dit.calibration.capture import CaptureTask, PromptBatch, noise_at_index
 from fp4dit.calibration.dataset import UnitBatch, UnitBatches, UnitDataset
 from fp4dit.calibration.histograms import HistogramTask
@@ -16,6 +16,7 @@ __all__ = [
     "HistogramTask",
     "MeasureTask",
     "ObserveTask",
+    "PredictTask",
     "PromptBatch",
     "UnitBatch",
     "UnitBatches",

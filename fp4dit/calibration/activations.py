@@ -77,6 +77,7 @@ class ReplayTask(L.LightningModule):
                 output = unit.make_call(state)(model.get_submodule(unit.module))
                 outputs = unit.read_outputs(output, len(state["timestep"]))
                 state = state | dict(zip(unit.outputs, outputs, strict=True))
+        self.on_prediction(self.pipeline.read_prediction(state))
 
     def get_progress(self) -> dict[str, Any]:
         """Return what the task has collected, as tensors and plain values for a file."""
@@ -85,6 +86,9 @@ class ReplayTask(L.LightningModule):
     def set_progress(self, progress: Mapping[str, Any]) -> None:
         """Continue from what `get_progress` returned."""
         raise NotImplementedError
+
+    def on_prediction(self, prediction: Tensor) -> None:
+        """Handle what the transformer predicts in a call, a row for each sample."""
 
     def on_activation(self, name: str, timestep: float, x: Tensor, out: Tensor) -> Tensor | None:
         """Handle an activation.
@@ -183,22 +187,65 @@ class ObserveTask(ReplayTask):
         return observer.merge(summaries).to(self.pipeline.device)
 
 
+class PredictTask(ReplayTask):
+    """Keeps what the transformer predicts, as a reference for `MeasureTask`.
+
+    Of a large prediction it keeps values at equal distances, so that they fit in memory.
+
+    Args:
+        pipeline: The pipeline, in full precision.
+        num_values: The largest number of values that are kept of a sample.
+
+    Example:
+        >>> task = PredictTask(pipeline)
+        >>> trainer.test(task, steps)
+        >>> measure = MeasureTask(pipeline, activations, task.predictions)
+    """
+
+    def __init__(self, pipeline: Pipeline, num_values: int = 65536) -> None:
+        super().__init__(pipeline, {})
+        self.num_values = num_values
+        self.predictions: list[Tensor] = []
+
+    def on_prediction(self, prediction: Tensor) -> None:
+        distance = -(-prediction.shape[1] // self.num_values)
+        self.predictions.append(prediction[:, ::distance].float().cpu())
+
+    def get_progress(self) -> dict[str, Any]:
+        return {"predictions": self.predictions}
+
+    def set_progress(self, progress: Mapping[str, Any]) -> None:
+        self.predictions = list(progress["predictions"])
+
+
 class MeasureTask(ReplayTask):
     """Measures the signal-to-quantization-noise ratio of every activation at every timestep.
 
     Args:
         pipeline: The pipeline.
         activations: The quantizers of the activations, by name.
+        predictions: What the transformer predicts in full precision, by `PredictTask`; None does
+            not measure the error of whole calls.
 
     Example:
-        >>> task = MeasureTask(pipeline, activations)
+        >>> task = MeasureTask(pipeline, activations, predictions)
         >>> trainer.test(task, steps)
         >>> task.compute_sqnr()[0]
         {'layer': 'proj_out', 'timestep': 999.0, 'sqnr_db': 31.5}
+        >>> task.compute_call_error()
+        0.0031
     """
 
-    def __init__(self, pipeline: Pipeline, activations: Mapping[str, FakeQuantize]) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        activations: Mapping[str, FakeQuantize],
+        predictions: Sequence[Tensor] | None = None,
+    ) -> None:
         super().__init__(pipeline, activations)
+        self.predictions = predictions
+        # The square error and the square of each prediction that was compared.
+        self.errors: list[list[float]] = []
         # The sums of squares of the activation and of its quantization error.
         self.power: dict[tuple[str, float], Tensor] = defaultdict(
             lambda: torch.zeros(2, dtype=torch.float64)
@@ -216,8 +263,21 @@ class MeasureTask(ReplayTask):
         self.power[name, timestep] += power
         self.shapes[name] = x.shape
 
+    def on_prediction(self, prediction: Tensor) -> None:
+        if self.predictions is not None:
+            expected = self.predictions[len(self.errors)].double()
+            distance = -(-prediction.shape[1] // expected.shape[1])
+            error = prediction[:, ::distance].double().cpu() - expected
+            self.errors.append([error.square().sum().item(), expected.square().sum().item()])
+
+    def compute_call_error(self) -> float:
+        """Return the relative squared error of what the transformer predicts, over all calls."""
+        errors, powers = zip(*self.errors, strict=True)
+        return sum(errors) / sum(powers)
+
     def get_progress(self) -> dict[str, Any]:
         return {
+            "errors": self.errors,
             "keys": [list(key) for key in self.power],
             "power": list(self.power.values()),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
@@ -228,6 +288,7 @@ class MeasureTask(ReplayTask):
             self.power[name, timestep] = power
         for name, shape in progress["shapes"].items():
             self.shapes[name] = torch.Size(shape)
+        self.errors = list(progress["errors"])
 
     def compute_sqnr(self) -> list[dict[str, str | float]]:
         """Return the ratio of each activation and timestep in dB, as rows of a table."""

@@ -14,7 +14,7 @@ from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fp4dit.models.blocks import ActivationState, Unit
+from fp4dit.models.blocks import ActivationState, ReadOnlyState, Unit
 from fp4dit.utils.calls import Call
 from fp4dit.utils.errors import UserError
 from fp4dit.utils.safetensors_io import convert_to_os_errors
@@ -74,6 +74,11 @@ class TransformerAdapter:
     def units(self) -> list[Unit]:
         """Return all parts of the transformer that can be quantized, in execution order."""
         raise NotImplementedError
+
+    def read_prediction(self, state: ReadOnlyState) -> Float[Tensor, "n values"]:
+        """Return what a sampler reads of the state after all units, a row for each sample."""
+        outputs = [state[name].flatten(1) for name in self.units()[-1].outputs]
+        return torch.cat(outputs, 1)
 
     def to(self, device: torch.device | str) -> None:
         """Move the pipeline, or the transformer alone, to a device."""

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fp4dit.models.blocks import ActivationState, Unit
+from fp4dit.models.blocks import ActivationState, ReadOnlyState, Unit
 from fp4dit.utils.calls import Call
 
 
@@ -103,6 +103,10 @@ class Pipeline(Protocol):
 
     def units(self) -> list[Unit]:
         """Return all parts of the transformer that can be quantized, in execution order."""
+        ...
+
+    def read_prediction(self, state: ReadOnlyState) -> Float[Tensor, "n values"]:
+        """Return what a sampler reads of the state after all units, a row for each sample."""
         ...
 
     def save(self, folder: Path, base: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -125,6 +126,23 @@ def select_rows(columns: RowSources, index: RowIndex) -> ActivationState:
 def to_device(device: torch.device | str, state: ReadOnlyState) -> ActivationState:
     """Return a copy of the state whose tensors are on a device."""
     return {name: value.to(device, non_blocking=True) for name, value in state.items()}
+
+
+def read_noise_channels(
+    output: Float[Tensor, "n tokens values"], transformer: Any
+) -> Float[Tensor, "n noise"]:
+    """Return the predicted noise of each sample, without the variance that a model predicts beside.
+
+    The last layer of PixArt, DiT and HunyuanDiT returns a patch for each token. The channels of a
+    pixel lie next to each other, those of the noise before those of the variance, which samplers
+    do not read.
+
+    Args:
+        output: The output of the last layer.
+        transformer: The transformer.
+    """
+    pixels = output.unflatten(-1, (-1, transformer.out_channels))
+    return pixels[..., : transformer.config.in_channels].flatten(1)
 
 
 def count_rows(columns: RowSources) -> int:

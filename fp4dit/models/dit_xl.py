@@ -6,11 +6,18 @@ from difflib import get_close_matches
 from typing import ClassVar
 
 from diffusers import DiffusionPipeline, DiTPipeline, ModelMixin
+from jaxtyping import Float
 from torch import Tensor, int64, nn
 from torch.nn import functional as F
 
 from fp4dit.models.adapter import TransformerAdapter
-from fp4dit.models.blocks import ActivationState, ReadOnlyState, Unit, make_simple_unit
+from fp4dit.models.blocks import (
+    ActivationState,
+    ReadOnlyState,
+    Unit,
+    make_simple_unit,
+    read_noise_channels,
+)
 from fp4dit.models.pretrained import PretrainedSource
 from fp4dit.utils.calls import Call
 from fp4dit.utils.errors import UserError
@@ -109,6 +116,9 @@ class DiTAdapter(TransformerAdapter):
             Unit("proj_out_1", ("condition",), make_proj_out_1_call, ("modulation",)),
             Unit("proj_out_2", ("hidden", "modulation"), make_proj_out_2_call, ("hidden",)),
         ]
+
+    def read_prediction(self, state: ReadOnlyState) -> Float[Tensor, "n noise"]:
+        return read_noise_channels(state["hidden"], self.transformer)
 
 
 def make_block_unit(i: int) -> Unit:

@@ -13,7 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fp4dit.models.adapter import TransformerAdapter
-from fp4dit.models.blocks import ActivationState, ReadOnlyState, Unit, make_simple_unit
+from fp4dit.models.blocks import (
+    ActivationState,
+    ReadOnlyState,
+    Unit,
+    make_simple_unit,
+    read_noise_channels,
+)
 from fp4dit.models.pretrained import PretrainedSource
 from fp4dit.utils.calls import Call
 
@@ -94,6 +100,9 @@ class HunyuanAdapter(TransformerAdapter):
             Unit("norm_out", ("hidden", "time"), make_norm_call, ("hidden",)),
             make_simple_unit("proj_out", ("hidden",), ("hidden",)),
         ]
+
+    def read_prediction(self, state: ReadOnlyState) -> Float[Tensor, "n noise"]:
+        return read_noise_channels(state["hidden"], self.transformer)
 
     def make_block_unit(self, i: int, count: int) -> Unit:
         """Make the unit of block `i` of `count`."""

@@ -11,7 +11,13 @@ from torch import Tensor, int64
 
 from fp4dit.data.embeddings import INSTRUCTIONS, EncodedPrompts, PromptEmbeddings
 from fp4dit.models.adapter import TransformerAdapter
-from fp4dit.models.blocks import ActivationState, ReadOnlyState, Unit, make_simple_unit
+from fp4dit.models.blocks import (
+    ActivationState,
+    ReadOnlyState,
+    Unit,
+    make_simple_unit,
+    read_noise_channels,
+)
 from fp4dit.models.pretrained import PretrainedSource
 from fp4dit.utils.calls import Call
 from fp4dit.utils.errors import UserError
@@ -193,6 +199,9 @@ class PixArtAdapter(TransformerAdapter):
             ),
             Unit("proj_out", ("hidden", "time"), make_output_call, ("hidden",)),
         ]
+
+    def read_prediction(self, state: ReadOnlyState) -> Float[Tensor, "n noise"]:
+        return read_noise_channels(state["hidden"], self.transformer)
 
 
 def make_block_call(state: ReadOnlyState) -> Call:

@@ -1,13 +1,20 @@
 """The stage that calibrates static activation quantizers."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from fp4dit.calibration.activations import MeasureTask, ObserveTask, save_scales
-from fp4dit.calibration.captured_calls import load_steps
+from fp4dit.calibration.activations import (
+    MeasureTask,
+    ObserveTask,
+    PredictTask,
+    ReplayTask,
+    save_scales,
+)
+from fp4dit.calibration.captured_calls import CapturedSteps, load_steps
 from fp4dit.estimate.footprint import count_bit_operations
 from fp4dit.estimate.stages import Estimator, StageCost
 from fp4dit.models.base import PipelineSource
@@ -41,6 +48,7 @@ class Activate(Stage):
     def estimate_cost(self, make_estimator: Callable[[], Estimator]) -> StageCost:
         num_train, num_val = self.calibration.num_rows
         num_observed = num_train if any(rule.observer for rule in self.activation) else 0
+        num_observed += num_val  # in full precision too, for the error of calls
         return make_estimator().estimate_replay(
             num_observed,
             num_val,
@@ -50,8 +58,17 @@ class Activate(Stage):
         )
 
     def run(self, needs: Needs, out: Path, runtime: Runtime) -> None:
+        resume_folder = out / "activate.resume"
+
+        def replay(name: str, task: ReplayTask, steps: CapturedSteps) -> None:
+            make_trainer = partial(runtime.make_trainer, f"activate: {name}", devices=1)
+            replay_steps(task, steps, make_trainer, resume_folder / f"{name}.safetensors")
+
         pipeline = self.model.load()
         pipeline.load_call_kinds(needs["calls"] / "calls")
+        train_steps, val_steps = load_steps(needs["calls"] / "calls", self.calibration.num_prompts)
+        predict = PredictTask(pipeline)
+        replay("predict", predict, val_steps)
         activations, rules = load_weights_(
             pipeline, self.weight, self.activation, needs["weights"] / UNITS
         )
@@ -60,25 +77,24 @@ class Activate(Stage):
             # The reconstruct stage may have calibrated some already.
             if rule.observer and activations[name].qparams is None:
                 observed[name] = rule
-        train_steps, val_steps = load_steps(needs["calls"] / "calls", self.calibration.num_prompts)
-        resume_folder = out / "activate.resume"
         if observed:
-            tokens = self.calibration.token_sample
-            observe = ObserveTask(pipeline, activations, observed, tokens)
-            make_trainer = partial(runtime.make_trainer, "activate: observe", devices=1)
-            replay_steps(observe, train_steps, make_trainer, resume_folder / "observe.safetensors")
+            observe = ObserveTask(pipeline, activations, observed, self.calibration.token_sample)
+            replay("observe", observe, train_steps)
             observe.calibrate()
-        measure = MeasureTask(pipeline, activations)
-        make_trainer = partial(runtime.make_trainer, "activate: measure", devices=1)
-        replay_steps(measure, val_steps, make_trainer, resume_folder / "measure.safetensors")
+        measure = MeasureTask(pipeline, activations, predict.predictions)
+        replay("measure", measure, val_steps)
         save_scales(activations, out / SCALES)
         write_csv(out / "sqnr.csv", measure.compute_sqnr())
+        write_json(out / "audit.json", self.summarize(measure, rules))
+        shutil.rmtree(resume_folder, ignore_errors=True)
+
+    def summarize(self, measure: MeasureTask, rules: Mapping[str, Rule]) -> dict[str, Any]:
+        """Return the error of calls, and the format and the bits of every activation."""
         audit = measure.audit_activations(rules)
         operations = count_bit_operations(self.model.build_on_meta(), self.weight, self.activation)
-        summary = {
+        return {
+            "call_error": measure.compute_call_error(),
             "layers": audit_to_dicts(audit),
             "bits_activation": effective_bits(audit) if audit else 16.0,
             "bit_operations": operations,
         }
-        write_json(out / "audit.json", summary)
-        shutil.rmtree(resume_folder, ignore_errors=True)

@@ -12,6 +12,7 @@ STAGE_SCALARS = (
     "bit_operations",
     "checkpoint_bytes",
     "block_error",
+    "call_error",
     "steps",
     "loss",
     "step_seconds",

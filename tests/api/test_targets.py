@@ -48,7 +48,12 @@ def test_exports_do_what_is_said(method: str, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_what_is_said():
-    said = {fit.target: str(fit) for fit in fp4dit.targets(["fp4dit"])}
+    table = fp4dit.targets(["fp4dit"])
+    heading, _, row = (line.split(" | ") for line in table.to_markdown().splitlines())
+    assert row[0] == "| `fp4dit`"
+    assert row[heading.index("sdnq")] == "float32"
+    assert row[-1] == "128 values share a scale, and not 16 |"
+    said = {fit.target: str(fit) for fit in table}
     assert said["sdnq"] == "exact in float32"
     assert said["gguf"] == "its values are e2m1, and not int4: use weight.format=int4"
     assert "128 values share a scale" in said["bfl"]

@@ -10,7 +10,14 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from fp4dit.calibration.activations import MeasureTask, ObserveTask, load_scales_, save_scales
+from fp4dit.calibration.activations import (
+    MeasureTask,
+    ObserveTask,
+    PredictTask,
+    ReplayTask,
+    load_scales_,
+    save_scales,
+)
 from fp4dit.models.pixart import PixArtAdapter
 from fp4dit.numerics.format_selection import FormatSelection, LeastError
 from fp4dit.numerics.formats import floating, integer
@@ -53,7 +60,7 @@ def make_states(pipeline: PixArtAdapter) -> list[dict[str, Tensor]]:
     return [pipeline.initial_state(call) for call in calls]
 
 
-def run_task(task: ObserveTask | MeasureTask, states: list[dict[str, Tensor]]) -> None:
+def run_task(task: ReplayTask, states: list[dict[str, Tensor]]) -> None:
     tiny.trainer()().test(task, tiny.load_one_by_one(states), verbose=False)
 
 
@@ -161,6 +168,28 @@ def test_every_activation_is_measured_at_every_timestep(pipeline: PixArtAdapter)
     query = audit["transformer_blocks.0.attn1.q"]
     assert (query.bits, query.values) == (8 + 32 / 16, 5 * 2 * 16 * 16)
     assert audit["transformer_blocks.0.ff.net.0.proj"].bits == 8 + 32 / 32
+
+
+@pytest.mark.parametrize("num_values", [65536, 100])
+def test_the_error_of_calls_is_that_of_the_predicted_noise(
+    pipeline: PixArtAdapter, num_values: int
+):
+    """The transformer also predicts a variance, which no sampler reads."""
+    calls, states = [make_call(), make_call()], make_states(pipeline)
+    calls[1].kwargs["timestep"] = torch.full((5,), 42)
+    noise = slice(pipeline.transformer.config.in_channels)
+    with torch.no_grad():
+        expected = torch.cat([call(pipeline.transformer)[0][:, noise] for call in calls])
+        predict = PredictTask(pipeline, num_values)
+        run_task(predict, states)
+        activations, _ = quantize_pipeline(pipeline, DYNAMIC)
+        measure = MeasureTask(pipeline, activations, predict.predictions)
+        run_task(measure, states)
+        actual = torch.cat([call(pipeline.transformer)[0][:, noise] for call in calls])
+    assert max(x.shape[1] for x in predict.predictions) <= num_values
+    error = (actual - expected).square().sum() / expected.square().sum()
+    accuracy = 1e-4 if num_values > expected[0].numel() else 0.5
+    assert 1e-6 < measure.compute_call_error() == pytest.approx(error.item(), rel=accuracy)
 
 
 def test_loaded_scales_are_the_saved_ones(pipeline: PixArtAdapter, tmp_path: Path):

@@ -74,15 +74,18 @@ def make_samples(model: nn.Module, rules: Sequence[Rule], rows: int | None = Non
     Args:
         model: The plain model, whose weights are not read.
         rules: The rules for its weights.
-        rows: The largest number of rows of a sample; None for no limit.
+        rows: The largest number of rows of a sample without transforms; None for no limit.
     """
     samples: dict[tuple[str, str], Sample] = {}
     plain = find_layers(model)
     for name, rule in assign_rules(plain, rules).items():
         if rule.quantizer is not None:
             key = (repr(rule), repr(plain[name]))
-            sample = samples.setdefault(key, Sample([], make_random(plain[name], rows), rule))
-            sample.names.append(name)
+            if key not in samples:
+                # Few rows of a low-rank branch do not show what is not exact.
+                layer = make_random(plain[name], None if rule.transforms else rows)
+                samples[key] = Sample([], layer, rule)
+            samples[key].names.append(name)
     return list(samples.values())
 
 

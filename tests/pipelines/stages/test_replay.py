@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fp4dit.calibration.activations import MeasureTask, ObserveTask, ReplayTask
+from fp4dit.calibration.activations import MeasureTask, ObserveTask, PredictTask, ReplayTask
 from fp4dit.calibration.histograms import HistogramTask
 from fp4dit.models.pixart import PixArtAdapter
 from fp4dit.utils import save_timer
@@ -39,7 +40,13 @@ def make_task(pipeline: PixArtAdapter, kind: type) -> ReplayTask:
     model = copy.deepcopy(pipeline)
     if kind is ObserveTask:
         return ObserveTask(model, *quantize_pipeline(model, STATIC))
-    return kind(model, quantize_pipeline(model, DYNAMIC)[0])
+    if kind is PredictTask:
+        return PredictTask(model)
+    activations = quantize_pipeline(model, DYNAMIC)[0]
+    if kind is MeasureTask:
+        latent = model.make_meta_latent(5)
+        return MeasureTask(model, activations, [torch.ones(latent.shape).flatten(1)] * 4)
+    return kind(model, activations)
 
 
 def describe(task: ReplayTask) -> Any:
@@ -49,12 +56,14 @@ def describe(task: ReplayTask) -> Any:
         states = {name: module.state_dict() for name, module in task.activations.items()}
         return {name: {k: v.tolist() for k, v in state.items()} for name, state in states.items()}
     if isinstance(task, MeasureTask):
-        return task.compute_sqnr(), task.shapes
+        return task.compute_sqnr(), task.shapes, task.compute_call_error()
+    if isinstance(task, PredictTask):
+        return [prediction.tolist() for prediction in task.predictions]
     assert isinstance(task, HistogramTask)
     return {name: histogram.to_dict() for name, histogram in task.histograms.items()}
 
 
-@pytest.mark.parametrize("kind", [ObserveTask, MeasureTask, HistogramTask])
+@pytest.mark.parametrize("kind", [ObserveTask, PredictTask, MeasureTask, HistogramTask])
 def test_a_killed_replay_continues_at_the_step(
     pipeline: PixArtAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type
 ):
