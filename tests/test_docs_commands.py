@@ -193,9 +193,13 @@ def test_shown_commands_on_a_model_are_accepted(
 def check_model_command(options: Namespace, new_options: Path) -> None:
     """Check that the methods of a command exist, and that each accepts the overrides."""
     only = getattr(options, "method", None)  # `doctor` has none
-    for method in getattr(options, "methods", None) or filter(None, [only]):
+    words = getattr(options, "methods", None) or list(filter(None, [only]))
+    overrides = [word for word in words if "=" in word]  # `targets` has both kinds in one list
+    for method in words:
+        if method in overrides:
+            continue
         if method in list_all_options("method", new_options):
-            compose("run", [f"method={method}", *options.overrides], new_options)
+            compose("run", [f"method={method}", *options.overrides, *overrides], new_options)
         else:
             assert method.endswith(".yaml") or method.isupper()  # a file, or any method
 

@@ -34,7 +34,7 @@ from fp4dit.models.blocks import (
 from fp4dit.quantization.apply import quantize_inputs_, quantize_weights_
 from fp4dit.quantization.audit import audit_weights
 from fp4dit.quantization.layers import QuantLayer
-from fp4dit.quantization.rules import Rule, assign_rules, find_layers, unused_rules
+from fp4dit.quantization.rules import Rule, assign_rules, find_layers, match_rules, unused_rules
 from fp4dit.quantization.timestep import TimestepContext
 from fp4dit.rounding.base import Curve, RoundingMethod, check_curve
 from fp4dit.rounding.preparation import check_all_reached, prepare_layers
@@ -64,10 +64,14 @@ def check_reconstruction(
         ValueError: if the method cannot round in a format.
     """
     audit_weights(skeleton, weight)
-    rules = assign_rules(find_layers(skeleton), weight)
+    names = find_layers(skeleton)
+    rules = assign_rules(names, weight)
     # All unused rules are optional here, because `assign_rules` raises an error for others.
     for rule in unused_rules(rules, weight):
-        log.warning("no layer of this model is called %s, which an optional rule names", rule.match)
+        if not match_rules(names, [rule]):  # otherwise an earlier rule has its layers
+            log.warning(
+                "no layer of this model is called %s, which an optional rule names", rule.match
+            )
     layers = quantize_weights_(skeleton, rules, check=False)
     quantize_inputs_(layers, activation)
     method.check(list(layers.values()))

@@ -197,7 +197,7 @@ def test_a_method_from_a_file(pipe: Any, tmp_path: Path):
         "  - override /rounding: nearest\n  - override /activation: none\n"
     )
     report = fp4dit.quantize(pipe, str(path))
-    assert {layer.format for layer in report.transformer.weights} == {"e2m1"}
+    assert {layer.format for layer in report.transformer.weights} == {"e2m1", "fp16"}
     assert report.bits_activation == 16.0
 
 

@@ -143,7 +143,7 @@ def test_a_transformer_alone(loader: Any, options: dict[str, Any], tmp_path: Pat
     quantize_to_nearest_(expected, preset.weight, preset.activation)
     assert_equal_states(transformer, expected)
     assert transformer.dtype == options.get("dtype", torch.float32)
-    assert "E1M2" in str(transformer.proj_out).upper()
+    assert "E1M2" in str(transformer.caption_projection).upper()
     assert run_shipped(transformer).equal(run_shipped(expected))
     transformer.save_pretrained(tmp_path)
     again = loader.from_pretrained(str(tmp_path), **options)
@@ -276,7 +276,7 @@ def test_backend_of_a_pipeline_config(pixart_folder: Path):
     mapped = DiffusionPipeline.from_pretrained(
         pixart_folder, quantization_config=map_config(QuantizationConfig("rtn"), "transformer")
     )
-    assert isinstance(pipe.transformer.proj_out, PackedLinear)
+    assert isinstance(pipe.transformer.caption_projection.linear_1, PackedLinear)
     assert_equal_states(pipe.transformer, mapped.transformer)
     assert not any(isinstance(part, PackedLinear) for part in pipe.text_encoder.modules())
 
