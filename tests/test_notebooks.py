@@ -42,14 +42,14 @@ TINY = {
 CHECKS = {
     "quantize_and_compare": """
 assert draw(loaded) == draw(quantized_while_loading) == quantized != original
-assert abs(report.bits_weight - (4 + 8 / 16)) < 0.01  # E2M1, and an E4M3 scale for each 16
+assert abs(report.bits_weight - (4 + 8 / 16)) < 0.05  # E2M1, and an E4M3 scale for each 16
 assert [method.method for method in comparison.methods[1:]] == ["rtn", "nvfp4_4over6", "gptq"]
 assert comparison.methods[3].report.block_errors
 assert {method.report.bits_activation for method in comparison.methods[1:]} == {16.0}
 """,
     "write_a_method": """
 nearest, descent = comparison.methods[1:]
-assert abs(nearest.report.bits_weight - (4 + 16 / 32)) < 0.01  # E2M1, and an fp16 scale for each 32
+assert abs(nearest.report.bits_weight - (4 + 16 / 32)) < 0.05  # E2M1, and an fp16 scale for each 32
 assert nearest.report.bits_weight == descent.report.bits_weight
 assert nearest.images != descent.images
 """,

@@ -76,7 +76,8 @@ import fp4dit, torch
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], dtype=torch.float16)
 options = {"num_inference_steps": 1, "output_type": "np", "use_resolution_binning": False}
-print(type(pipe.transformer.proj_out).__name__, pipe("a red circle", **options).images.shape)
+layer = pipe.transformer.caption_projection.linear_1
+print(type(layer).__name__, pipe("a red circle", **options).images.shape)
 """
 
 

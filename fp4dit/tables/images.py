@@ -24,7 +24,7 @@ def draw_image_grid(
 
     Args:
         folders: Folder of each label, with `images.json` and `images/*.png`.
-        images: Numbers of the images, from 0 on.
+        images: Numbers of the images, from 0 on. Those that there are not are left out.
         tile: Width of an image in pixels.
         gap: Pixels between images.
         gain: If not 0, a line below each prompt shows how images differ from those of the first
@@ -33,7 +33,7 @@ def draw_image_grid(
     labels, paths = list(folders), list(folders.values())
     entries = read_json(paths[0] / "images.json")
     lines: list[tuple[str, list[Image.Image | None]]] = []
-    for number in images:
+    for number in (number for number in images if number < len(entries)):
         files = [folder / "images" / f"{number:05}.png" for folder in paths]
         pictures = [load_tile(file, tile) if file.is_file() else None for file in files]
         lines.append((entries[number]["prompt"], pictures))

@@ -346,7 +346,7 @@ def test_a_traced_model_is_quantized_to_the_same_bits(tmp_path: Path):
         "rounding.batch_size=4",
         f"model.path={tmp_path / 'after'}",
     ]
-    pixart = ["model=pixart_sigma", "model.tokens=20"]
+    pixart = ["model=pixart_sigma", "model.tokens=20", "model_layers.sensitive=[]"]
     generic = ["model=generic"]
     generic += [f"+model.options.{name}={value}" for name, value in OPTIONS.items()]
     written, traced = (

@@ -101,7 +101,7 @@ def test_every_metric_is_shown_by_default(print_toy_table, capfd):
     header = print_toy_table()
     metrics = ("psnr", "ssim", "oracle", "clip")
     expected = [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high")]
-    numbers = ("block_error", "bits_weight", "bits_activation", "checkpoint_bytes")
+    numbers = ("block_error", "call_error", "bits_weight", "bits_activation", "checkpoint_bytes")
     assert header == ["label", *expected, *numbers, "calibration_seconds", "n"]
     assert "not shown" not in capfd.readouterr().out
 

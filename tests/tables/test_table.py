@@ -402,7 +402,7 @@ def image_folders(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_the_picture_has_prompts_down_and_methods_across(image_folders: dict[str, Path]):
-    picture = draw_image_grid(image_folders, images=[0, 1], tile=32, gap=4)
+    picture = draw_image_grid(image_folders, images=[0, 1, 7], tile=32, gap=4)
     top = picture.height - 2 * 36
     assert picture.width == 32 + 4 + 2 * 36
     assert picture.crop((0, 0, picture.width, 4)).getcolors() == [
