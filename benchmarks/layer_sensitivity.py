@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.cpu import SHIPPED
 from fp4dit.data.prompts import get_texts
@@ -21,6 +21,7 @@ from fp4dit.quantization.mixed_bits import (
     list_layer_options,
     measure_options,
     read_answer,
+    rounded_to_nearest,
     sum_errors,
 )
 from fp4dit.quantization.rule_specs import weight_rules
@@ -50,15 +51,9 @@ def record(pipeline: Pipeline, prompts: Sequence[str], seed: int) -> list[Call]:
 def measure_call_error(model: nn.Module, rules: Sequence[Rule], calls: Sequence[Call]) -> float:
     """Return the relative squared error of a model's answers with all layers rounded to nearest."""
     answers = [read_answer(call(model)) for call in calls]
-    layers, kept = find_layers(model), {}
-    for name, rule in match_rules(layers, rules).items():
-        weight: Tensor = layers[name].weight  # pyright: ignore[reportAssignmentType]
-        kept[name], matrix = weight.detach().clone(), weight.detach().flatten(1)
-        assert rule.quantizer is not None
-        weight.copy_(rule.quantizer(matrix).view(weight.shape))
-    error = sum_errors(model, calls, answers)
-    for name, weight in kept.items():
-        layers[name].weight.copy_(weight)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    layers = find_layers(model)
+    with rounded_to_nearest(layers, match_rules(layers, rules)):
+        error = sum_errors(model, calls, answers)
     return error / sum(answer.square().sum().item() for answer in answers)
 
 

@@ -104,7 +104,7 @@ class Estimator:
 
     def estimate_replay(
         self,
-        num_observed: int,
+        num_plain: int,
         num_measured: int,
         batch_size: int,
         activation: Sequence[Rule],
@@ -113,13 +113,13 @@ class Estimator:
         """Estimate replaying captured calls.
 
         Args:
-            num_observed: The number of calls whose activations are observed, in full precision.
+            num_plain: The number of calls with activations in full precision.
             num_measured: The number of calls with quantized activations.
             batch_size: The number of calls of a pass.
             activation: The rules for activations.
             memory_option: The config option to reduce if the memory is too small.
         """
-        seconds = (num_observed + num_measured) * self.forward_seconds
+        seconds = (num_plain + num_measured) * self.forward_seconds
         seconds += num_measured * self.estimate_quantize_seconds(activation)
         return self.make_cost(seconds, batch_size * self.footprint.peak_bytes, 0, memory_option)
 

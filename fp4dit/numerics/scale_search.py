@@ -94,7 +94,25 @@ class Quantile(Percentile):
 
 
 @dataclass(frozen=True)
-class MinError:
+class SearchedRule:
+    """Base of rules that search with another rule, and store what it stores.
+
+    Attributes:
+        inner: The other rule.
+    """
+
+    inner: ScaleRule
+
+    @property
+    def has_free_sign_bit(self) -> bool:
+        return has_free_sign_bit(self.inner)
+
+    def storage_bits(self, fmt: Format, blocks: int) -> float:
+        return self.inner.storage_bits(fmt, blocks)
+
+
+@dataclass(frozen=True)
+class MinError(SearchedRule):
     """The least error among a rule's answers to shrunken and stretched blocks, block by block.
 
     The error is the sum of importance * |x - Q(x)|^p. The ratios are spaced evenly from `highest`
@@ -113,7 +131,6 @@ class MinError:
         True
     """
 
-    inner: ScaleRule
     p: float = 2.0
     lowest: float = 0.5
     candidates: int = 50
@@ -128,16 +145,9 @@ class MinError:
         answers = (rule(blocks * ratio, fmt, importance) for ratio in ratios)
         return select_least_error(blocks, fmt, answers, self.p, importance)
 
-    @property
-    def has_free_sign_bit(self) -> bool:
-        return has_free_sign_bit(self.inner)
-
-    def storage_bits(self, fmt: Format, blocks: int) -> float:
-        return self.inner.storage_bits(fmt, blocks)
-
 
 @dataclass(frozen=True)
-class LeastErrorClip:
+class LeastErrorClip(SearchedRule):
     """The answer of another rule to blocks that are clipped where a real scale has the least error.
 
     The ratio of the clipped range to the whole is the one with the least sum of
@@ -158,7 +168,6 @@ class LeastErrorClip:
         tensor([[0.9360]])
     """
 
-    inner: ScaleRule
     p: float = 2.4
     lowest: float = 0.208
     candidates: int = 100
@@ -175,13 +184,6 @@ class LeastErrorClip:
 
     def with_tensor_scale_of(self, blocks: Blocks) -> ScaleRule:
         return replace(self, inner=fix_tensor_scale(self.inner, blocks))
-
-    @property
-    def has_free_sign_bit(self) -> bool:
-        return has_free_sign_bit(self.inner)
-
-    def storage_bits(self, fmt: Format, blocks: int) -> float:
-        return self.inner.storage_bits(fmt, blocks)
 
 
 @dataclass(frozen=True)

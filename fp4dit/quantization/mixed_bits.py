@@ -5,7 +5,8 @@ of a layer is the error of the model's answers to recorded calls while the layer
 rounded to nearest. The errors of layers are taken to add up.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -62,19 +63,35 @@ def measure_options(
     options: dict[str, list[FormatOption]] = {}
     for name, layer in layers.items():
         weight: Tensor = layer.weight  # pyright: ignore[reportAssignmentType]
-        kept, matrix = weight.detach().clone(), weight.detach().flatten(1)
         for rules_by_name in matched:
             rule = rules_by_name.get(name)
             if rule is None or rule.quantizer is None:
                 continue
-            rounded = rule.quantizer.resolve_format(matrix)(matrix)
-            weight.copy_(rounded.view(weight.shape))
-            error = sum_errors(model, calls, answers) / power
-            weight.copy_(kept)
-            bits = rule.quantizer.bits_per_value(matrix.shape)
+            with rounded_to_nearest(layers, {name: rule}):
+                error = sum_errors(model, calls, answers) / power
+            bits = rule.quantizer.bits_per_value(weight.flatten(1).shape)
             option = FormatOption(rule.quantizer.format.name, weight.numel(), bits, error)
             options.setdefault(name, []).append(option)
     return options
+
+
+@contextmanager
+def rounded_to_nearest(
+    layers: Mapping[str, nn.Module], rules: Mapping[str, Rule]
+) -> Iterator[None]:
+    """Round weights to nearest by rules inside the `with` statement, without transforms."""
+    kept: list[tuple[Tensor, Tensor]] = []
+    try:
+        for name, rule in rules.items():
+            weight: Tensor = layers[name].weight.data  # pyright: ignore[reportAssignmentType]
+            kept.append((weight, weight.clone()))
+            if rule.quantizer is not None:
+                matrix = weight.flatten(1)
+                weight.copy_(rule.quantizer.resolve_format(matrix)(matrix).view(weight.shape))
+        yield
+    finally:
+        for weight, original in kept:
+            weight.copy_(original)
 
 
 def read_answer(output: Any) -> Tensor:

@@ -33,7 +33,9 @@ def draw_image_grid(
     labels, paths = list(folders), list(folders.values())
     entries = read_json(paths[0] / "images.json")
     lines: list[tuple[str, list[Image.Image | None]]] = []
-    for number in (number for number in images if number < len(entries)):
+    for number in images:
+        if number >= len(entries):
+            continue
         files = [folder / "images" / f"{number:05}.png" for folder in paths]
         pictures = [load_tile(file, tile) if file.is_file() else None for file in files]
         lines.append((entries[number]["prompt"], pictures))

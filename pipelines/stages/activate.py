@@ -7,14 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fp4dit.calibration.activations import (
-    MeasureTask,
-    ObserveTask,
-    PredictTask,
-    ReplayTask,
-    save_scales,
-)
+from fp4dit.calibration.activations import ObserveTask, ReplayTask, save_scales
 from fp4dit.calibration.captured_calls import CapturedSteps, load_steps
+from fp4dit.calibration.measure import MeasureTask, PredictTask
 from fp4dit.estimate.footprint import count_bit_operations
 from fp4dit.estimate.stages import Estimator, StageCost
 from fp4dit.models.base import PipelineSource
@@ -48,9 +43,8 @@ class Activate(Stage):
     def estimate_cost(self, make_estimator: Callable[[], Estimator]) -> StageCost:
         num_train, num_val = self.calibration.num_rows
         num_observed = num_train if any(rule.observer for rule in self.activation) else 0
-        num_observed += num_val  # in full precision too, for the error of calls
         return make_estimator().estimate_replay(
-            num_observed,
+            num_observed + num_val,  # the error of calls is that against full precision
             num_val,
             self.calibration.replay_batch_size,
             self.activation,

@@ -11,13 +11,14 @@ from torch import Tensor
 from fp4dit.calibration.captured_calls import load_calls, split_rows
 from fp4dit.calibration.dataset import UnitDataset
 from fp4dit.calibration.histograms import copy_weights
+from fp4dit.calibration.measure import compute_call_error
 from fp4dit.calibration.propagate import compute_relative_error, propagate_unit
 from fp4dit.calibration.saved_rows import SavedRows
 from fp4dit.data.columns import MemoryBudget, RowSource
 from fp4dit.data.segments import select_subset_of
 from fp4dit.estimate.stages import Estimator, StageCost
 from fp4dit.models.base import Pipeline, PipelineSource
-from fp4dit.models.blocks import split_by_unit
+from fp4dit.models.blocks import RowSources, split_by_unit
 from fp4dit.quantization import apply, rules
 from fp4dit.quantization.fake_quant import FakeQuantize
 from fp4dit.quantization.layers import QuantLayer
@@ -85,14 +86,13 @@ class Finetune(Stage):
         student, layers = WholeModel(pipeline), find_quantized_layers(pipeline)
         val_columns, val_target = (select_subset(each, val_rows) for each in (columns, target))
 
-        def compute_error(name: str) -> float:
+        def compute_outputs(name: str) -> RowSources:
             module, saved = student.to(device), SavedRows(resume_folder / name)
-            outputs = propagate_unit(
+            return propagate_unit(
                 module, unit, val_columns, batch_size, device, memory, saved=saved
             )
-            return compute_relative_error(outputs, val_target)
 
-        error_before = compute_error("before")
+        error_before = compute_relative_error(compute_outputs("before"), val_target)
         restore_latent_weights(layers, original)
         trainers = ResumableTrainers(partial(runtime.make_trainer, "finetune"), resume_folder)
         dataset = UnitDataset(unit, columns, target, train_rows, memory)
@@ -104,12 +104,15 @@ class Finetune(Stage):
         for number, (block, block_layers) in enumerate(zip(blocks, parts, strict=True), 1):
             save_layers(block_layers, unit_path(out / UNITS, number, block))
         write_csv(out / "curve.csv", [{"unit": "whole", **point} for point in curve])
-        errors = {"unit": "whole", "error": compute_error("after"), "before": error_before}
-        write_json(out / "blocks.json", [errors])
+        outputs = compute_outputs("after")
+        error = compute_relative_error(outputs, val_target)
+        write_json(out / "blocks.json", [{"unit": "whole", "error": error, "before": error_before}])
         # Fine-tuning does not minimize the error of single blocks, so it is not reported.
         summary = read_json(needs["weights"] / "audit.json")
         summary.pop("block_error", None)
-        write_json(out / "audit.json", summary | {"steps": self.finetune.steps})
+        call_error = compute_call_error(pipeline, outputs, val_target)
+        numbers = {"steps": self.finetune.steps, "call_error": call_error}
+        write_json(out / "audit.json", summary | numbers)
         shutil.rmtree(resume_folder, ignore_errors=True)
 
     def load_quantized(

@@ -26,7 +26,8 @@ def collect_scalars(needs: Needs) -> dict[str, int | float]:
         needs: The folders of the score stage's inputs, by role.
     """
     values: dict[str, Any] = {}
-    for role in ("weights", "activations", "images", "transformer"):
+    # The error of calls with fine-tuned weights replaces that from before.
+    for role in ("activations", "weights", "images", "transformer"):
         if role in needs and (needs[role] / "audit.json").exists():
             values |= read_audits(needs, role)
     scalars = {name: values[name] for name in STAGE_SCALARS if name in values}

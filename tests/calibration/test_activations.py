@@ -11,13 +11,12 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from fp4dit.calibration.activations import (
-    MeasureTask,
     ObserveTask,
-    PredictTask,
     ReplayTask,
     load_scales_,
     save_scales,
 )
+from fp4dit.calibration.measure import MeasureTask, PredictTask
 from fp4dit.models.pixart import PixArtAdapter
 from fp4dit.numerics.format_selection import FormatSelection, LeastError
 from fp4dit.numerics.formats import floating, integer

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fp4dit.calibration.activations import MeasureTask
 from fp4dit.calibration.capture import CaptureTask, PromptBatch
+from fp4dit.calibration.measure import MeasureTask
 from fp4dit.models.nan_guard import all_finite, nan_guard
 from fp4dit.models.pixart import PixArtAdapter
 from fp4dit.quantization.apply import quantize_activations_, quantize_weights_

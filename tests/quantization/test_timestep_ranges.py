@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from fp4dit.calibration.activations import MeasureTask
 from fp4dit.calibration.capture import CaptureTask, batch_prompts
 from fp4dit.calibration.captured_calls import load_calls, load_steps, split_rows
+from fp4dit.calibration.measure import MeasureTask
 from fp4dit.models.pixart import PixArtAdapter
 from fp4dit.numerics.formats import integer
 from fp4dit.numerics.quantizer import PerChannel, Quantizer

@@ -245,3 +245,7 @@ def test_the_finetune_stage_writes_the_files_of_reconstruct(tmp_path: Path):
     assert scalars["steps"] == 10
     assert scalars["bits_weight"] == json.loads((before / "audit.json").read_text())["bits_weight"]
     assert "block_error" not in scalars
+    tuned, activate = (
+        json.loads((folder / "audit.json").read_text()) for folder in (finetuned, paths["activate"])
+    )
+    assert scalars["call_error"] == tuned["call_error"] != activate["call_error"]  # from before

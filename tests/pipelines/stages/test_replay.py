@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fp4dit.calibration.activations import MeasureTask, ObserveTask, PredictTask, ReplayTask
+from fp4dit.calibration.activations import ObserveTask, ReplayTask
 from fp4dit.calibration.histograms import HistogramTask
+from fp4dit.calibration.measure import MeasureTask, PredictTask
 from fp4dit.models.pixart import PixArtAdapter
 from fp4dit.utils import save_timer
 from pipelines.runtime.trainer import Runtime
